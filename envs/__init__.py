@@ -1,0 +1,1 @@
+"""Worlds and vocabulary: tasks, tools, episodes. Imports neither torch nor vllm."""

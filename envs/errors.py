@@ -1,0 +1,32 @@
+"""Every error the project raises on purpose.
+
+AgentRFTError
+├── UserError(ValueError)     a config, data set or grader is wrong: one screen, exit code 2, nothing loaded
+├── WorldError                a tool server, judge or engine failed after its retries: the rollout is masked, never scored 0
+├── ToolError                 a tool refuses its arguments: shown to the model, the episode goes on
+└── PublishError              the engine does not run the policy that is being trained: the run stops
+
+Faults of our own code are plain Python errors and stop the run.
+"""
+
+from __future__ import annotations
+
+
+class AgentRFTError(Exception):
+    """Base of the tree."""
+
+
+class UserError(AgentRFTError, ValueError):
+    """Something the user wrote is wrong. The message names the file, line or key, and what was expected."""
+
+
+class WorldError(AgentRFTError):
+    """The world around the model failed, not the model. The rollout is masked out of the loss and counted."""
+
+
+class ToolError(AgentRFTError):
+    """Raised by a tool to tell the model what it did wrong. The text is the tool's output; the episode goes on."""
+
+
+class PublishError(AgentRFTError):
+    """The engine's answers do not come from the published policy version."""

@@ -1,0 +1,171 @@
+"""The words of the project as types: task → turn → episode. See `trainer.rollout` for rollout and group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    ANSWERED = "answered"
+    """The model wrote a turn without a tool call: its final answer."""
+    MAX_TURNS = "max_turns"
+    """The turn limit was reached before an answer."""
+    MAX_TOOL_CALLS = "max_tool_calls"
+    """The model went on calling tools after it had been told that the call budget was used up."""
+    MAX_TURN_TOKENS = "max_turn_tokens"
+    """A single turn was cut off at its token limit."""
+    MAX_EPISODE_TOKENS = "max_episode_tokens"
+    """The whole episode, prompt and tool outputs included, no longer fits its token limit."""
+    WALL_CLOCK = "wall_clock"
+    """The episode's wall-clock limit passed."""
+    WORLD_FAULT = "world_fault"
+    """A tool server or the engine failed after its retries. Masked out of the loss."""
+
+
+class ToolErrorKind(StrEnum):
+    """What was wrong with a tool call."""
+
+    UNKNOWN_TOOL = "unknown_tool"
+    BAD_ARGUMENTS = "bad_arguments"
+    REFUSED = "refused"
+    """The tool raised `ToolError`."""
+    TIMEOUT = "timeout"
+    OVER_BUDGET = "over_budget"
+    """The call came after the episode's call budget was used up; it was not executed."""
+
+    @property
+    def is_invalid_call(self) -> bool:
+        """Whether the penalty on invalid calls counts it."""
+        return self in (ToolErrorKind.UNKNOWN_TOOL, ToolErrorKind.BAD_ARGUMENTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One tool call as the model wrote it."""
+
+    call_id: str
+    """Unique within the episode; ties the result to the call."""
+    name: str
+    arguments: str
+    """JSON text, not yet validated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What came back from one tool call."""
+
+    call_id: str
+    name: str
+    output: str
+    """The text shown to the model; the error's text where `error` is set."""
+    error: ToolErrorKind | None = None
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat message, in the words of the Chat Completions format."""
+
+    role: Role
+    content: str = ""
+    reasoning: str = ""
+    """The assistant's reasoning, as the reasoning parser split it off."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Assistant messages only."""
+    call_id: str = ""
+    """Tool messages only: the call that this answers."""
+    name: str = ""
+    """Tool messages only."""
+
+    def to_openai(self) -> dict[str, Any]:
+        """The message as Chat Completions JSON."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            out["tool_calls"] = [
+                {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in self.tool_calls
+            ]
+        if self.role == "tool":
+            out |= {"tool_call_id": self.call_id, "name": self.name}
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One row of the data set."""
+
+    task_id: str
+    messages: tuple[Message, ...]
+    """The prompt; the last message is the user's."""
+    tools: tuple[str, ...] | None = None
+    """Names of the tools offered to this task; None offers all that the environment has."""
+    item: Mapping[str, Any] = field(default_factory=dict)
+    """Every other key of the row; graders and environments read it (the gold answer stands here)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One model generation and the tool results it caused."""
+
+    message: Message
+    results: tuple[ToolResult, ...] = ()
+    """One per tool call, in the order called."""
+    malformed: bool = False
+    """The turn tried to call a tool but did not parse; it was answered with an error and is no final answer."""
+    num_tokens: int = 0
+    """Tokens generated in this turn."""
+    num_reasoning_tokens: int = 0
+    """How many of them were reasoning, as the reasoning parser split them."""
+    generation_s: float = 0.0
+    tools_s: float = 0.0
+    """Wall-clock time of the turn's tool calls together (they run concurrently)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """All turns of one attempt at a task."""
+
+    rollout_id: str
+    """Unique over the run; passed with every tool call and to the grader."""
+    task_id: str
+    messages: tuple[Message, ...]
+    """Everything the model saw and wrote, the prompt first."""
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+    error: str = ""
+    """The cause, for WORLD_FAULT."""
+    latency_s: float = 0.0
+
+    @property
+    def answer(self) -> str | None:
+        """The final answer's text; None when the episode ended without one."""
+        return self.turns[-1].message.content.strip() if self.stop_reason is StopReason.ANSWERED else None
+
+    @property
+    def num_tool_calls(self) -> int:
+        """Calls the model made, malformed ones included: an agent pays for each of them in time."""
+        return sum(len(t.message.tool_calls) + t.malformed for t in self.turns)
+
+    @property
+    def num_invalid_calls(self) -> int:
+        """Malformed calls, unknown tools and arguments that do not fit the schema."""
+        return sum(
+            t.malformed + sum(r.error is not None and r.error.is_invalid_call for r in t.results) for t in self.turns
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(t.num_tokens for t in self.turns)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return sum(t.num_reasoning_tokens for t in self.turns)

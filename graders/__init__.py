@@ -1,0 +1,1 @@
+"""Judgement: a grader maps (task, episode) to a grade. Imports neither torch nor vllm."""

@@ -1,0 +1,1 @@
+"""The learning system: config → tasks → rollouts → advantages → samples → update → publish → report."""

@@ -1,0 +1,133 @@
+"""The generated corpus: companies, their yearly reports, and the distractors among them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+from envs.finance.config import FinanceConfig
+from envs.finance.names import SECTORS, SISTER_SUFFIXES, STEMS
+
+TABLE_METRICS = ("revenue", "profit", "debt")
+TEXT_METRIC = "employees"
+"""Stands in the sentence below the table, of the report's own year only; a count without a unit."""
+# Amounts have four digits in either unit: a small model copies short numbers. None looks like a year.
+_STEP = {"million": Decimal("0.1"), "thousand": Decimal(1)}
+_LEAST_STEPS, _MOST_STEPS = 2200, 9999
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Company:
+    """One company. Sisters share a `family` and are always in the same split."""
+
+    name: str
+    folder: str
+    """Its folder in the corpus; the name in lower case with hyphens."""
+    family: str
+    unit: str
+    """`million` or `thousand`: what its reports count in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One yearly report."""
+
+    company: Company
+    year: int
+    figures: Mapping[str, tuple[Decimal, Decimal]]
+    """Table: metric → (this year, the year before), in the company's unit."""
+    employees: int
+    restated: str | None
+    """The metric whose figure of the year before differs from the one first reported."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.company.folder}/{self.year}.txt"
+
+    def text(self) -> str:
+        """The file's content, about 80 tokens."""
+        lines = [
+            f"{self.company.name}, {self.year} report, in {self.company.unit}s of dollars",
+            f"year | {self.year} | {self.year - 1}",
+            *(f"{metric} | {now} | {before}" for metric, (now, before) in self.figures.items()),
+        ]
+        note = f" The {self.year - 1} {self.restated} is restated." if self.restated else ""
+        return "\n".join([*lines, f"It had {self.employees} employees.{note}"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """All reports; every split's tools see all of them."""
+
+    companies: tuple[Company, ...]
+    reports: Mapping[str, Report]
+    """By path, in the order of companies and years."""
+    eval_families: frozenset[str]
+
+    def split_of(self, company: Company) -> str:
+        """`train` or `eval`."""
+        return "eval" if company.family in self.eval_families else "train"
+
+    def report(self, company: Company, year: int) -> Report:
+        """Raises KeyError where there is none."""
+        return self.reports[f"{company.folder}/{year}.txt"]
+
+
+def generate_corpus(config: FinanceConfig) -> Corpus:
+    """The corpus of this config: a pure function of it, in time linear in the number of reports.
+
+    Each company draws from a generator of its own, so that its figures depend on the seed and its name alone and do
+    not move when the corpus grows.
+    """
+    companies = tuple(_companies(config))
+    reports = {report.path: report for company in companies for report in _reports(company, config)}
+    families = list(dict.fromkeys(company.family for company in companies))
+    random.Random(f"{config.seed}/split").shuffle(families)
+    num_eval = min(max(1, round(config.eval_share * len(families))), len(families) - 1)
+    return Corpus(companies=companies, reports=reports, eval_families=frozenset(families[:num_eval]))
+
+
+def _companies(config: FinanceConfig) -> Iterator[Company]:
+    rng = random.Random(f"{config.seed}/companies")
+    families = [f"{stem} {sector}" for stem in STEMS for sector in SECTORS]
+    rng.shuffle(families)
+    room = config.num_companies
+    for family in families:
+        names = [family]
+        if rng.random() < config.sister_share:
+            names.append(f"{family} {rng.choice(SISTER_SUFFIXES)}")
+        for name in names[:room]:
+            unit = "thousand" if rng.random() < config.thousands_share else "million"
+            yield Company(name=name, folder=name.lower().replace(" ", "-"), family=family, unit=unit)
+        room -= len(names)
+        if room <= 0:
+            return
+
+
+def _reports(company: Company, config: FinanceConfig) -> Iterator[Report]:
+    rng = random.Random(f"{config.seed}/{company.folder}")
+    employees = rng.randint(120, 900)
+    step = _STEP[company.unit]
+    before = {metric: rng.randint(3000, 9000) * step for metric in TABLE_METRICS}
+    for year in range(config.first_year, config.first_year + config.num_years):
+        now = {metric: _moved(rng, amount, step, 0.75, 1.3) for metric, amount in before.items()}
+        employees = max(101, min(999, employees + rng.choice((-1, 1)) * rng.randint(3, 60)))
+        shown, restated = dict(before), None
+        # The first report has no earlier one that it could differ from.
+        if year > config.first_year and rng.random() < config.restated_share:
+            restated = rng.choice(TABLE_METRICS)
+            shown[restated] = _moved(rng, before[restated], step, 0.9, 1.1)
+        figures = {metric: (now[metric], shown[metric]) for metric in TABLE_METRICS}
+        yield Report(company=company, year=year, figures=figures, employees=employees, restated=restated)
+        before = now
+
+
+def _moved(rng: random.Random, amount: Decimal, step: Decimal, low: float, high: float) -> Decimal:
+    """The amount times a factor from [low, high], kept to four digits, never the same."""
+    steps = int(amount / step)
+    moved = max(_LEAST_STEPS, min(_MOST_STEPS, int(steps * rng.uniform(low, high))))
+    if moved == steps:
+        moved += 7 if steps < _MOST_STEPS - 7 else -7
+    return moved * step

@@ -15,30 +15,35 @@ class FinanceConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["finance"] = "finance"
-    seed: int = Field(0, ge=0, description="Seed of the corpus, the split and the tasks.")
-    num_companies: int = Field(60, ge=8, le=1000, description="Companies in the corpus, sisters included.")
-    first_year: int = Field(2012, ge=1950, le=2030, description="Year of each company's first report.")
-    num_years: int = Field(4, ge=2, le=20, description="Reports of each company, one a year.")
+    seed: int = Field(default=0, ge=0, description="Seed of the corpus, the split and the tasks.")
+    num_companies: int = Field(default=60, ge=8, le=1000, description="Companies in the corpus, sisters included.")
+    first_year: int = Field(default=2012, ge=1950, le=2030, description="Year of each company's first report.")
+    num_years: int = Field(default=4, ge=2, le=20, description="Reports of each company, one a year.")
     sister_share: float = Field(
-        0.4, ge=0, le=1, description="Probability that a company has a sister of nearly the same name."
+        default=0.4, ge=0, le=1, description="Probability that a company has a sister of nearly the same name."
     )
     thousands_share: float = Field(
-        0.3, ge=0, le=1, description="Probability that a company reports in thousands instead of millions."
+        default=0.3, ge=0, le=1, description="Probability that a company reports in thousands instead of millions."
     )
     restated_share: float = Field(
-        0.3, ge=0, le=1, description="Probability that a report restates one figure of the year before."
+        default=0.3, ge=0, le=1, description="Probability that a report restates one figure of the year before."
     )
-    calculate: bool = Field(True, description="Offer the calculate tool.")
-    search_hits: int = Field(3, ge=1, le=10, description="Paths that one search returns.")
+    calculate: bool = Field(default=True, description="Offer the calculate tool.")
+    search_hits: int = Field(default=3, ge=1, le=10, description="Paths that one search returns.")
     question_mix: dict[Kind, float] = Field(
         default={"value": 0.7, "change": 0.1, "percentage": 0.1, "comparison": 0.1},
         description="Weight of each kind of question; kinds left out are not asked.",
     )
-    eval_share: float = Field(0.25, gt=0, lt=1, description="Share of the companies that only eval tasks ask about.")
-    num_train_tasks: int = Field(256, ge=1, description="Tasks of the train split.")
-    num_eval_tasks: int = Field(64, ge=1, description="Tasks of the eval split.")
+    eval_share: float = Field(
+        default=0.25, gt=0, lt=1, description="Share of the companies that only eval tasks ask about."
+    )
+    num_train_tasks: int = Field(default=256, ge=1, description="Tasks of the train split.")
+    num_eval_tasks: int = Field(default=64, ge=1, description="Tasks of the eval split.")
     detour_calls: float = Field(
-        2.5, ge=0, le=6, description="Mean number of needless tool calls in an expert episode, before the cap on calls."
+        default=2.5,
+        ge=0,
+        le=6,
+        description="Mean number of needless tool calls in an expert episode, before the cap on calls.",
     )
 
     @field_validator("question_mix")

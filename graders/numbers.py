@@ -1,7 +1,7 @@
 """Numbers in running text: signs, separators, currencies, percent and scale words.
 
-Covered: `$1,234.5 million`, `-$5`, `(12)` as a negative, `12.5 %`, `3.2bn`, `412.5 (in millions)`, `1.2e6`. Left out are
-asides, such as the second number of `14.4 million (3.6%)`, and what is no number: `10-K`, `Q3`, `4th`, `1.2.3`.
+Covered: `$1,234.5 million`, `-$5`, `(12)` as a negative, `12.5 %`, `3.2bn`, `412.5 (in millions)`, `1.2e6`. Left out
+are asides, such as the second number of `14.4 million (3.6%)`, and what is no number: `10-K`, `Q3`, `4th`, `1.2.3`.
 Not covered: decimal commas, spaces as thousands separators, numbers in words.
 """
 

@@ -1,0 +1,344 @@
+"""Messages ↔ token ids. The only owner of the tokenizer.
+
+One turn of an episode, with `chat: Chat`, `messages` the episode so far and `tools` the schemas offered:
+
+    prompt = chat.open(messages, tools)              # exactly what `vllm serve` would feed the model
+    ids = engine.generate(prompt.token_ids)          # sampled; never decoded and encoded again
+    turn = chat.parse(ids, tools, first_call=0)      # vLLM's parsers
+    ... run the tools, append turn.message and the results to messages ...
+    more = chat.extend(prompt.text, ids, messages, tools)
+    ledger = more.token_ids if more.forked else ledger + ids + more.token_ids
+    ...                                              # the next turn starts from more.text
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from envs.errors import UserError
+from envs.types import Message, ToolCall
+from trainer.chat_parsing import (
+    ParsedTurn,
+    ToolSchema,
+    TurnParser,
+    check_parser_names,
+    content_is_a_list,
+    with_cached_vocabulary,
+)
+
+__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "Prompt", "ToolSchema"]
+
+FALLBACK_TEMPLATE = Path(__file__).with_name("fallback_chat_template.jinja")
+"""Takes the place of a model's own template where that knows no tools. Its calls are read by the parser `hermes`."""
+
+_PROBE = "probe text"
+_PROBE_TOOL: ToolSchema = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+    },
+}
+_HELLO = Message(role="user", content="Hello")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the model is given before its first turn."""
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuation:
+    """What the model is given before a later turn."""
+
+    text: str
+    """The whole conversation as `vllm serve` renders it now; pass it to the next `extend`."""
+    token_ids: list[int]
+    """The glue that follows the sampled tokens; where `forked`, the whole prompt anew."""
+    forked: bool
+    """The template altered earlier text (it dropped old reasoning, say): a new training row starts here."""
+    drifted: bool
+    """The ledger's text is not `text`: the model's own writing is not how the template writes the same message."""
+
+
+class Chat:
+    """A tokenizer, a chat template and vLLM's parsers. Immutable; one serves all episodes.
+
+    *Covered*: fast tokenizers; templates that end an assistant's turn with one stop token; text content.
+    *Not covered*: images, templates that need more than the messages, the tools and `template_kwargs`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
+        chat_template: str = "auto",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load the tokenizer of the folder `model` and prove that template and parsers fit each other.
+
+        `tool_parser` and `reasoning_parser` are vLLM's names; None for the tool parser is `hermes`, allowed only with
+        the fallback template. `chat_template` is a file, or `auto`: the model's own if it knows tools, else the
+        fallback. Raises `UserError` naming the setting that is wrong.
+        """
+        check_parser_names(tool_parser or "hermes", reasoning_parser)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if not tokenizer.is_fast:
+            raise UserError(f"model.name: the tokenizer of {model} has no tokenizer.json; a fast tokenizer is needed")
+        self._tokenizer = with_cached_vocabulary(tokenizer)
+        self._template_kwargs = dict(template_kwargs or {})
+        self._template: str | None = None
+        """None: the model's own, which may differ with and without tools."""
+        if chat_template != "auto":
+            self._template = _read_template(chat_template)
+        elif not self._knows_tools():
+            self._template = FALLBACK_TEMPLATE.read_text()
+        self.uses_fallback = self._template is not None and self._template == FALLBACK_TEMPLATE.read_text()
+        if chat_template != "auto" and not self._knows_tools():
+            raise UserError(f"chat_template: {chat_template} renders no tools; the model would never hear of them")
+        self.tool_parser = tool_parser or self._default_parser()
+        self.reasoning_parser = reasoning_parser
+        self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
+        self._end_text, self._end_id = self._find_end_of_turn()
+        self._parser = TurnParser(
+            self._tokenizer,
+            tool_parser=self.tool_parser,
+            reasoning_parser=reasoning_parser,
+            template_kwargs=self._template_kwargs,
+            stop_token_ids=self.stop_token_ids,
+        )
+        self._prime = self._encode(self._render([_HELLO], (), generate=True))[-16:]
+        self._prove_parser()
+
+    # ---- messages → token ids
+
+    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> Prompt:
+        """The prompt of `messages`, ready for the model's turn: what `vllm serve` feeds its engine for them."""
+        text = self._render(messages, tools, generate=True)
+        return Prompt(text=text, token_ids=self._encode(text))
+
+    def extend(
+        self, prompt_text: str, sampled: Sequence[int], messages: Sequence[Message], tools: Sequence[ToolSchema] = ()
+    ) -> Continuation:
+        """What follows the tokens `sampled` after the prompt `prompt_text`.
+
+        `messages` are all messages up to the next turn: those of the prompt, the assistant's, what answers it.
+        The sampled tokens stay as they are: only text after the end of the turn is encoded. One rendering where the
+        model writes as the template does, two otherwise.
+        """
+        text = self._render(messages, tools, generate=True)
+        stopped = bool(sampled) and sampled[-1] in self.stop_token_ids
+        written = self.decode(sampled[:-1] if stopped else sampled)
+        kept = prompt_text + written + self._end_text
+        drifted = not text.startswith(kept)
+        if drifted:
+            turn = max(i for i, m in enumerate(messages) if m.role == "assistant")
+            kept = self._render(messages[: turn + 1], tools, generate=False)
+            kept = kept[: kept.rfind(self._end_text) + len(self._end_text)]
+            if not (kept.startswith(prompt_text) and text.startswith(kept)):
+                return Continuation(text=text, token_ids=self._encode(text), forked=True, drifted=False)
+        glue = self._encode_after_turn(text[len(kept) :])
+        if not sampled or sampled[-1] != self._end_id:
+            # Cut off by a limit, or stopped by another stop token: the turn is closed as the template closes it.
+            glue = [self._end_id, *glue]
+        drifted |= stopped and sampled[-1] != self._end_id
+        return Continuation(text=text, token_ids=glue, forked=False, drifted=drifted)
+
+    def encode_assistant(
+        self, messages: Sequence[Message], turn: Message, tools: Sequence[ToolSchema] = ()
+    ) -> list[int]:
+        """The tokens that an expert writing `turn` after `messages` generates, the stop token included.
+
+        Raises `UserError` when the template writes a finished turn other than the one that its own generation prompt
+        begins (it opens reasoning there, say): such a turn has no canonical tokens.
+        """
+        prompt = self._render(messages, tools, generate=True)
+        full = self._render([*messages, turn], tools, generate=False)
+        if not full.startswith(prompt):
+            raise UserError(
+                "chat_template: a finished assistant's turn does not begin as its generation prompt (which ends in "
+                f"{prompt[-40:]!r}); scripted expert turns can't be encoded under it. Check the template's arguments "
+                "(enable_thinking, say)"
+            )
+        return self._encode_after_turn(full[len(prompt) : full.rfind(self._end_text) + len(self._end_text)])
+
+    # ---- token ids → messages
+
+    def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSchema] = (), *, first_call: int = 0) -> ParsedTurn:
+        """Read a generation as `vllm serve` would. Call ids count on from `first_call`, the episode's calls so far.
+
+        A turn with a call that parses is a turn of calls, whatever else stands in it: serving executes those too. A
+        turn with no parsed call but an unmistakable sign of one is malformed; under the parser `hermes` that is also
+        the turn of several calls of which one is broken, since it then gives up all of them.
+        """
+        return self._parser.parse(token_ids, tools, prime=self._prime, first_call=first_call)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text, special tokens included. For people and for comparison; never to be encoded again."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    # ---- serving
+
+    @property
+    def end_token_id(self) -> int:
+        """The stop token with which the template ends an assistant's turn."""
+        return self._end_id
+
+    def save_template(self, folder: Path) -> Path | None:
+        """Write the template used beside an exported adapter; None where the model's own template is used."""
+        if self._template is None:
+            return None
+        path = folder / "chat_template.jinja"
+        path.write_text(self._template)
+        return path
+
+    def serve_arguments(self, template: Path | None) -> list[str]:
+        """The arguments under which `vllm serve` renders and parses as this chat does."""
+        arguments = ["--enable-auto-tool-choice", "--tool-call-parser", self.tool_parser]
+        if self.reasoning_parser:
+            arguments += ["--reasoning-parser", self.reasoning_parser]
+        if template:
+            arguments += ["--chat-template", str(template)]
+        if self._template_kwargs:
+            arguments += ["--default-chat-template-kwargs", json.dumps(self._template_kwargs)]
+        return arguments
+
+    # ---- inside
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[ToolSchema], *, generate: bool) -> str:
+        offered = self._parser.normalized_tools(tools) if tools else None
+        return self._apply(messages, offered, generate=generate)
+
+    def _apply(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
+        from jinja2 import TemplateError
+
+        template = self._template or self._tokenizer.get_chat_template(tools=tools)
+        as_list = _content_is_a_list(template)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [_served_message(m, as_list=as_list) for m in messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **self._template_kwargs,
+            )
+        except TemplateError as e:
+            raise UserError(f"chat_template: it refuses the conversation: {e}") from e
+        return str(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_after_turn(self, text: str) -> list[int]:
+        # Encoded behind a special token, as it stands in the ledger: some tokenizers put a space before a text's start.
+        ids = self._encode(self._end_text + text)
+        assert ids[0] == self._end_id, "a special token is encoded on its own"
+        return ids[1:]
+
+    def _knows_tools(self) -> bool:
+        if self._template is None and not self._tokenizer.chat_template:
+            return False
+        return "probe_tool" in self._apply([_HELLO], [dict(_PROBE_TOOL)], generate=True)
+
+    def _default_parser(self) -> str:
+        if self.uses_fallback:
+            return "hermes"
+        raise UserError(
+            "tool_parser: none is given, and the model's chat template has its own format of tool calls. Expected the "
+            "name that `vllm serve --tool-call-parser` takes for this model"
+        )
+
+    def _find_end_of_turn(self) -> tuple[str, int]:
+        text = self._apply([_HELLO, Message(role="assistant", content=_PROBE), _HELLO], None, generate=False)
+        after = text[text.find(_PROBE) + len(_PROBE) :]
+        added = self._tokenizer.added_tokens_decoder
+        found = [(after.find(t.content), t.content, i) for i, t in added.items() if t.special and t.content in after]
+        if not found:
+            raise UserError("chat_template: it ends an assistant's turn with no special token of the model's tokenizer")
+        _, end_text, end_id = min(found)
+        if end_id not in self.stop_token_ids:
+            raise UserError(
+                f"chat_template: it ends an assistant's turn with {end_text!r} (token {end_id}), at which the model "
+                "does not stop; expected it in eos_token_id of the model's generation_config.json"
+            )
+        return end_text, end_id
+
+    def _prove_parser(self) -> None:
+        """A call as the template writes it must be read back by the parser: a wrong parser would never see one."""
+        call = ToolCall(call_id="call00000", name="probe_tool", arguments=json.dumps({"text": _PROBE}))
+        turn = Message(role="assistant", tool_calls=(call,))
+        prompt = self._render([_HELLO], [_PROBE_TOOL], generate=True)
+        full = self._render([_HELLO, turn], [_PROBE_TOOL], generate=False)
+        start = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(prompt))
+        if start < len(prompt):
+            # The generation prompt opens reasoning that a finished turn lacks, and both may begin with "<".
+            start = full.rfind("\n", 0, start) + 1
+        written = full[start : full.rfind(self._end_text)]
+        parsed = self.parse(self._encode_after_turn(written), [_PROBE_TOOL]).message.tool_calls
+        if [(c.name, json.loads(c.arguments)) for c in parsed] != [("probe_tool", {"text": _PROBE})]:
+            raise UserError(
+                f"tool_parser: {self.tool_parser!r} does not read the calls that the chat template writes "
+                f"({written.strip()!r}); expected the name that `vllm serve --tool-call-parser` takes for this model"
+            )
+        self._parser.learn_marker(written)
+
+
+def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:
+    """The message as `vllm serve` hands it to the template: arguments as objects, reasoning under both its names."""
+    content: Any = message.content
+    if as_list and message.role != "tool":
+        content = [{"type": "text", "text": message.content}]
+    out: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": _as_object(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    if message.reasoning:
+        out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    if message.role == "tool":
+        out |= {"tool_call_id": message.call_id, "name": message.name}
+    return out
+
+
+def _as_object(arguments: str) -> dict[str, Any]:
+    # As vLLM does: what is no JSON object is shown to the template as an empty one.
+    try:
+        value = json.loads(arguments)
+    except json.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+_content_is_a_list = functools.lru_cache(maxsize=32)(content_is_a_list)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e
+
+
+def _stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:
+    """The tokens at which `vllm serve` stops: the tokenizer's, and those of generation_config.json."""
+    ids = {eos_token_id} if eos_token_id is not None else set()
+    path = model / "generation_config.json"
+    if path.is_file():
+        eos = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+    return frozenset(ids)

@@ -1,0 +1,212 @@
+"""A generated turn, read as `vllm serve` reads it: reasoning, content and tool calls, by vLLM's own parsers.
+
+Every import of vLLM that the chat needs stands in this file; the names are the same from vLLM 0.25.1 to 0.31.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from envs.errors import UserError
+from envs.types import Message, ToolCall
+
+ToolSchema = Mapping[str, Any]
+"""A tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedTurn:
+    """What one generation said."""
+
+    message: Message
+    """The assistant's message as a client of `vllm serve` gets it."""
+    malformed: bool
+    """It tried to call a tool and none was parsed. Never a final answer."""
+    num_reasoning_tokens: int
+    """As vLLM's reasoning parser counts them; the tags are not counted."""
+    finished: bool
+    """It ended with a stop token; False when a limit cut it off."""
+
+
+_TAG = re.compile(r"\s*(<[^<>\s{}]+>|\[[A-Z_]{3,}\])")
+_SIGNS = re.compile(
+    r"""</?\|?\s*tool[_ ]?call            # <tool_call>, </tool_call>, <|tool_call..., also cut off or misspelt
+      | <function=|\[TOOL_CALLS\]|<\|python_tag\|>
+      | \{\s*["']name["']\s*:\s*["'][^"']*["']\s*,\s*["'](?:arguments|parameters)["']\s*:
+      | \{\s*["'](?:arguments|parameters)["']\s*:.*["']name["']\s*:
+    """,
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+
+
+class TurnParser:
+    """vLLM's tool and reasoning parser under one tokenizer.
+
+    *Covered*: every parser that `vllm serve` composes for Chat Completions without streaming, `tool_choice="auto"`.
+    *Not covered*: gpt-oss's harmony format, slow tokenizers, call ids that the parser itself chooses (Kimi).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        tool_parser: str,
+        reasoning_parser: str | None,
+        template_kwargs: Mapping[str, Any],
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        """Raises `UserError` for a parser name that vLLM does not know or that does not go with the tokenizer."""
+        check_parser_names(tool_parser, reasoning_parser)
+        from vllm.parser import ParserManager
+
+        # Failed parses are counted and shown to the model; vLLM would print a traceback for each of them.
+        for name in ("vllm.tool_parsers", "vllm.parser", "vllm.reasoning"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        self._tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs)
+        self._stop_token_ids = stop_token_ids
+        self._requests: dict[str, Any] = {}
+        self._markers: tuple[str, ...] = ()
+        self._parser_class = ParserManager.get_parser(
+            tool_parser_name=tool_parser, reasoning_parser_name=reasoning_parser, enable_auto_tools=True
+        )
+        try:
+            self._new_parser(None)
+        except Exception as e:  # vLLM's parsers raise whatever they like for a tokenizer without their tokens
+            names = f"tool_parser: {tool_parser!r}, reasoning_parser: {reasoning_parser!r}"
+            raise UserError(f"{names} can't be used with this model's tokenizer: {e}") from e
+
+    def learn_marker(self, call_text: str) -> None:
+        """Take the tag that opens `call_text`, a call as the template writes it, as a sign of a call."""
+        if tag := _TAG.match(call_text):
+            self._markers = (tag.group(1),)
+
+    def parse(
+        self, token_ids: Sequence[int], tools: Sequence[ToolSchema], *, prime: Sequence[int], first_call: int
+    ) -> ParsedTurn:
+        """Read a generation. `prime` are the last tokens of the prompt; they only steady the decoding of spaces."""
+        finished = bool(token_ids) and token_ids[-1] in self._stop_token_ids
+        body = token_ids[:-1] if finished else token_ids
+        request = self._request(tools)
+        pieces = self._pieces(body, prime, skip_special_tokens=request.skip_special_tokens)
+        text = "".join(pieces)
+        parser = self._new_parser(request.tools)
+        reasoning, content, calls = parser.parse(
+            text, request, enable_auto_tools=True, model_output_token_ids=list(token_ids)
+        )
+        message = Message(
+            role="assistant",
+            content=content or "",
+            reasoning=reasoning or "",
+            tool_calls=tuple(
+                # Nine letters and digits: Mistral's templates refuse any other id.
+                ToolCall(call_id=f"call{first_call + i:05d}", name=call.name, arguments=call.arguments)
+                for i, call in enumerate(calls or [])
+            ),
+        )
+        malformed = False
+        if tools and not calls:
+            raw = "".join(self._pieces(body, prime, skip_special_tokens=False))
+            after_reasoning = raw[raw.rfind(reasoning) + len(reasoning) :] if reasoning else raw
+            # A call inside reasoning that was never closed is an attempt too: there is nothing else in the turn.
+            malformed = self._looks_like_a_call(after_reasoning if (content or "").strip() else raw, tools)
+        return ParsedTurn(
+            message=message,
+            malformed=malformed,
+            num_reasoning_tokens=_num_reasoning_tokens(parser, body, pieces, reasoning or ""),
+            finished=finished,
+        )
+
+    def normalized_tools(self, tools: Sequence[ToolSchema]) -> list[dict[str, Any]] | None:
+        """The tools as `vllm serve` hands them to the template: its own field order, unknown keys dropped."""
+        request = self._request(tools)
+        return [tool.model_dump() for tool in request.tools] if request.tools else None
+
+    def _looks_like_a_call(self, text: str, tools: Sequence[ToolSchema]) -> bool:
+        if _SIGNS.search(text) or any(marker in text for marker in self._markers):
+            return True
+        names = "|".join(re.escape(tool["function"]["name"]) for tool in tools)
+        return re.match(rf"\s*\[?\s*(?:{names})\s*\(", text) is not None
+
+    def _pieces(self, body: Sequence[int], prime: Sequence[int], *, skip_special_tokens: bool) -> list[str]:
+        """The text of each token as vLLM's incremental detokenizer gives it: half a character gives nothing."""
+        from tokenizers.decoders import DecodeStream
+
+        backend = self._tokenizer._tokenizer
+        stream = DecodeStream(ids=list(prime), skip_special_tokens=skip_special_tokens)
+        pieces = []
+        for token_id in body:
+            try:
+                piece = stream.step(backend, token_id)
+            except Exception as e:  # tokenizers' own exception class is not exported
+                if "Invalid prefix" not in str(e):
+                    raise
+                # Bytes that are no UTF-8: vLLM starts the stream afresh and goes on.
+                stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+                piece = stream.step(backend, token_id)
+            pieces.append(piece or "")
+        return pieces
+
+    def _new_parser(self, tools: Any) -> Any:
+        # Parsers carry state, so each turn gets its own, as each request does in `vllm serve`.
+        return self._parser_class(self._tokenizer, tools, chat_template_kwargs=self._template_kwargs)
+
+    def _request(self, tools: Sequence[ToolSchema]) -> Any:
+        """The Chat Completions request that offers these tools, as the parsers have adjusted it."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        key = json.dumps(list(tools))
+        if key not in self._requests:
+            offered = {"tools": list(tools), "tool_choice": "auto"} if tools else {}
+            try:
+                request = ChatCompletionRequest.model_validate({"model": "policy", "messages": [], **offered})
+            except ValueError as e:
+                raise UserError(f"tools: not a Chat Completions tool schema: {e}") from e
+            self._requests[key] = self._new_parser(request.tools).adjust_request(request)
+        return self._requests[key]
+
+
+def _num_reasoning_tokens(parser: Any, body: Sequence[int], pieces: Sequence[str], reasoning: str) -> int:
+    if not reasoning:
+        return 0
+    if count := parser.count_reasoning_tokens(list(body)):
+        return int(count)
+    # vLLM counts from the opening tag on; where the prompt has already opened it, the turn holds none.
+    end = "".join(pieces).find(reasoning) + len(reasoning)
+    starts = itertools.accumulate((len(piece) for piece in pieces), initial=0)
+    return sum(start < end for start in itertools.islice(starts, len(pieces)))
+
+
+def check_parser_names(tool_parser: str, reasoning_parser: str | None) -> None:
+    """Raise `UserError`, listing the names there are, for a parser that the installed vLLM does not have."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    names = ToolParserManager.list_registered()
+    if tool_parser not in names:
+        raise UserError(f"tool_parser: vLLM has none named {tool_parser!r}. Expected one of: {', '.join(names)}")
+    names = ReasoningParserManager.list_registered()
+    if reasoning_parser is not None and reasoning_parser not in names:
+        raise UserError(
+            f"reasoning_parser: vLLM has none named {reasoning_parser!r}. Expected null or one of: {', '.join(names)}"
+        )
+
+
+def content_is_a_list(template: str) -> bool:
+    """Whether `vllm serve` hands this template a message's content as a list of parts instead of a string."""
+    from vllm.renderers.hf import _detect_content_format
+
+    return bool(_detect_content_format(template, default="string") == "openai")
+
+
+def with_cached_vocabulary(tokenizer: Any) -> Any:
+    """The tokenizer as vLLM's parsers expect it: asking it for its vocabulary costs nothing."""
+    from vllm.tokenizers.hf import get_cached_tokenizer
+
+    return get_cached_tokenizer(tokenizer)

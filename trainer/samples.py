@@ -1,0 +1,158 @@
+"""Training rows: the token ledger of an episode, and the samples made of it. Knows no tensors.
+
+A rollout owns one `Ledger` per row. It has one row, unless its chat template broke the earlier prefix and a new row was
+forked. A forked row takes over what the model has already sampled as *context*, so over all rows of a rollout each
+sampled token is trainable exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+UNTRAINABLE_VERSION = -1
+"""Stands as policy version of a token that no policy sampled."""
+
+
+class Ledger:
+    """The append-only record of one row: token in, token out.
+
+    What the engine sampled is appended as it came and never decoded and encoded again; the next generation's prompt is
+    `prompt_ids`. Nothing is ever removed or changed.
+    """
+
+    __slots__ = ("_logprobs", "_token_ids", "_trainable", "_versions")
+
+    def __init__(self) -> None:
+        self._token_ids: list[int] = []
+        self._trainable: list[bool] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ledger) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Every token so far: the prompt of the next generation (a copy)."""
+        return list(self._token_ids)
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(self._trainable)
+
+    def append_context(self, token_ids: Iterable[int]) -> None:
+        """Append tokens that the policy did not choose: the prompt, tool results, the template's glue."""
+        for token_id in token_ids:
+            self._append(token_id, trainable=False, logprob=0.0, version=UNTRAINABLE_VERSION)
+
+    def append_sampled(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+        """Append what the engine sampled under policy `version`, the stop token included if it was sampled.
+
+        `logprobs` are those of the distribution that was sampled from, that is after temperature.
+        """
+        assert len(token_ids) == len(logprobs), f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities"
+        assert version >= 0 and self._token_ids, "a sampled token has a policy version and a prompt before it"
+        for token_id, logprob in zip(token_ids, logprobs, strict=True):
+            assert math.isfinite(logprob), f"the engine gave log-probability {logprob} for token {token_id}"
+            self._append(token_id, trainable=True, logprob=float(logprob), version=version)
+
+    def _append(self, token_id: int, *, trainable: bool, logprob: float, version: int) -> None:
+        self._token_ids.append(int(token_id))
+        self._trainable.append(trainable)
+        self._logprobs.append(logprob)
+        self._versions.append(version)
+
+    def to_sample(self, *, advantage: float, rollout_id: str, task_id: str) -> Sample:
+        return Sample(
+            token_ids=tuple(self._token_ids),
+            trainable=tuple(self._trainable),
+            logprobs=tuple(self._logprobs),
+            versions=tuple(self._versions),
+            advantage=advantage,
+            rollout_id=rollout_id,
+            task_id=task_id,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` reads back bit for bit.
+
+        `sampled` lists `[start, end, version]` of each run of trainable tokens; `logprobs` holds theirs, in order.
+        """
+        runs: list[list[int]] = []
+        for i, (trainable, version) in enumerate(zip(self._trainable, self._versions, strict=True)):
+            if not trainable:
+                continue
+            if runs and runs[-1][1] == i and runs[-1][2] == version:
+                runs[-1][1] = i + 1
+            else:
+                runs.append([i, i + 1, version])
+        logprobs = [x for x, trainable in zip(self._logprobs, self._trainable, strict=True) if trainable]
+        return {"token_ids": list(self._token_ids), "sampled": runs, "logprobs": logprobs}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Ledger:
+        ledger, token_ids, logprobs, start = cls(), row["token_ids"], row["logprobs"], 0
+        for begin, end, version in row["sampled"]:
+            ledger.append_context(token_ids[start:begin])
+            ledger.append_sampled(token_ids[begin:end], logprobs[: end - begin], version)
+            logprobs, start = logprobs[end - begin :], end
+        ledger.append_context(token_ids[start:])
+        assert not logprobs, "more log-probabilities than sampled tokens"
+        return ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One training row.
+
+    An episode of two turns, `<u> sum? <a>` → the model calls a tool → its result → the model answers:
+
+        position     0    1     2    3     4      5    6     7    8    9
+        token        <u>  sum?  <a>  call  </a>   <t>  42    <a>  42   </a>
+        trainable    0    0     0    1     1      0    0     0    1    1
+        logprobs     0.0  0.0   0.0  -1.2  -0.1   0.0  0.0   0.0  -0.4 -0.1
+        versions     -1   -1    -1   7     7      -1   -1    -1   7    7
+
+    The token at position t is predicted from position t - 1, so the loss reads the model's output at positions
+    2, 3, 7 and 8. A tool result that contains the model's very words stays untrainable: position 6, against 8.
+
+    All rows of a rollout carry the rollout's whole advantage. It is not divided among them: each trainable token
+    occurs in one row only, and the loss counts tokens (or rollouts), never rows.
+    """
+
+    token_ids: tuple[int, ...]
+    trainable: tuple[bool, ...]
+    """Whether the policy sampled the token; only such tokens enter the loss."""
+    logprobs: tuple[float, ...]
+    """The sampler's, after temperature; 0.0 where untrainable."""
+    versions: tuple[int, ...]
+    """The policy version that sampled the token; -1 where untrainable."""
+    advantage: float
+    """Of the whole rollout."""
+    rollout_id: str
+    task_id: str
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        assert n == len(self.trainable) == len(self.logprobs) == len(self.versions), "ragged sample"
+        assert not (n and self.trainable[0]), "nothing precedes the first token, so nothing predicts it"
+        assert math.isfinite(self.advantage), f"advantage {self.advantage} of rollout {self.rollout_id}"
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(self.trainable)
+
+
+def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str, task_id: str) -> list[Sample]:
+    """The samples of one rollout: a row per ledger that has anything to train on."""
+    return [
+        row.to_sample(advantage=advantage, rollout_id=rollout_id, task_id=task_id) for row in rows if row.num_trainable
+    ]

@@ -1,0 +1,97 @@
+"""The proof that the sampler runs the policy that is being trained (invariant 2).
+
+Fixed token sequences, the canary, are scored by the engine and by the trainer after every publish. Two things must
+hold. The engine agrees with the trainer within a tolerance. And the engine has *moved* as the trainer has: with
+e, n the log-probabilities of engine and trainer now and e', n' those at a reference (the base model, the former
+version), the share of the update that the engine applied is the regression slope
+
+    a = <e - e', n - n'> / <n - n', n - n'>
+
+which is 1 where the engine runs the new policy and 0 where it still runs the reference, however small the step is
+against the constant difference of the two implementations (kernels, precision), which cancels.
+
+*Not covered:* an update that moves no canary token by more than `_LEAST_MOVE` on average.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from envs.errors import PublishError
+from trainer.engine import Engine
+
+_LEAST_MOVE = 1e-3
+"""Mean absolute change of the trainer's log-probabilities, nats, below which a reference says nothing."""
+
+Scores = list[float]
+"""Log-probabilities of all canary tokens, the sequences one after the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reference:
+    name: str
+    engine: Scores
+    trainer: Scores
+
+
+class Canary:
+    """Holds the canary's tokens and what engine and trainer said of them before."""
+
+    def __init__(self, token_ids: Sequence[Sequence[int]], *, tolerance: float) -> None:
+        """`tolerance`: largest mean absolute difference between engine and trainer, nats a token."""
+        self.token_ids = [list(ids) for ids in token_ids]
+        self._tolerance = tolerance
+        self._base: _Reference | None = None
+        self._former: _Reference | None = None
+
+    async def score(self, engine: Engine) -> Scores:
+        rows = await asyncio.gather(*(engine.score(ids) for ids in self.token_ids))
+        return [x for row in rows for x in row]
+
+    async def note_base(self, engine: Engine, trainer: Scores) -> dict[str, float]:
+        """Compare the engine before its first publish with the trainer's base model (adapter disabled)."""
+        scores = await self.score(engine)
+        mismatch = self._check_mismatch(scores, trainer, "the base model was loaded")
+        self._base = _Reference(name="the base model", engine=scores, trainer=trainer)
+        return {"canary/base_mismatch": mismatch}
+
+    async def prove(self, engine: Engine, trainer: Scores, *, version: int) -> dict[str, float]:
+        """Check the engine against the trainer's scores under the adapter. Raises `PublishError`."""
+        scores = await self.score(engine)
+        metrics = {"canary/mismatch": self._check_mismatch(scores, trainer, f"policy-v{version} was published")}
+        for reference in (self._base, self._former):
+            if reference is None:
+                continue
+            moved = [n - m for n, m in zip(trainer, reference.trainer, strict=True)]
+            if sum(map(abs, moved)) / len(moved) < _LEAST_MOVE:
+                continue
+            engine_moved = [e - f for e, f in zip(scores, reference.engine, strict=True)]
+            share, error = _slope(engine_moved, moved)
+            metrics[f"canary/applied_since_{reference.name.split()[-1]}"] = share
+            if share + 4 * error < 0.5:
+                raise PublishError(
+                    f"after policy-v{version} was published the engine still answers as {reference.name}: it shows "
+                    f"{share:.0%} of the update that the trainer shows on the canary (standard error {error:.0%})"
+                )
+        self._former = _Reference(name="the former version", engine=scores, trainer=trainer)
+        return metrics
+
+    def _check_mismatch(self, scores: Scores, trainer: Scores, event: str) -> float:
+        mismatch = sum(abs(e - n) for e, n in zip(scores, trainer, strict=True)) / len(scores)
+        if not mismatch <= self._tolerance:
+            raise PublishError(
+                f"after {event} the engine's log-probabilities differ from the trainer's by {mismatch:.3f} nats a "
+                f"token on the canary (engine.canary_mean_tolerance is {self._tolerance}): it runs another policy"
+            )
+        return mismatch
+
+
+def _slope(y: Scores, x: Scores) -> tuple[float, float]:
+    """Least-squares slope of y on x through the origin, and its standard error."""
+    xx = sum(v * v for v in x)
+    slope = sum(a * b for a, b in zip(x, y, strict=True)) / xx
+    residual = sum((b - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / max(1, len(x) - 1)
+    return slope, math.sqrt(residual / xx)

@@ -1,0 +1,246 @@
+"""The run's configuration: YAML → validated objects. Loads neither torch nor vllm."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from envs.errors import UserError
+from envs.finance.config import FinanceConfig
+from graders.config import GraderConfig
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values cannot change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    """The trainable adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=512, description="rank")
+    alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="module names to adapt, or all-linear"
+    )
+
+
+class ModelConfig(Section):
+    """The base model and how its text is rendered and parsed."""
+
+    name: str = Field("smollm2-135m-instruct", description="embedded default, Hugging Face id or local folder")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of the frozen base weights")
+    lora: LoraConfig = LoraConfig()
+    chat_template: str = Field(
+        "auto", description="auto: the model's own, or the fallback where it knows no tools; or a Jinja file"
+    )
+    chat_template_kwargs: dict[str, Any] = Field({}, description="passed to the template, e.g. enable_thinking")
+    tool_parser: str | None = Field(
+        None, description="as `vllm serve --tool-call-parser` names it; null: hermes, with the fallback template only"
+    )
+    reasoning_parser: str | None = Field(None, description="as `vllm serve --reasoning-parser` names it")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+
+
+class EngineConfig(Section):
+    """The vLLM engine of the rollout worker."""
+
+    publish: Literal["auto", "lora", "merged"] = Field(
+        "auto", description="how new weights reach the engine; auto: lora on a GPU, merged on a CPU (measured faster)"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
+    kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
+    enforce_eager: bool = Field(False, description="no compilation or CUDA graphs")
+    canary_mean_tolerance: float = Field(
+        0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"
+    )
+
+
+class RolloutConfig(Section):
+    """How episodes are run."""
+
+    tasks_per_step: int = Field(8, ge=1, description="groups in a step")
+    group_size: int = Field(8, ge=2, description="rollouts of one task")
+    max_turns: int = Field(12, ge=1, description="model generations in an episode")
+    max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
+    max_turn_tokens: int = Field(256, ge=1, description="generated tokens in one turn")
+    max_episode_tokens: int = Field(1024, ge=16, description="tokens of a whole episode, prompt and tool outputs included")
+    episode_timeout_s: float = Field(600, gt=0, description="wall-clock limit of an episode, seconds")
+    tool_timeout_s: float = Field(60, gt=0, description="of one tool call, seconds")
+    max_tool_output_chars: int = Field(20_000, ge=1, description="longer tool outputs are cut, and say so")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature in training")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 biases the policy gradient")
+    world_retries: int = Field(2, ge=0, description="fresh attempts at a rollout lost to a fault of the world")
+
+
+class LossConfig(Section):
+    """The policy-gradient loss. See `trainer.losses` and `trainer.advantages` for the formulas."""
+
+    advantage: Literal["grpo", "dr_grpo"] = Field(
+        "grpo", description="grpo: centred and divided by the group's standard deviation; dr_grpo: centred only"
+    )
+    normalisation: Literal["token", "sequence", "constant"] = Field(
+        "token", description="token: mean over all trainable tokens (DAPO); sequence: mean of per-sample means (GRPO); "
+        "constant: sum over tokens / (samples · max_episode_tokens) (Dr. GRPO)"
+    )
+    clip_low: float = Field(0.2, ge=0, lt=1, description="lower clip range of the ratio")
+    clip_high: float = Field(0.2, ge=0, description="upper clip range of the ratio")
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL divergence (k3) to the base model")
+    tis_cap: float | None = Field(
+        2.0, gt=0, description="cap of the truncated importance weight between sampler and trainer; null: no correction"
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer (AdamW)."""
+
+    num_steps: int = Field(100, ge=0, description="optimizer updates of the run")
+    learning_rate: float = Field(2e-4, gt=0, description="peak")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to it")
+    num_epochs: int = Field(1, ge=1, description="passes over a step's samples; above 1 the clip takes effect")
+    minibatches: int = Field(1, ge=1, description="optimizer updates per pass; above 1 the clip takes effect")
+    max_microbatch_tokens: int = Field(8192, ge=64, description="padded tokens of one forward and backward")
+
+
+class WarmstartConfig(Section):
+    """Supervised fine-tuning on expert episodes before the first rollout (trl's SFTTrainer)."""
+
+    num_steps: int = Field(16, ge=1)
+    episodes_per_step: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
+class EvalConfig(Section):
+    """Held-out evaluation."""
+
+    every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
+    num_tasks: int = Field(32, ge=1, description="held-out tasks, the first of the eval split")
+    samples_per_task: int = Field(2, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+
+
+class DataConfig(Section):
+    """Tasks from JSONL files in the hosted format; without this section the world's own tasks are used."""
+
+    train: Path = Field(description="JSONL of training rows")
+    eval: Path = Field(description="JSONL of held-out rows")
+
+
+class CheckpointConfig(Section):
+    """What is kept to resume and to serve."""
+
+    every_steps: int = Field(1, ge=1)
+    keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    output_dir: Path = Field(description="the run folder; holds everything the run writes")
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    world: Annotated[FinanceConfig, Field(description="the environment")] = FinanceConfig()
+    data: DataConfig | None = None
+    grader: GraderConfig
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    warmstart: WarmstartConfig | None = None
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> RunConfig:
+        if self.rollout.max_turn_tokens >= self.rollout.max_episode_tokens:
+            raise ValueError("rollout.max_turn_tokens must be smaller than rollout.max_episode_tokens")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML config and apply `key.sub=value` overrides (values are YAML). Raises `UserError`."""
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(f"config {path}: {e.strerror or e}") from e
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"config {path}: not valid YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise UserError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
+    for override in overrides or []:
+        _override(data, override)
+    return validate_config(data, source=str(path))
+
+
+def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:
+    """Raises `UserError` that names every bad key, what was expected and the nearest known key."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as e:
+        lines = [f"config {source}: {e.error_count()} problem{'s' * (e.error_count() > 1)}"]
+        for error in e.errors():
+            location = [str(part) for part in error["loc"]]
+            key = ".".join(location)
+            if error["type"] == "extra_forbidden":
+                lines.append(f"  {key}: unknown key{_suggestion(location)}")
+            elif error["type"] == "missing":
+                lines.append(f"  {key}: required, but not given")
+            else:
+                got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+                lines.append(f"  {key or 'config'}: {error['msg']}{got}")
+        raise UserError("\n".join(lines)) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override {override!r}: expected KEY=VALUE, for example optim.learning_rate=2e-5")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from e
+    if isinstance(node[last], str):
+        # YAML 1.1 reads 2e-5 as text; people write it as a number.
+        with contextlib.suppress(ValueError):
+            node[last] = float(node[last])
+
+
+def _suggestion(location: list[str]) -> str:
+    """The known keys nearest to an unknown one."""
+    section: Any = RunConfig
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        if field is None:
+            return ""
+        candidates = [a for a in (field.annotation, *get_args(field.annotation)) if _is_section(a)]
+        if not candidates:
+            return ""
+        section = candidates[0]
+    near = difflib.get_close_matches(location[-1], section.model_fields, n=1)
+    known = ", ".join(sorted(section.model_fields))
+    return f"; did you mean {near[0]}?" if near else f"; known keys: {known}"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,0 +1,240 @@
+"""The rollout engine: token ids in, token ids and log-probabilities out, new weights in between.
+
+`VllmEngine` runs vLLM's AsyncLLM in process. `trainer.scripted.ScriptedEngine` has the same interface and is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from envs.errors import PublishError, WorldError
+from trainer.config import EngineConfig, ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine sampled for one turn."""
+
+    token_ids: list[int]
+    """Exactly as sampled, the stop token included."""
+    logprobs: list[float]
+    """Of each sampled token under the sampling distribution (after temperature), nats."""
+    finished: bool
+    """False when the turn was cut off at `max_tokens`."""
+    policy_version: int
+    """Updates that the weights had seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one turn is sampled."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+class Engine(Protocol):
+    """Serves one policy version at a time to any number of concurrent requests."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample one turn. Raises `WorldError` when the request fails but the engine lives."""
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token but the first given those before it, at temperature 1; length T - 1."""
+        ...
+
+    async def publish(self, weights: Path, version: int) -> None:
+        """Serve `weights` (an adapter or merged weights, as `publishes_merged` says) from now on."""
+        ...
+
+    @property
+    def publishes_merged(self) -> bool: ...
+
+    def shutdown(self) -> None: ...
+
+
+class VllmEngine:
+    """vLLM's continuous batching over all live episodes. Create it with `await VllmEngine.start(...)`.
+
+    Every request carries the policy version as its cache salt, so that no prefix-cache entry of one version can
+    serve another; in adapter mode the adapter's name (`policy-v{N}`) does the same once more.
+    """
+
+    def __init__(self, llm: Any, *, merged: bool, stop_token_ids: Sequence[int]) -> None:
+        self._llm = llm
+        self._merged = merged
+        self._stop_token_ids = list(stop_token_ids)
+        self._version = 0
+        self._lora: Any = None
+        self._request_ids = itertools.count()
+        self._live_requests = 0
+
+    @classmethod
+    async def start(
+        cls,
+        model_path: Path,
+        *,
+        model: ModelConfig,
+        engine: EngineConfig,
+        max_model_len: int,
+        stop_token_ids: Sequence[int],
+        device: str,
+        local_rank: int = 0,
+    ) -> VllmEngine:
+        """Start the engine's processes and load the base model. `device` is cpu or cuda."""
+        merged = engine.publish == "merged" or (engine.publish == "auto" and device == "cpu")
+        # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
+        # offset"), so every prompt is prefilled whole there.
+        on_cpu: dict[str, Any] = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, max_model_len),
+        }
+        with _engine_environment(engine, device=device, local_rank=local_rank):
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            args = AsyncEngineArgs(
+                model=str(model_path),
+                dtype=model.dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=engine.max_num_seqs,
+                gpu_memory_utilization=engine.gpu_memory_utilization,
+                enforce_eager=engine.enforce_eager,
+                enable_prefix_caching=True,
+                enable_lora=not merged,
+                max_lora_rank=_lora_rank_bucket(model.lora.r),
+                max_loras=1,
+                # Log-probabilities of the distribution that was sampled from: the trainer divides by the same
+                # temperature.
+                logprobs_mode="processed_logprobs",
+                # The model's own sampling defaults must not change the policy that is trained.
+                generation_config="vllm",
+                disable_log_stats=True,
+                **(on_cpu if device == "cpu" else {}),
+            )
+            llm = AsyncLLM.from_engine_args(args)
+        return cls(llm, merged=merged, stop_token_ids=stop_token_ids)
+
+    @property
+    def publishes_merged(self) -> bool:
+        return self._merged
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=0,
+            stop_token_ids=self._stop_token_ids,
+            detokenize=False,
+        )
+        version = self._version
+        output = (await self._request(prompt_ids, params)).outputs[0]
+        return Completion(
+            token_ids=list(output.token_ids),
+            logprobs=[entry[t].logprob for t, entry in zip(output.token_ids, output.logprobs, strict=True)],
+            finished=output.finish_reason == "stop",
+            policy_version=version,
+        )
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        output = await self._request(token_ids, params)
+        return [entry[t].logprob for t, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+
+    async def publish(self, weights: Path, version: int) -> None:
+        if self._live_requests:
+            raise PublishError(f"publish of policy-v{version} while {self._live_requests} requests are running")
+        if self._merged:
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
+        else:
+            from vllm.lora.request import LoRARequest
+
+            former, self._lora = self._lora, LoRARequest(f"policy-v{version}", version + 1, str(weights))
+            if former is not None:
+                await self._llm.remove_lora(former.lora_int_id)
+            if not await self._llm.add_lora(self._lora):
+                raise PublishError(f"vLLM did not load the adapter policy-v{version} from {weights}")
+        if not await self._llm.reset_prefix_cache():
+            raise PublishError(f"vLLM kept its prefix cache when policy-v{version} was published")
+        self._version = version
+
+    async def _request(self, prompt_ids: Sequence[int], params: Any) -> Any:
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": f"policy-v{self._version}"}
+        self._live_requests += 1
+        try:
+            output = None
+            stream = self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=self._lora)
+            async for output in stream:
+                pass
+            assert output is not None, "vLLM ended a request without an output"
+            return output
+        except EngineGenerateError as e:
+            raise WorldError(f"vLLM failed a request: {e}") from e
+        finally:
+            self._live_requests -= 1
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()
+
+
+def _lora_rank_bucket(r: int) -> int:
+    """vLLM takes certain maximal ranks only; the smallest that holds `r`."""
+    return next(b for b in (1, 8, 16, 32, 64, 128, 256, 320, 512) if b >= r)
+
+
+@contextlib.contextmanager
+def _engine_environment(engine: EngineConfig, *, device: str, local_rank: int) -> Iterator[None]:
+    """The environment that vLLM's processes inherit; put back afterwards.
+
+    The launcher's variables (RANK, WORLD_SIZE, ...) would make vLLM join the trainer's process group, so they are
+    hidden; on GPUs each rank's engine sees its own device only.
+    """
+    changes: dict[str, str | None] = {
+        name: None
+        for name in os.environ
+        if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        or name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
+    changes["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    changes["VLLM_NO_USAGE_STATS"] = "1"
+    if device == "cpu":
+        changes["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(engine.kv_cache_gib)))
+        # All cores that this process may use: by default vLLM leaves one idle, half of a small machine.
+        cores = sorted(os.sched_getaffinity(0))
+        changes["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        changes["CUDA_VISIBLE_DEVICES"] = visible[local_rank] if visible != [""] else str(local_rank)
+    former = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
+    try:
+        yield
+    finally:
+        _set_environment(former)
+
+
+def _set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

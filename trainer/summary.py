@@ -1,0 +1,83 @@
+"""Figures of a set of rollouts: what a step's metrics, an evaluation and the report show. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from envs.types import StopReason
+from trainer.rollout import Rollout
+
+Metrics = dict[str, float]
+
+
+def summarise(rollouts: Sequence[Rollout]) -> Metrics:
+    """Means over the graded rollouts, and counts of what was lost.
+
+    Tokens are generated tokens: `completion_tokens` in all, of which `reasoning_tokens` by the reasoning parser and
+    `answer_tokens` the others (tool calls and answers). Latencies are in seconds. `tool_calls` counts malformed calls
+    too. Keys `stop/…`, `tool/…` and `part/…` are shares, calls and errors by tool, and reward parts.
+    """
+    graded = [r for r in rollouts if r.grade is not None]
+    metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
+    metrics["retried_rollouts"] = sum(r.num_attempts > 1 for r in rollouts)
+    if not graded:
+        return metrics
+    episodes = [r.episode for r in graded]
+    metrics |= {
+        "reward": fmean(r.grade.reward for r in graded if r.grade is not None),
+        "correct": fmean(_score(r) >= 1.0 for r in graded),
+        "answered": fmean(e.stop_reason is StopReason.ANSWERED for e in episodes),
+        "turns": fmean(len(e.turns) for e in episodes),
+        "tool_calls": fmean(e.num_tool_calls for e in episodes),
+        "invalid_calls": fmean(e.num_invalid_calls for e in episodes),
+        "malformed_calls": fmean(sum(t.malformed for t in e.turns) for e in episodes),
+        "completion_tokens": fmean(e.num_tokens for e in episodes),
+        "reasoning_tokens": fmean(e.num_reasoning_tokens for e in episodes),
+        "answer_tokens": fmean(e.num_tokens - e.num_reasoning_tokens for e in episodes),
+        "episode_tokens": fmean(sum(len(ledger) for ledger in r.ledgers) for r in graded),
+        "episode_latency_s": fmean(e.latency_s for e in episodes),
+        "forks": fmean(len(r.ledgers) - 1 for r in graded),
+        "drifted_turns": fmean(r.num_drifted_turns for r in graded),
+    }
+    metrics |= {f"stop/{reason}": n / len(graded) for reason, n in Counter(e.stop_reason for e in episodes).items()}
+    metrics |= _by_tool(graded)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for rollout in graded:
+        for name, value in (rollout.grade.parts if rollout.grade else {}).items():
+            parts[name].append(value)
+    return metrics | {f"part/{name}": sum(values) / len(graded) for name, values in parts.items()}
+
+
+def _score(rollout: Rollout) -> float:
+    """The grader's own part: the first one; the others are penalties."""
+    assert rollout.grade is not None
+    return next(iter(rollout.grade.parts.values()), rollout.grade.reward)
+
+
+def _by_tool(graded: Sequence[Rollout]) -> Metrics:
+    results = [result for r in graded for turn in r.episode.turns for result in turn.results]
+    metrics: Metrics = {}
+    # A name that the model made up is no tool of ours; it is counted with the invalid calls.
+    for name in sorted({r.name for r in results if r.error is None}):
+        mine = [r for r in results if r.name == name]
+        metrics |= {
+            f"tool/{name}/calls": len(mine) / len(graded),
+            f"tool/{name}/errors": sum(r.error is not None for r in mine) / len(graded),
+            f"tool/{name}/latency_s": fmean(r.latency_s for r in mine),
+        }
+    return metrics
+
+
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def mean_of(rows: Iterable[Metrics]) -> Metrics:
+    """Key-wise mean over the rows that have the key."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            values[name].append(value)
+    return {name: fmean(column) for name, column in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -13,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.build import build_grader, check_tasks
-from graders.config import GraderConfig
+from graders.config import GraderConfig, PenaltiesConfig, PenaltyConfig
 from graders.numbers import find_numbers
 from graders.penalties import penalty
-from graders.types import Grade
+from graders.types import Grade, Grader
 
 
 def task(answer: object = "412.5 million", **item: object) -> Task:
@@ -49,12 +50,16 @@ def episode(
     return Episode(rollout_id="r", task_id="t", messages=(), turns=turns, stop_reason=stop_reason)
 
 
-def config(score: str = "numeric", **penalties: Any) -> GraderConfig:
-    return GraderConfig.model_validate({"score": {"type": score}, "penalties": penalties})
+CONFIG: TypeAdapter[GraderConfig] = TypeAdapter(GraderConfig)
+
+
+def make_grader(score: str = "numeric", settings: Mapping[str, Any] | None = None, **penalties: Any) -> Grader:
+    config = CONFIG.validate_python({"type": score, **(settings or {})})
+    return build_grader(config, PenaltiesConfig.model_validate(penalties))
 
 
 async def grade(answer: str, gold: object = "412.5 million", score: str = "numeric") -> Grade:
-    return await build_grader(config(score)).grade(task(gold), episode(answer))
+    return await make_grader(score).grade(task(gold), episode(answer))
 
 
 @pytest.mark.parametrize(
@@ -139,24 +144,22 @@ async def test_numeric_gives_nothing_for_a_wrong_number_unit_sign_or_a_list_of_g
 
 
 async def test_partial_credit_can_be_turned_off() -> None:
-    settings = GraderConfig.model_validate({"score": {"type": "numeric", "partial_credit": 0}})
-    grader = build_grader(settings)
+    grader = make_grader("numeric", {"partial_credit": 0})
     assert (await grader.grade(task(), episode("412.6 million"))).reward == 0.0
     assert (await grader.grade(task(), episode("412.5 million"))).reward == 1.0
 
 
 async def test_the_gold_answer_is_read_from_the_key_that_the_config_names() -> None:
-    settings = GraderConfig.model_validate({"score": {"type": "numeric", "answer_key": "gold"}})
-    result = await build_grader(settings).grade(task("7", gold="8"), episode("8"))
+    result = await make_grader("numeric", {"answer_key": "gold"}).grade(task("7", gold="8"), episode("8"))
     assert result.reward == 1.0
 
 
 async def test_exact_compares_text_without_regard_to_space_and_by_default_to_case() -> None:
     assert (await grade(" maple\n foods ", "Maple Foods", "exact")).reward == 1.0
     assert (await grade("Maple Foods Asia", "Maple Foods", "exact")).reward == 0.0
-    strict = GraderConfig.model_validate({"score": {"type": "exact", "ignore_case": False}})
-    assert (await build_grader(strict).grade(task("Maple"), episode("maple"))).reward == 0.0
-    assert (await build_grader(strict).grade(task("Maple"), episode("Maple"))).reward == 1.0
+    strict = make_grader("exact", {"ignore_case": False})
+    assert (await strict.grade(task("Maple"), episode("maple"))).reward == 0.0
+    assert (await strict.grade(task("Maple"), episode("Maple"))).reward == 1.0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +167,7 @@ async def test_exact_compares_text_without_regard_to_space_and_by_default_to_cas
 )
 @pytest.mark.parametrize("score", ["exact", "numeric"])
 async def test_an_episode_that_ended_without_an_answer_scores_nothing(score: str, stop_reason: StopReason) -> None:
-    result = await build_grader(config(score)).grade(task("7"), episode("7", stop_reason=stop_reason))
+    result = await make_grader(score).grade(task("7"), episode("7", stop_reason=stop_reason))
     assert result.reward == 0.0
     assert str(stop_reason) in result.explanation
 
@@ -172,7 +175,7 @@ async def test_an_episode_that_ended_without_an_answer_scores_nothing(score: str
 @pytest.mark.parametrize("score", ["exact", "numeric"])
 async def test_an_episode_that_the_world_broke_off_is_refused(score: str) -> None:
     with pytest.raises(ValueError, match="mask it"):
-        await build_grader(config(score)).grade(task("7"), episode("7", stop_reason=StopReason.WORLD_FAULT))
+        await make_grader(score).grade(task("7"), episode("7", stop_reason=StopReason.WORLD_FAULT))
 
 
 @pytest.mark.parametrize(
@@ -192,17 +195,15 @@ def test_a_task_that_cannot_be_graded_is_named_before_the_run(
 ) -> None:
     bad = Task(task_id="row-9", messages=(), item={"question": "?", **item})
     with pytest.raises(UserError, match=message) as caught:
-        check_tasks(config(score), [task("7"), bad])
+        check_tasks(CONFIG.validate_python({"type": score}), [task("7"), bad])
     assert "row-9" in str(caught.value)
 
 
 async def test_each_penalty_is_a_part_of_its_own_and_the_reward_is_their_sum() -> None:
-    grader = build_grader(
-        config(
-            tool_calls={"free": 2, "slope": 0.04, "floor": -0.2},
-            invalid_calls={"slope": 0.02, "floor": -0.1},
-            reasoning_tokens={"free": 100, "slope": 0.001, "floor": -0.1},
-        )
+    grader = make_grader(
+        tool_calls={"free": 2, "slope": 0.04, "floor": -0.2},
+        invalid_calls={"slope": 0.02, "floor": -0.1},
+        reasoning_tokens={"free": 100, "slope": 0.001, "floor": -0.1},
     )
     result = await grader.grade(task(), episode("412.5 million", tool_calls=4, invalid_calls=1, reasoning_tokens=150))
     assert result.parts == pytest.approx(
@@ -213,24 +214,19 @@ async def test_each_penalty_is_a_part_of_its_own_and_the_reward_is_their_sum() -
 
 
 def test_a_penalty_starts_above_the_free_units_and_ends_at_its_floor() -> None:
-    setting = GraderConfig.model_validate(
-        {"score": {"type": "exact"}, "penalties": {"tool_calls": {"free": 2, "slope": 0.125, "floor": -0.5}}}
-    ).penalties.tool_calls
-    assert setting is not None
+    setting = PenaltyConfig(free=2, slope=0.125, floor=-0.5)
     assert [penalty(n, setting) for n in (0, 2, 3, 4, 6, 7, 1000)] == [0, 0, -0.125, -0.25, -0.5, -0.5, -0.5]
 
 
 async def test_a_penalty_for_passing_rollouts_spares_the_others() -> None:
-    grader = build_grader(config(tool_calls={"slope": 0.1, "floor": -0.3, "only_passing": True}))
+    grader = make_grader(tool_calls={"slope": 0.1, "floor": -0.3, "only_passing": True})
     assert (await grader.grade(task(), episode("412.5 million", tool_calls=2))).reward == pytest.approx(0.8)
     assert (await grader.grade(task(), episode("412.6 million", tool_calls=2))).reward == 0.5
     assert (await grader.grade(task(), episode("7", tool_calls=2))).reward == 0.0
 
 
 async def test_malformed_turns_count_as_calls_and_as_invalid_calls() -> None:
-    grader = build_grader(
-        config(tool_calls={"slope": 0.01, "floor": -0.1}, invalid_calls={"slope": 0.02, "floor": -0.1})
-    )
+    grader = make_grader(tool_calls={"slope": 0.01, "floor": -0.1}, invalid_calls={"slope": 0.02, "floor": -0.1})
     broken = Turn(message=Message(role="assistant", content="<tool_call>{"), malformed=True)
     good = episode("412.5 million", tool_calls=1)
     result = await grader.grade(
@@ -243,29 +239,44 @@ async def test_malformed_turns_count_as_calls_and_as_invalid_calls() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"score": {"type": "nummeric"}}, "'exact', 'numeric'"),
-        ({"score": {"type": "exact", "partial_credit": 0.5}}, "Extra inputs"),
-        ({"score": {"type": "numeric", "partial_credit": 1.0}}, "less than 1"),
-        ({"score": {"type": "exact"}, "penalties": {"tool_calls": {"slope": 0.1, "floor": 0.2}}}, "less than 0"),
-        ({"score": {"type": "exact"}, "penalties": {"tool_calls": {"slope": 0, "floor": -0.2}}}, "greater than 0"),
-        ({"score": {"type": "exact"}, "penalties": {"tool_calls": {"slope": 0.1, "floor": float("nan")}}}, "finite"),
-        ({"score": {"type": "exact"}, "penalties": {"tool_calls": {"slope": 0.1, "floor": -1}}}, "floors sum to -1"),
-        ({"score": {"type": "numeric"}, "penalties": {"tool_calls": {"slope": 0.1, "floor": -0.5}}}, "only 0.5"),
-        (
-            {
-                "score": {"type": "numeric"},
-                "penalties": {
-                    "tool_calls": {"slope": 0.1, "floor": -0.3},
-                    "invalid_calls": {"slope": 0.1, "floor": -0.3},
-                },
-            },
-            "floors sum to -0.6",
-        ),
+        ({"type": "nummeric"}, "'exact', 'numeric'"),
+        ({"type": "exact", "partial_credit": 0.5}, "Extra inputs"),
+        ({"type": "numeric", "partial_credit": 1.0}, "less than 1"),
+        ({"type": "numeric", "answer_key": ""}, "at least 1 character"),
     ],
 )
 def test_a_grader_config_that_breaks_a_rule_is_refused_with_the_reason(settings: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        GraderConfig.model_validate(settings)
+        CONFIG.validate_python(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slope": 0.1, "floor": 0.2}, "less than 0"),
+        ({"slope": 0, "floor": -0.2}, "greater than 0"),
+        ({"slope": 0.1, "floor": float("nan")}, "finite"),
+        ({"slope": 0.1}, "Field required"),
+        ({"slope": 0.1, "floor": -0.2, "free": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_a_penalty_that_makes_no_sense_is_refused_with_the_reason(settings: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        PenaltiesConfig.model_validate({"tool_calls": settings})
+
+
+@pytest.mark.parametrize(
+    ("score", "floors", "gap"),
+    [("exact", [-1.0], 1), ("exact", [-0.6, -0.4], 1), ("numeric", [-0.5], 0.5), ("numeric", [-0.3, -0.3], 0.5)],
+)
+def test_floors_that_could_reverse_a_judgement_are_refused_and_a_little_less_is_not(
+    score: str, floors: list[float], gap: float
+) -> None:
+    names = ("tool_calls", "invalid_calls")
+    with pytest.raises(UserError, match=f"floors sum to {sum(floors):g}, .* differ by only {gap:g}"):
+        make_grader(score, **{n: {"slope": 1, "floor": f} for n, f in zip(names, floors, strict=False)})
+    scale = 0.99 * gap / -sum(floors)
+    make_grader(score, **{n: {"slope": 1, "floor": f * scale} for n, f in zip(names, floors, strict=False)})
 
 
 PENALTY = st.none() | st.fixed_dictionaries(
@@ -300,13 +311,12 @@ async def test_no_penalty_that_validates_lifts_a_worse_answer_over_a_better_one(
 ) -> None:
     floors = -sum(p["floor"] for p in penalties.values() if p)
     try:
-        settings = GraderConfig.model_validate({"score": score, "penalties": penalties})
-    except ValidationError:
+        grader = make_grader(score["type"], score, **penalties)
+    except UserError:
         # Refused only where the floors really could reverse a judgement.
         partial = score.get("partial_credit", 0)
         assert floors > (min(partial, 1 - partial) if partial else 1.0) - 2e-6
         return
-    grader = build_grader(settings)
     grades = [
         await grader.grade(task(), episode(ANSWERS[answer], **cost))
         for answer, cost in zip(answers, costs, strict=False)
@@ -316,18 +326,6 @@ async def test_no_penalty_that_validates_lifts_a_worse_answer_over_a_better_one(
     assert all(p <= 0 for g in grades for name, p in g.parts.items() if name != score["type"])
     if first.parts[score["type"]] < second.parts[score["type"]]:
         assert first.reward < second.reward
-
-
-def test_the_law_is_not_empty_a_refused_config_would_reverse_a_judgement() -> None:
-    """The bound is sharp: floors at the gap itself would let a free wrong answer tie with a costly right one."""
-    adapter = TypeAdapter(GraderConfig)
-    for floor, valid in ((-0.49, True), (-0.5, False)):
-        settings = {"score": {"type": "numeric"}, "penalties": {"tool_calls": {"slope": 1, "floor": floor}}}
-        if valid:
-            assert adapter.validate_python(settings).penalties.lowest == floor
-        else:
-            with pytest.raises(ValidationError):
-                adapter.validate_python(settings)
 
 
 AMOUNTS = st.decimals(min_value=0, max_value=10**9, places=2, allow_nan=False, allow_infinity=False)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -14,6 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from envs.errors import ToolError
 from envs.types import ToolCall, ToolErrorKind, ToolResult
+
+# asyncio's own pool has six threads on two cores: slow tools of a few episodes would fill it. These start on demand.
+_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="tool")
+_MAX_ECHO = 60
+_MAX_FAULTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +51,10 @@ class Tool:
 def tool(function: Callable[..., Any]) -> Tool:
     """Make a `Tool` of a function: types from its signature, texts from its docstring.
 
-    The docstring's first paragraph describes the tool; lines `name: text` after `Args:` describe its parameters.
-    Raises `TypeError` for a parameter without an annotation or description and for a missing docstring: the model
-    reads both.
+    The docstring's first paragraph describes the tool; entries `name: text` after a line `Args:` describe its
+    parameters, and may run over several lines that are indented deeper. Raises `TypeError` for a missing docstring, for
+    a parameter without an annotation or description (the model reads both), and for `*args`, `**kwargs` and
+    positional-only parameters (a call names its arguments).
     """
     name = getattr(function, "__name__", repr(function))
     description, texts = _split_docstring(inspect.getdoc(function) or "")
@@ -54,33 +63,45 @@ def tool(function: Callable[..., Any]) -> Tool:
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "self":
-            continue
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"tool {name!r}: parameter {parameter.name!r} can't be passed by name")
         if parameter.name not in hints or parameter.name not in texts:
             raise TypeError(
                 f"tool {name!r}: parameter {parameter.name!r} needs a type annotation and a line under `Args:`"
             )
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        fields[parameter.name] = (hints[parameter.name], Field(default, description=texts[parameter.name]))
+        # The alias is what the model sees; the field's own name can't clash with pydantic's (`copy`, `json`, `_x`).
+        info = Field(default, alias=parameter.name, description=texts[parameter.name])
+        fields[f"arg_{parameter.name}"] = (hints[parameter.name], info)
     arguments = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
     return Tool(name=name, description=description, function=function, arguments=arguments)
 
 
 def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    head, _, tail = doc.partition("Args:")
+    """The first paragraph, and the texts under `Args:` by parameter."""
+    lines = doc.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.strip() == "Args:"), len(lines))
     texts: dict[str, str] = {}
-    for line in tail.splitlines():
-        name, colon, text = line.strip().partition(":")
-        if colon:
-            texts[name] = text.strip()
-    return " ".join(head.split("\n\n")[0].split()), texts
+    name, depth = "", 0
+    for line in lines[start + 1 :]:
+        indent = len(line) - len(line.lstrip())
+        if not line.strip() or not indent:
+            break
+        if name and indent > depth:
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
+            continue
+        name, _, text = line.strip().partition(":")
+        texts[name], depth = text.strip(), indent
+    head = "\n".join(lines[:start]).split("\n\n")[0]
+    return " ".join(head.split()), texts
 
 
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:
     """Validate and run one call. The model's faults come back as results with `error` set.
 
     Sync functions run in a worker thread, so that they hold up no other episode. A tool that raises anything but
-    `ToolError` is the world's or our fault: the exception passes through to the caller.
+    `ToolError` (a `TimeoutError` of its own included) is the world's or our fault: the exception passes through to the
+    caller. Not covered: a sync function that exceeds its time is abandoned, not stopped; its thread goes on.
     """
     start = time.perf_counter()
 
@@ -91,25 +112,51 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
 
     offered = tools.get(call.name)
     if offered is None:
-        return result(f"Error: no tool named {call.name!r}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL)
+        return result(
+            f"Error: no tool named {_echo(call.name)}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL
+        )
     try:
-        parsed = json.loads(call.arguments)
-        # JSON mode reads `1.0` and `"1"` as strictly as a server would; extra keys are refused.
-        arguments = offered.arguments.model_validate(parsed)
+        arguments = offered.arguments.model_validate(json.loads(call.arguments))
+    except ValidationError as e:
+        return result(f"Error: {_details(e)}", ToolErrorKind.BAD_ARGUMENTS)
     except json.JSONDecodeError as e:
         return result(f"Error: arguments are not JSON: {e.msg}", ToolErrorKind.BAD_ARGUMENTS)
-    except ValidationError as e:
-        details = "; ".join(f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors())
-        return result(f"Error: {details}", ToolErrorKind.BAD_ARGUMENTS)
-    kwargs = {name: getattr(arguments, name) for name in offered.arguments.model_fields}
+    except (ValueError, RecursionError):
+        # JSON that Python can't hold: integers of thousands of digits, lists nested a thousand deep.
+        return result("Error: arguments are not usable JSON", ToolErrorKind.BAD_ARGUMENTS)
+    kwargs = {info.alias or name: getattr(arguments, name) for name, info in offered.arguments.model_fields.items()}
     try:
-        async with asyncio.timeout(timeout_s):
-            if inspect.iscoroutinefunction(offered.function):
-                value = await offered.function(**kwargs)
-            else:
-                value = await asyncio.to_thread(offered.function, **kwargs)
+        async with asyncio.timeout(timeout_s) as limit:
+            value = await _run(offered.function, kwargs)
     except ToolError as e:
         return result(f"Error: {e}", ToolErrorKind.REFUSED)
     except TimeoutError:
+        if not limit.expired():
+            raise
         return result(f"Error: {call.name} did not answer within {timeout_s:g} s", ToolErrorKind.TIMEOUT)
-    return result(value if isinstance(value, str) else json.dumps(value))
+    return result(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+async def _run(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(function):
+        return await function(**kwargs)
+    in_context = functools.partial(contextvars.copy_context().run, function, **kwargs)
+    value = await asyncio.get_running_loop().run_in_executor(_THREADS, in_context)
+    # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the event loop.
+    return await value if inspect.isawaitable(value) else value
+
+
+def _details(error: ValidationError) -> str:
+    """Each fault with its place. Names that the model made up are echoed escaped and short."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    return "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in faults[:_MAX_FAULTS])
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    path = ".".join(map(str, loc)) or "arguments"
+    return path if path.replace(".", "").isidentifier() and len(path) <= _MAX_ECHO else _echo(path)
+
+
+def _echo(text: str) -> str:
+    """The model's own text, quoted, cut, and safe to encode (`repr` escapes lone surrogates)."""
+    return repr(text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…")

@@ -71,7 +71,9 @@ class RolloutConfig(Section):
     max_turns: int = Field(12, ge=1, description="model generations in an episode")
     max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
     max_turn_tokens: int = Field(256, ge=1, description="generated tokens in one turn")
-    max_episode_tokens: int = Field(1024, ge=16, description="tokens of a whole episode, prompt and tool outputs included")
+    max_episode_tokens: int = Field(
+        1024, ge=16, description="tokens of a whole episode, prompt and tool outputs included"
+    )
     episode_timeout_s: float = Field(600, gt=0, description="wall-clock limit of an episode, seconds")
     tool_timeout_s: float = Field(60, gt=0, description="of one tool call, seconds")
     max_tool_output_chars: int = Field(20_000, ge=1, description="longer tool outputs are cut, and say so")
@@ -87,8 +89,9 @@ class LossConfig(Section):
         "grpo", description="grpo: centred and divided by the group's standard deviation; dr_grpo: centred only"
     )
     normalisation: Literal["token", "sequence", "constant"] = Field(
-        "token", description="token: mean over all trainable tokens (DAPO); sequence: mean of per-sample means (GRPO); "
-        "constant: sum over tokens / (samples · max_episode_tokens) (Dr. GRPO)"
+        "token",
+        description="token: mean over all trainable tokens (DAPO); sequence: mean of per-rollout means (GRPO); "
+        "constant: sum over tokens / (rollouts · max_episode_tokens) (Dr. GRPO)",
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="lower clip range of the ratio")
     clip_high: float = Field(0.2, ge=0, description="upper clip range of the ratio")
@@ -101,7 +104,7 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """The optimizer (AdamW)."""
 
-    num_steps: int = Field(100, ge=0, description="optimizer updates of the run")
+    num_steps: int = Field(100, ge=0, description="training steps of the run; one is num_epochs · minibatches updates")
     learning_rate: float = Field(2e-4, gt=0, description="peak")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")

@@ -1,0 +1,300 @@
+"""The policy under training: log-probabilities and updates, the same whatever the microbatches and processes.
+
+Shape suffixes: B rows of a microbatch, T positions, H hidden size, N trainable tokens of a microbatch.
+
+Gradients are summed over processes once per update, by hand. DistributedDataParallel would sum them at every backward
+pass unless told otherwise, would want the same number of backward passes on every process, and divides by the number
+of processes, which invariant 6 (one global denominator) forbids. LoRA's gradients are a few megabytes: one all-reduce.
+Each process holds the whole frozen base; sharding it (FSDP, tensor parallel) is not covered.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from torch import Tensor
+
+from trainer import adapter as lora
+from trainer.config import LossConfig, ModelConfig, OptimConfig
+from trainer.head import token_logprobs
+from trainer.losses import policy_loss, reduce_metrics, token_weights
+from trainer.packing import Microbatch, Row, pack, split, used_length
+from trainer.samples import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One microbatch and what its loss needs. Old and reference log-probabilities are filled in where they matter."""
+
+    microbatch: Microbatch
+    advantages_N: Tensor
+    weights_N: Tensor
+    sampler_logprobs_N: Tensor
+    old_logprobs_N: Tensor | None
+    ref_logprobs_N: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FixedRow:
+    """A row whose every token but the first is scored."""
+
+    token_ids: Sequence[int]
+
+    @property
+    def trainable(self) -> Sequence[bool]:
+        return [t > 0 for t in range(len(self.token_ids))]
+
+
+class Policy:
+    """A causal LM whose LoRA adapter learns. Draws no random numbers once it is built."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        model_config: ModelConfig,
+        optim: OptimConfig,
+        accelerator: Accelerator,
+        seed: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.num_updates = 0
+        """Optimizer updates that the adapter has seen: the policy version."""
+        self.num_steps = 0
+        """Calls of `update`; the learning-rate schedule goes by it."""
+        self._model_path = model_path
+        self._optim = optim
+        self._seed = seed
+        self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
+        """The PEFT model; a warm start may train it in place before the first `update`."""
+        self._parameters = list(lora.trainable_parameters(self.model).values())
+        for parameter in self._parameters:
+            broadcast(parameter.data)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, foreach=True
+        )
+
+    def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
+        """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
+
+        They are log softmax(logits / temperature): what vLLM returns under `logprobs_mode="processed_logprobs"`, as
+        long as top_p, top_k and penalties are off (they change the sampler's distribution, not this one).
+        Computes what it is given on the calling process; no collective calls.
+        """
+        out = [torch.empty(0)] * len(rows)
+        with torch.no_grad():
+            for microbatch in pack(rows, self._optim.max_microbatch_tokens):
+                logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=adapter).cpu()
+                parts = torch.split(logprobs_N, list(microbatch.num_trainable_B))
+                for i, part in zip(microbatch.row_indices, parts, strict=True):
+                    out[i] = part
+        return out
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], *, temperature: float = 1.0, adapter: bool = True
+    ) -> list[Tensor]:
+        """Log-probabilities of every token but the first, given those before it: `len(row) - 1` a row."""
+        return self.logprobs([_FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
+
+    def update(
+        self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
+    ) -> dict[str, float]:
+        """Train on one step's samples: `num_epochs` passes of `minibatches` optimizer updates.
+
+        Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
+        `constant_tokens` is the constant of normalisation `constant`.
+
+        A minibatch in which nothing has a gradient (all advantages 0, no KL term) makes no update and is counted in
+        `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence.
+        Returns means per trainable token that took part, over all processes and updates; see `losses.policy_loss`.
+        """
+        assert samples and all(s.num_trainable for s in samples), "samples without trainable tokens"
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
+        self._assert_same_everywhere(samples)
+        rate = learning_rate(self._optim, self.num_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        minibatches = _minibatches(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
+        is_single = self._optim.num_epochs * len(minibatches) == 1
+        work = [
+            list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
+            for minibatch in minibatches
+        ]
+        parts: list[dict[str, Tensor]] = []
+        norms: list[float] = []
+        for _ in range(self._optim.num_epochs):
+            for minibatch, works in zip(minibatches, work, strict=True):
+                if not any(_has_gradient(s, loss) for s in minibatch):
+                    continue
+                scale = 2.0 ** round(math.log2(sum(s.num_trainable for s in minibatch)))
+                parts += [self._accumulate(w, loss, temperature, scale) for w in works]
+                norms.append(self._apply(scale))
+        self.num_steps += 1
+        local = [{name: float(value) for name, value in part.items()} for part in parts]
+        return reduce_metrics(gather_object(local)) | {
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "learning_rate": rate,
+            "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
+        }
+
+    def _work(
+        self, minibatch: Sequence[Sample], loss: LossConfig, temperature: float, constant_tokens: int, needs_old: bool
+    ) -> Iterable[_Work]:
+        """This process's share of a minibatch."""
+        num_tokens = Counter[str]()
+        for sample in minibatch:
+            num_tokens[sample.rollout_id] += sample.num_trainable
+        weights = token_weights(list(num_tokens.values()), loss.normalisation, constant_tokens=constant_tokens)
+        weight_of = dict(zip(num_tokens, weights, strict=True))
+        # Rows without a gradient count in the denominators above and cost no time below.
+        rows = [s for s in minibatch if _has_gradient(s, loss)]
+        shares = split([used_length(row) for row in rows], self.accelerator.num_processes)
+        rows = [rows[i] for i in shares[self.accelerator.process_index]]
+        for microbatch in pack(rows, self._optim.max_microbatch_tokens):
+            packed = [rows[i] for i in microbatch.row_indices]
+            old_N = ref_N = None
+            with torch.no_grad():
+                if needs_old:
+                    old_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+                if loss.kl_coef > 0:
+                    ref_N = self._microbatch_logprobs(microbatch, temperature, adapter=False)
+            yield _Work(
+                microbatch=microbatch,
+                advantages_N=self._per_token(s.advantage for s in packed for _ in range(s.num_trainable)),
+                weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
+                sampler_logprobs_N=self._per_token(
+                    x for s in packed for x, trainable in zip(s.logprobs, s.trainable, strict=True) if trainable
+                ),
+                old_logprobs_N=old_N,
+                ref_logprobs_N=ref_N,
+            )
+
+    def _per_token(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=self.accelerator.device)
+
+    def _microbatch_logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
+        """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
+        if not adapter:
+            with self.model.disable_adapter():
+                return self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        microbatch = microbatch.to(self.accelerator.device)
+        hidden_BTH = lora.hidden_states(self.model, microbatch.token_ids_BT)
+        hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
+        weight_VH = self.model.get_base_model().get_output_embeddings().weight
+        return token_logprobs(hidden_NH, weight_VH, microbatch.targets_N, temperature)
+
+    def _accumulate(self, work: _Work, loss: LossConfig, temperature: float, scale: float) -> dict[str, Tensor]:
+        """Add one microbatch's gradient, times `scale`, to the parameters' gradients."""
+        logprobs_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
+        old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
+        value, metrics = policy_loss(
+            logprobs_N=logprobs_N,
+            old_logprobs_N=old_N,
+            sampler_logprobs_N=work.sampler_logprobs_N,
+            ref_logprobs_N=work.ref_logprobs_N,
+            advantages_N=work.advantages_N,
+            weights_N=work.weights_N,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            kl_coef=loss.kl_coef,
+            tis_cap=loss.tis_cap,
+        )
+        (value * scale).backward()  # type: ignore[no-untyped-call]
+        return metrics
+
+    def _apply(self, scale: float) -> float:
+        """One optimizer update from the gradients of all processes; returns their norm before clipping.
+
+        `scale` (a power of two, so exact) kept the gradients of float16 models from underflowing; it is taken out.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        flat: Tensor = torch.cat([g.flatten() for g in gradients]) / scale
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        norm = float(flat.norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm} at update {self.num_updates}")
+        sizes = [p.numel() for p in self._parameters]
+        flat *= min(1.0, self._optim.max_grad_norm / (norm + 1e-6))
+        for parameter, gradient in zip(self._parameters, torch.split(flat, sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.num_updates += 1
+        return norm
+
+    def _assert_same_everywhere(self, samples: Sequence[Sample]) -> None:
+        digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(s.advantage for s in samples))
+        digests = gather_object([digest])
+        assert all(d == digest for d in digests), f"processes were given different samples: {digests}"
+
+    def save_adapter(self, folder: Path) -> None:
+        """See `adapter.save_adapter`. Call it on one process."""
+        lora.save_adapter(self.model, folder)
+
+    def save_merged(self, folder: Path) -> None:
+        """See `adapter.save_merged`. Call it on one process."""
+        lora.save_merged(self.model, folder, model_path=self._model_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs, as copies: the adapter, Adam's moments, the two counters."""
+        moments = [
+            {key: value.detach().cpu().clone() for key, value in self._optimizer.state[p].items()}
+            for p in self._parameters
+        ]
+        return {
+            "adapter": lora.adapter_state(self.model),
+            "moments": moments,
+            "num_updates": self.num_updates,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Raises `UserError` when the adapter does not fit."""
+        lora.load_adapter_state(self.model, state["adapter"])
+        for parameter, moments in zip(self._parameters, state["moments"], strict=True):
+            # Adam counts its steps on the CPU whatever the parameter's device.
+            self._optimizer.state[parameter] = {
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                for key, value in moments.items()
+            }
+        self.num_updates = state["num_updates"]
+        self.num_steps = state["num_steps"]
+
+
+def _has_gradient(sample: Sample, loss: LossConfig) -> bool:
+    return sample.advantage != 0.0 or loss.kl_coef > 0
+
+
+def _minibatches(samples: Sequence[Sample], num_minibatches: int, *, seed: str) -> list[list[Sample]]:
+    """Cut the samples into minibatches of about as many rollouts; the rows of a rollout stay together.
+
+    Rollouts are shuffled first, so that a minibatch mixes groups.
+    """
+    rollout_ids = list(dict.fromkeys(s.rollout_id for s in samples))
+    if num_minibatches > 1:
+        random.Random(seed).shuffle(rollout_ids)
+    place = {rollout_id: i * num_minibatches // len(rollout_ids) for i, rollout_id in enumerate(rollout_ids)}
+    minibatches: list[list[Sample]] = [[] for _ in range(num_minibatches)]
+    for sample in samples:
+        minibatches[place[sample.rollout_id]].append(sample)
+    return [m for m in minibatches if m]
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Of the 0-based training step: a linear warm-up to the peak, then the schedule, reaching 0 at `num_steps`."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    remaining = max(0.0, 1.0 - (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps))
+    if optim.schedule == "cosine":
+        remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
+    return optim.learning_rate * remaining

@@ -1,0 +1,72 @@
+"""Everything that a process and its children print, sent to a file: a run's log."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class LogFile:
+    """Leads the file descriptors 1 and 2 to a file, between `open` and `close`.
+
+    Covered: `print`, logging, warnings, native code, and the child processes started in between. *Not covered:*
+    processes started before, or that open the terminal themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+        self._saved_fds: dict[int, int] = {}
+
+    def open(self) -> None:
+        """Raises `OSError` where the file cannot be written; nothing is redirected then."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Append mode: parent and children write through descriptors of their own and must not overwrite each other.
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        _flush_standard_streams()
+        for fd in (1, 2):
+            self._saved_fds[fd] = os.dup(fd)
+            os.dup2(self._fd, fd)
+
+    def close(self) -> None:
+        """Leads the descriptors back where they were. Harmless when called twice."""
+        _flush_standard_streams()
+        while self._saved_fds:
+            fd, saved = self._saved_fds.popitem()
+            os.dup2(saved, fd)
+            os.close(saved)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def note(self, text: str) -> None:
+        """A line of our own, so that library lines can be told apart by phase and step."""
+        if self._fd is not None:
+            _flush_standard_streams()
+            os.write(self._fd, f"[{time.strftime('%H:%M:%S')} progress] {clean(text)}\n".encode())
+
+    def tail(self, num_lines: int) -> list[str]:
+        """The last lines, of a rewritten line (a progress bar) what it showed last."""
+        _flush_standard_streams()
+        with suppress(OSError), self.path.open("rb") as log:
+            log.seek(max(0, self.path.stat().st_size - 16_384))
+            lines = log.read().decode(errors="replace").strip().split("\n")
+            return [clean(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in lines[-num_lines:]]
+        return []
+
+
+def clean(text: str) -> str:
+    """Without control characters but tab and newline: text of a model or a library must not steer the terminal."""
+    return _CONTROL.sub("", text)
+
+
+def _flush_standard_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
+
+from envs.errors import UserError
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
 _MARGIN = 1e-6
@@ -46,7 +48,7 @@ class NumericConfig(_Settings):
         return min(self.partial_credit, 1 - self.partial_credit) if self.partial_credit else 1.0
 
 
-ScoreConfig = Annotated[ExactConfig | NumericConfig, Field(discriminator="type")]
+GraderConfig = Annotated[ExactConfig | NumericConfig, Field(discriminator="type")]
 
 
 class PenaltyConfig(_Settings):
@@ -74,25 +76,17 @@ class PenaltiesConfig(_Settings):
         return sum(penalty.floor for penalty in set_up if penalty)
 
 
-class GraderConfig(_Settings):
-    """How an episode is scored: reward = score + penalties.
+def check_penalties(grader: GraderConfig, penalties: PenaltiesConfig) -> None:
+    """Raise `UserError` unless the law holds: a penalty never lifts a wrong answer over a right one.
 
-    Law: a penalty never lifts a wrong answer over a right one. All penalties together lie in [sum of floors, 0]. Where
-    the size of that sum is below the least gap between two scores (1, or with partial credit c: min(c, 1 - c)),
-    score_better + sum of floors > score_worse: whatever the two episodes cost, the better score keeps the better reward.
-    Validation refuses every other configuration.
+    All penalties together lie in [sum of floors, 0]. Where the size of that sum is below the least gap between two
+    scores (1, or with partial credit c: min(c, 1 - c)), score_better + sum of floors > score_worse: whatever the two
+    episodes cost, the better score keeps the better reward. Every other configuration is refused.
     """
-
-    score: ScoreConfig = Field(description="What judges the answer.")
-    penalties: PenaltiesConfig = Field(default=PenaltiesConfig(), description="What is taken off the score.")
-
-    @model_validator(mode="after")
-    def _penalties_cannot_reverse_the_scores(self) -> Self:
-        gap, lowest = self.score.score_gap, self.penalties.lowest
-        if lowest < 0 and -lowest > gap - _MARGIN:
-            raise ValueError(
-                f"the penalties' floors sum to {lowest:g}, but two scores of the {self.score.type!r} grader may differ "
-                f"by only {gap:g}: a penalised right answer could fall below a wrong one; "
-                f"raise the floors so that their sum stays above {-gap:g}"
-            )
-        return self
+    gap, lowest = grader.score_gap, penalties.lowest
+    if lowest < 0 and -lowest > gap - _MARGIN:
+        raise UserError(
+            f"penalties: the floors sum to {lowest:g}, but two scores of the {grader.type!r} grader may differ by only "
+            f"{gap:g}: a penalised right answer could fall below a wrong one; raise the floors so that their sum stays "
+            f"above {-gap:g}"
+        )

@@ -26,7 +26,7 @@ def penalty(amount: int, config: PenaltyConfig) -> float:
 class PenalisedGrader:
     """Adds the penalties to another grader's grade, each as a part under its own name.
 
-    `GraderConfig` has validated that they can't lift a wrong answer over a right one; nothing is clamped here.
+    `check_penalties` has proved that they can't lift a wrong answer over a right one; nothing is clamped here.
     """
 
     def __init__(self, grader: Grader, config: PenaltiesConfig) -> None:

@@ -24,11 +24,11 @@ from envs.finance.world import FinanceWorld, task_row
 from envs.tools import call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.build import build_grader, check_tasks
-from graders.config import GraderConfig, NumericConfig
+from graders.config import NumericConfig, PenaltiesConfig
 
 ALL_KINDS = {"value": 1.0, "change": 1.0, "percentage": 1.0, "comparison": 1.0}
-NUMERIC = GraderConfig(score=NumericConfig(type="numeric"))
-GRADER = build_grader(NUMERIC)
+NUMERIC = NumericConfig(type="numeric")
+GRADER = build_grader(NUMERIC, PenaltiesConfig())
 
 
 @pytest.fixture(scope="module")

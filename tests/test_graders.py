@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
@@ -50,12 +50,12 @@ def episode(
     return Episode(rollout_id="r", task_id="t", messages=(), turns=turns, stop_reason=stop_reason)
 
 
-def make_config(score: str = "numeric", settings: Mapping[str, Any] | None = None, **penalties: Any) -> GraderConfig:
-    return GraderConfig.model_validate({"score": {"type": score, **(settings or {})}, "penalties": penalties})
+CONFIG: TypeAdapter[GraderConfig] = TypeAdapter(GraderConfig)
 
 
 def make_grader(score: str = "numeric", settings: Mapping[str, Any] | None = None, **penalties: Any) -> Grader:
-    return build_grader(make_config(score, settings, **penalties))
+    config = CONFIG.validate_python({"type": score, **(settings or {})})
+    return build_grader(config, PenaltiesConfig.model_validate(penalties))
 
 
 async def grade(answer: str, gold: object = "412.5 million", score: str = "numeric") -> Grade:
@@ -195,7 +195,7 @@ def test_a_task_that_cannot_be_graded_is_named_before_the_run(
 ) -> None:
     bad = Task(task_id="row-9", messages=(), item={"question": "?", **item})
     with pytest.raises(UserError, match=message) as caught:
-        check_tasks(make_config(score), [task("7"), bad])
+        check_tasks(CONFIG.validate_python({"type": score}), [task("7"), bad])
     assert "row-9" in str(caught.value)
 
 
@@ -247,7 +247,7 @@ async def test_malformed_turns_count_as_calls_and_as_invalid_calls() -> None:
 )
 def test_a_grader_config_that_breaks_a_rule_is_refused_with_the_reason(settings: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        GraderConfig.model_validate({"score": settings})
+        CONFIG.validate_python(settings)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_floors_that_could_reverse_a_judgement_are_refused_and_a_little_less_is_
     score: str, floors: list[float], gap: float
 ) -> None:
     names = ("tool_calls", "invalid_calls")
-    with pytest.raises(ValidationError, match=f"floors sum to {sum(floors):g}, .* differ by only {gap:g}"):
+    with pytest.raises(UserError, match=f"floors sum to {sum(floors):g}, .* differ by only {gap:g}"):
         make_grader(score, **{n: {"slope": 1, "floor": f} for n, f in zip(names, floors, strict=False)})
     scale = 0.99 * gap / -sum(floors)
     make_grader(score, **{n: {"slope": 1, "floor": f * scale} for n, f in zip(names, floors, strict=False)})
@@ -312,7 +312,7 @@ async def test_no_penalty_that_validates_lifts_a_worse_answer_over_a_better_one(
     floors = -sum(p["floor"] for p in penalties.values() if p)
     try:
         grader = make_grader(score["type"], score, **penalties)
-    except ValidationError:
+    except UserError:
         # Refused only where the floors really could reverse a judgement.
         partial = score.get("partial_credit", 0)
         assert floors > (min(partial, 1 - partial) if partial else 1.0) - 2e-6

@@ -41,9 +41,7 @@ class ModelConfig(Section):
         "auto", description="auto: the model's own, or the fallback where it knows no tools; or a Jinja file"
     )
     chat_template_kwargs: dict[str, Any] = Field({}, description="passed to the template, e.g. enable_thinking")
-    tool_parser: str | None = Field(
-        None, description="as `vllm serve --tool-call-parser` names it; null: hermes, with the fallback template only"
-    )
+    tool_parser: str = Field("hermes", description="as `vllm serve --tool-call-parser` names it")
     reasoning_parser: str | None = Field(None, description="as `vllm serve --reasoning-parser` names it")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
 

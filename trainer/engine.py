@@ -181,11 +181,8 @@ class VllmEngine:
         prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": f"policy-v{self._version}"}
         self._live_requests += 1
         try:
-            output = None
             stream = self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=self._lora)
-            async for output in stream:
-                pass
-            assert output is not None, "vLLM ended a request without an output"
+            (output,) = [output async for output in stream]
             return output
         except EngineGenerateError as e:
             raise WorldError(f"vLLM failed a request: {e}") from e

@@ -79,9 +79,7 @@ def derive_seed(*parts: object) -> int:
 class RolloutWorker:
     """Runs episodes of one world on one engine. Holds nothing of any single episode."""
 
-    def __init__(
-        self, *, world: World, grader: Grader, chat: Chat, engine: Engine, config: RolloutConfig
-    ) -> None:
+    def __init__(self, *, world: World, grader: Grader, chat: Chat, engine: Engine, config: RolloutConfig) -> None:
         self._world = world
         self._grader = grader
         self._chat = chat
@@ -172,9 +170,7 @@ class RolloutWorker:
         config = self._config
         schemas = [t.schema() for t in tools.values()]
         live.ledgers.append(Ledger())
-        prompt = self._chat.open(live.messages, schemas)
-        live.ledgers[-1].append_context(prompt.token_ids)
-        prompt_text = prompt.text
+        live.ledgers[-1].append_context(self._chat.open(live.messages, schemas))
         for turn in range(config.max_turns):
             ledger = live.ledgers[-1]
             room = config.max_episode_tokens - len(ledger)
@@ -187,10 +183,10 @@ class RolloutWorker:
                 seed=derive_seed(request.seed, turn),
             )
             start = time.perf_counter()
-            completion = await self._engine.generate(ledger.token_ids, sampling)
+            completion = await self._engine.generate(ledger.prompt_ids, sampling)
             generation_s = time.perf_counter() - start
             ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
-            parsed = self._chat.parse(completion.token_ids, schemas, first_call=live.num_tool_calls)
+            parsed = self._chat.parse(completion.token_ids, schemas, turn=turn)
             message = parsed.message
             was_over_budget = live.over_budget
             start = time.perf_counter()
@@ -210,6 +206,7 @@ class RolloutWorker:
                     tools_s=tools_s,
                 )
             )
+            before = list(live.messages)
             live.messages += [message, *answers]
             if not completion.finished:
                 cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
@@ -218,12 +215,11 @@ class RolloutWorker:
                 return StopReason.ANSWERED
             if was_over_budget:
                 return StopReason.MAX_TOOL_CALLS
-            continuation = self._chat.extend(prompt_text, completion.token_ids, live.messages, schemas)
+            continuation = self._chat.extend(before, message, answers, schemas, completion.token_ids)
             live.num_drifted_turns += continuation.drifted
             if continuation.forked:
                 live.ledgers.append(Ledger())
             live.ledgers[-1].append_context(continuation.token_ids)
-            prompt_text = continuation.text
         return StopReason.MAX_TURNS
 
     async def _call_tools(self, live: _Live, message: Message, tools: dict[str, Tool]) -> list[ToolResult]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from envs.types import StopReason
@@ -74,10 +75,25 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def mean_of(rows: Iterable[Metrics]) -> Metrics:
-    """Key-wise mean over the rows that have the key."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for name, value in row.items():
-            values[name].append(value)
-    return {name: fmean(column) for name, column in values.items()}
+class Stopwatch:
+    """Splits a step's wall-clock time into laps."""
+
+    def __init__(self) -> None:
+        self._start = self._lap_start = time.perf_counter()
+        self._laps_s: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        self._laps_s[name] = now - self._lap_start
+        self._lap_start = now
+
+    def metrics(self, *, num_train_tokens: int) -> Metrics:
+        """`time/…_s` of each lap and of the step, and the share outside rollouts and training."""
+        step_s = time.perf_counter() - self._start
+        work_s = self._laps_s["rollouts"] + self._laps_s["training"]
+        return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {
+            "time/step_s": step_s,
+            "time/other_share": 1 - work_s / step_s,
+            "time/train_tokens_per_s": num_train_tokens / self._laps_s["training"],
+        }

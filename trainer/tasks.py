@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +13,7 @@ from envs.base import World
 from envs.errors import UserError
 from envs.types import Message, Role, Task
 from trainer.config import RunConfig
+from trainer.rollout import RolloutRequest, derive_seed
 
 
 class _Row(BaseModel):
@@ -69,10 +69,14 @@ def _read_row(line: str, *, where: str, number: int, offered: Sequence[str]) -> 
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(map(str, error["loc"])) or "row"
-        expected = "required (a list of chat messages)" if key == "messages" and error["type"] == "missing" else error["msg"]
+        expected = (
+            "required (a list of chat messages)" if key == "messages" and error["type"] == "missing" else error["msg"]
+        )
         raise UserError(f"{where}: {key}: {expected}") from None
     if row.messages[-1].role != "user":
-        raise UserError(f"{where}: messages: the last message must be the user's, it is of role {row.messages[-1].role!r}")
+        raise UserError(
+            f"{where}: messages: the last message must be the user's, it is of role {row.messages[-1].role!r}"
+        )
     names = None if row.tools is None else tuple(t.function.name for t in row.tools)
     for name in names or ():
         if name not in offered:
@@ -98,3 +102,16 @@ def tasks_of_step(tasks: Sequence[Task], *, seed: int, step: int, num_tasks: int
         random.Random(f"{seed}/{epoch}").shuffle(order)
         chosen.append(tasks[order[index]])
     return chosen
+
+
+def train_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
+    """The requests of a step's groups, group after group; `tasks` are the step's tasks."""
+    return [
+        RolloutRequest(
+            task=task,
+            rollout_id=f"{run_id}-step{step}-{group}-{task.task_id}-{k}",
+            seed=derive_seed(config.seed, "train", step, group, k),
+        )
+        for group, task in enumerate(tasks)
+        for k in range(config.rollout.group_size)
+    ]

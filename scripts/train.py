@@ -1,0 +1,46 @@
+"""Train or resume: `python scripts/train.py --config configs/quickstart.yaml optim.learning_rate=2e-5`.
+
+`accelerate launch scripts/train.py ...` runs it on several GPUs. Exit codes: 0 done, 2 something in the input is wrong
+(nothing was loaded), 1 anything else, 130 interrupted; the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from envs.errors import UserError
+from trainer.config import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.learning_rate=2e-5")
+    arguments = parser.parse_args()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        # Heavy imports only once the config is known to be good.
+        from trainer.train import train
+
+        folder = train(config)
+    except UserError as e:
+        if is_main:
+            print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_main:
+            print("interrupted; the same command resumes the run", file=sys.stderr)
+        return 130
+    if is_main:
+        from trainer.report import print_result
+
+        print_result(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

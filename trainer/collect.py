@@ -1,0 +1,120 @@
+"""A step's rollouts over all processes, written to disk as they finish, and the samples made of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from envs.errors import UserError, WorldError
+from trainer.advantages import group_advantages
+from trainer.config import RunConfig
+from trainer.progress import Progress
+from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+from trainer.runs import RunFolder, append_line, rollout_to_json
+from trainer.samples import Sample, rollout_samples
+from trainer.summary import Metrics
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_MOST_TIED_STEPS = 3
+"""So many steps in a row in which no group had variance are no accident."""
+
+
+class Collector:
+    """Splits requests over the processes, each with its own engine, and brings all rollouts to every process."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        worker: RolloutWorker,
+        accelerator: Accelerator,
+        progress: Progress,
+        loop: asyncio.Runner,
+    ) -> None:
+        self._run = run
+        self._worker = worker
+        self._accelerator = accelerator
+        self._progress = progress
+        self._loop = loop
+
+    def collect(self, kind: str, step: int, requests: Sequence[RolloutRequest], *, temperature: float) -> list[Rollout]:
+        """All rollouts of the requests, in their order, on every process.
+
+        `kind` is rollouts or evals: the folder to which each rollout is written when it finishes. What an interrupted
+        run has already written there for this step is read and not rolled out again.
+        """
+        from accelerate.utils import gather_object
+
+        rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
+        mine = requests[rank::world_size]
+        finished = self._run.finished_rollouts(kind, step)
+        missing = [r for r in mine if r.rollout_id not in finished]
+        self._progress.advance(len(mine) - len(missing))
+
+        def keep(rollout: Rollout) -> None:
+            append_line(self._run.rollouts_file(kind, step), rollout_to_json(rollout))
+            self._progress.advance(1, tokens=rollout.episode.num_tokens)
+
+        new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))
+        finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
+        everyone = dict(gather_object([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
+        return [everyone[r.rollout_id] for r in requests]
+
+
+def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sample], Metrics]:
+    """Advantages by group, spread over the rollouts' rows; masked rollouts give no sample.
+
+    `rollouts` come group after group. Returns the samples and figures of the groups.
+    """
+    size = config.rollout.group_size
+    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    results = [group_advantages([r.reward for r in group], config.loss.advantage) for group in groups]
+    samples = [
+        sample
+        for group, result in zip(groups, results, strict=True)
+        for rollout, advantage in zip(group, result.advantages, strict=True)
+        if advantage is not None
+        for sample in rollout_samples(
+            rollout.ledgers,
+            advantage=advantage,
+            rollout_id=rollout.episode.rollout_id,
+            task_id=rollout.task.task_id,
+        )
+    ]
+    metrics = {
+        "groups/tied_share": fmean(r.tied for r in results),
+        "groups/reward_std": fmean(r.std for r in results),
+    }
+    return samples, metrics
+
+
+def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolder, progress: Progress) -> None:
+    """Say aloud what makes a step teach nothing; stop where it cannot be meant (invariant 8).
+
+    Raises `WorldError` when every rollout was lost, `UserError` when no reward varied for several steps in a row.
+    """
+    if all(r.grade is None for r in rollouts):
+        raise WorldError(f"every rollout of the step was lost; the last: {rollouts[-1].episode.error or 'no grade'}")
+    if lost := sum(r.grade is None for r in rollouts):
+        causes = Counter(r.episode.error or "the grader's judge" for r in rollouts if r.grade is None)
+        progress.warn(f"{lost} of {len(rollouts)} rollouts lost to faults of the world: {causes.most_common(1)[0][0]}")
+    if not any(turn.message.tool_calls for r in rollouts for turn in r.episode.turns):
+        progress.warn(
+            "no rollout of this step made a tool call that parsed; check model.tool_parser and the chat template, "
+            "or add a warmstart section"
+        )
+    if groups["groups/tied_share"] < 1:
+        return
+    progress.warn("no group of this step had rewards that vary: nothing was learned from it")
+    earlier = [r["groups/tied_share"] for r in run.metrics() if "groups/tied_share" in r]
+    recent = earlier[1 - _MOST_TIED_STEPS :]
+    if len(recent) == _MOST_TIED_STEPS - 1 and min(recent) == 1:
+        raise UserError(
+            f"rewards did not vary within any group for {_MOST_TIED_STEPS} steps: there is nothing to learn from. "
+            "The tasks are too hard or too easy for this model, or the grader gives one value to all; "
+            "a warmstart section, other tasks, a grader with partial credit or a larger rollout.group_size may help"
+        )

@@ -1,0 +1,44 @@
+"""Held-out evaluation: the same tasks with the same seeds each time, so that two evaluations are paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from envs.types import Task
+from trainer.collect import Collector
+from trainer.config import RunConfig
+from trainer.job import Job
+from trainer.progress import Progress
+from trainer.rollout import RolloutRequest, derive_seed
+from trainer.runs import RunFolder
+from trainer.summary import prefixed, summarise
+
+
+def eval_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
+    """The requests of one evaluation. The step enters the rollout ids only, not the seeds."""
+    return [
+        RolloutRequest(
+            task=task,
+            rollout_id=f"{run_id}-eval{step}-{task.task_id}-{k}",
+            seed=derive_seed(config.seed, "eval", task.task_id, k),
+        )
+        for task in tasks[: config.eval.num_tasks]
+        for k in range(config.eval.samples_per_task)
+    ]
+
+
+def is_due(config: RunConfig, step: int) -> bool:
+    """Before the first step, after the last, and every `eval.every_steps` between."""
+    every = config.eval.every_steps
+    return step in (0, config.optim.num_steps) or (every > 0 and step % every == 0)
+
+
+def evaluate_if_due(job: Job, run: RunFolder, collector: Collector, progress: Progress, *, step: int) -> None:
+    """Evaluate the policy after `step`, unless it is not due or the metrics hold it already."""
+    if not is_due(job.config, step) or any(r["step"] == step and "eval/rollouts" in r for r in run.metrics()):
+        return
+    requests = eval_requests(job.config, job.eval_tasks, run_id=run.run_id, step=step)
+    when = "before training" if step == 0 else f"after step {step}"
+    progress.phase(f"evaluating {when}", total=len(requests))
+    rollouts = collector.collect("evals", step, requests, temperature=job.config.eval.temperature)
+    run.log({"step": step, **prefixed("eval", summarise(rollouts))})

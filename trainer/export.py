@@ -1,0 +1,33 @@
+"""The trained adapter as an inference server takes it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from trainer.job import Job
+from trainer.policy import Policy
+from trainer.runs import RunFolder
+
+
+def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
+    """Write `adapter/` with the chat template that the policy was trained under, and note the command that serves it.
+
+    Call it on one process. Serving with that command renders and parses as training did.
+    """
+    folder = run.path / "adapter"
+    policy.save_adapter(folder)
+    template = job.chat.save_template(folder)
+    command = [
+        "vllm",
+        "serve",
+        str(job.model_path),
+        "--enable-lora",
+        "--max-lora-rank",
+        str(job.config.model.lora.r),
+        "--lora-modules",
+        f"policy={folder.resolve()}",
+        *job.chat.serve_arguments(template.resolve() if template else None),
+    ]
+    run.note(adapter=str(folder), serve_command=shlex.join(command))
+    return folder

@@ -1,0 +1,56 @@
+"""What a config asks for, checked before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from envs.base import World
+from envs.finance.world import FinanceWorld
+from envs.types import Task
+from graders.build import build_grader, check_tasks
+from graders.types import Grader
+from trainer.chat import Chat
+from trainer.config import RunConfig
+from trainer.model_cache import resolve_model
+from trainer.runs import RunFolder
+from trainer.tasks import load_tasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What the config asks for, checked; no model is loaded yet."""
+
+    config: RunConfig
+    world: World
+    grader: Grader
+    train_tasks: Sequence[Task]
+    eval_tasks: Sequence[Task]
+    model_path: Path
+    chat: Chat
+
+
+def prepare(config: RunConfig) -> Job:
+    """Everything that a user can get wrong is found here. Raises `UserError`; writes nothing but the model cache."""
+    RunFolder.check(config)
+    world = FinanceWorld(config.world)
+    train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
+    check_tasks(config.grader, [*train_tasks, *eval_tasks])
+    model_path = resolve_model(config.model.name)
+    chat = Chat(
+        model_path,
+        tool_parser=config.model.tool_parser,
+        reasoning_parser=config.model.reasoning_parser,
+        chat_template=config.model.chat_template,
+        template_kwargs=config.model.chat_template_kwargs,
+    )
+    return Job(
+        config=config,
+        world=world,
+        grader=build_grader(config.grader),
+        train_tasks=train_tasks,
+        eval_tasks=eval_tasks,
+        model_path=model_path,
+        chat=chat,
+    )

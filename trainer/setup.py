@@ -1,0 +1,81 @@
+"""What stands before the first step: the policy, warm-started or restored, and the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.engine import Engine, VllmEngine
+from trainer.job import Job
+from trainer.policy import Policy
+from trainer.progress import Progress
+from trainer.runs import RunFolder
+from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+StartEngine = Callable[..., Awaitable[Engine]]
+
+_NUM_CANARIES = 4
+
+
+def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress) -> Policy:
+    """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
+    config = job.config
+    progress.phase("loading the model")
+    policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed)
+    checkpoint = run.last_checkpoint()
+    accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        step, folder = checkpoint
+        load_checkpoint(policy, folder)
+        run.rewind(step)
+        progress.say(f"resumed after step {step} from {folder}")
+    else:
+        if (warmstart := config.warmstart) is not None:
+            ledgers = expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
+            progress.phase("warm start", total=warmstart.num_steps)
+            losses: list[float] = []
+
+            def on_step(loss: float) -> None:
+                losses.append(loss)
+                progress.advance(1, tokens=sum(map(len, ledgers)) // len(ledgers) * warmstart.episodes_per_step)
+
+            warm_start(policy.model, ledgers, config=config, folder=run.path / "warmstart", on_step=on_step)
+            run.note(warmstart_loss=losses)
+        if run.is_main:
+            save_checkpoint(run, policy, step=0, keep=config.checkpoint.keep)
+    accelerator.wait_for_everyone()
+    return policy
+
+
+async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None) -> Engine:
+    """Start this process's engine on the base model."""
+    start = start_engine or VllmEngine.start
+    return await start(
+        job.model_path,
+        model=job.config.model,
+        engine=job.config.engine,
+        # One token of room: scoring a full-length canary generates one.
+        max_model_len=job.config.rollout.max_episode_tokens + 1,
+        stop_token_ids=sorted(job.chat.stop_token_ids),
+        device=accelerator.device.type,
+        local_rank=accelerator.local_process_index,
+    )
+
+
+def canary_ids(job: Job) -> list[list[int]]:
+    """The token sequences that are scored after every publish: the first training tasks, solved where possible."""
+
+    async def play() -> list[list[int]]:
+        rows = []
+        for task in job.train_tasks[:_NUM_CANARIES]:
+            turns = job.world.expert_episode(task, 0)
+            ledger = await expert_ledger(task, turns, world=job.world, chat=job.chat)
+            rows.append(ledger.prompt_ids[: job.config.rollout.max_episode_tokens])
+        return rows
+
+    return asyncio.run(play())

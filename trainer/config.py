@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
-from graders.config import GraderConfig
+from graders.config import GraderConfig, PenaltiesConfig
 
 
 class Section(BaseModel):
@@ -154,6 +154,7 @@ class RunConfig(Section):
     world: Annotated[FinanceConfig, Field(description="the environment")] = FinanceConfig()
     data: DataConfig | None = None
     grader: GraderConfig
+    penalties: PenaltiesConfig = PenaltiesConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

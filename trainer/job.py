@@ -48,7 +48,7 @@ def prepare(config: RunConfig) -> Job:
     return Job(
         config=config,
         world=world,
-        grader=build_grader(config.grader),
+        grader=build_grader(config.grader, config.penalties),
         train_tasks=train_tasks,
         eval_tasks=eval_tasks,
         model_path=model_path,

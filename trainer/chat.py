@@ -1,14 +1,14 @@
 """Messages ↔ token ids. The only owner of the tokenizer.
 
-One turn of an episode, with `chat: Chat`, `messages` the episode so far and `tools` the schemas offered:
+One turn of an episode, with `messages` all messages so far and `tools` the schemas of the tools offered:
 
-    prompt = chat.open(messages, tools)              # exactly what `vllm serve` would feed the model
-    ids = engine.generate(prompt.token_ids)          # sampled; never decoded and encoded again
-    turn = chat.parse(ids, tools, first_call=0)      # vLLM's parsers
-    ... run the tools, append turn.message and the results to messages ...
-    more = chat.extend(prompt.text, ids, messages, tools)
-    ledger = more.token_ids if more.forked else ledger + ids + more.token_ids
-    ...                                              # the next turn starts from more.text
+    ledger = chat.open(messages, tools)                            # exactly what `vllm serve` would feed the model
+    sampled = engine.generate(ledger)                              # never decoded and encoded again
+    parsed = chat.parse(sampled, tools, turn=0)                    # by vLLM's parsers
+    answers = ...                                                  # tool results, or the reply to a malformed call
+    more = chat.extend(messages, parsed.message, answers, tools, sampled)
+    ledger = more.token_ids if more.forked else ledger + sampled + more.token_ids
+    messages = [*messages, parsed.message, *answers]
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from trainer.chat_parsing import (
     TurnParser,
     check_parser_names,
     content_is_a_list,
+    tools_key,
     with_cached_vocabulary,
 )
 
-__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "Prompt", "ToolSchema"]
+__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "ToolSchema"]
 
 FALLBACK_TEMPLATE = Path(__file__).with_name("fallback_chat_template.jinja")
 """Takes the place of a model's own template where that knows no tools. Its calls are read by the parser `hermes`."""
@@ -49,25 +50,15 @@ _HELLO = Message(role="user", content="Hello")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """What the model is given before its first turn."""
-
-    text: str
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
     """What the model is given before a later turn."""
 
-    text: str
-    """The whole conversation as `vllm serve` renders it now; pass it to the next `extend`."""
     token_ids: list[int]
     """The glue that follows the sampled tokens; where `forked`, the whole prompt anew."""
     forked: bool
     """The template altered earlier text (it dropped old reasoning, say): a new training row starts here."""
     drifted: bool
-    """The ledger's text is not `text`: the model's own writing is not how the template writes the same message."""
+    """The model did not write this turn as the template writes the same message: serving would show it another text."""
 
 
 class Chat:
@@ -81,18 +72,17 @@ class Chat:
         self,
         model: Path,
         *,
-        tool_parser: str | None = None,
+        tool_parser: str = "hermes",
         reasoning_parser: str | None = None,
         chat_template: str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Load the tokenizer of the folder `model` and prove that template and parsers fit each other.
 
-        `tool_parser` and `reasoning_parser` are vLLM's names; None for the tool parser is `hermes`, allowed only with
-        the fallback template. `chat_template` is a file, or `auto`: the model's own if it knows tools, else the
-        fallback. Raises `UserError` naming the setting that is wrong.
+        `tool_parser` and `reasoning_parser` are vLLM's names. `chat_template` is a file, or `auto`: the model's own if
+        it knows tools, else the fallback, which goes with `hermes`. Raises `UserError` naming the setting at fault.
         """
-        check_parser_names(tool_parser or "hermes", reasoning_parser)
+        check_parser_names(tool_parser, reasoning_parser)
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -108,54 +98,55 @@ class Chat:
             self._template = FALLBACK_TEMPLATE.read_text()
         self.uses_fallback = self._template is not None and self._template == FALLBACK_TEMPLATE.read_text()
         if chat_template != "auto" and not self._knows_tools():
-            raise UserError(f"chat_template: {chat_template} renders no tools; the model would never hear of them")
-        self.tool_parser = tool_parser or self._default_parser()
+            raise UserError(
+                f"model.chat_template: {chat_template} renders no tools; the model would never hear of them"
+            )
+        self.tool_parser = tool_parser
         self.reasoning_parser = reasoning_parser
         self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
         self._end_text, self._end_id = self._find_end_of_turn()
-        self._parser = TurnParser(
-            self._tokenizer,
-            tool_parser=self.tool_parser,
-            reasoning_parser=reasoning_parser,
-            template_kwargs=self._template_kwargs,
-            stop_token_ids=self.stop_token_ids,
-        )
+        self._parser = self._turn_parser(reasoning_parser)
+        # A turn's prompt is the text that the turn before it was extended to: it need not be rendered again.
+        self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
         self._prime = self._encode(self._render([_HELLO], (), generate=True))[-16:]
         self._prove_parser()
 
     # ---- messages → token ids
 
-    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> Prompt:
+    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
         """The prompt of `messages`, ready for the model's turn: what `vllm serve` feeds its engine for them."""
-        text = self._render(messages, tools, generate=True)
-        return Prompt(text=text, token_ids=self._encode(text))
+        return self._encode(self._render(messages, tools, generate=True))
 
     def extend(
-        self, prompt_text: str, sampled: Sequence[int], messages: Sequence[Message], tools: Sequence[ToolSchema] = ()
+        self,
+        before: Sequence[Message],
+        turn: Message,
+        answers: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        sampled: Sequence[int],
     ) -> Continuation:
-        """What follows the tokens `sampled` after the prompt `prompt_text`.
+        """What follows the tokens `sampled`, which were read as `turn`, and leads to the next turn.
 
-        `messages` are all messages up to the next turn: those of the prompt, the assistant's, what answers it.
-        The sampled tokens stay as they are: only text after the end of the turn is encoded. One rendering where the
-        model writes as the template does, two otherwise.
+        `before` are the messages of the prompt that they were sampled after; `answers` the tool results, or the user's
+        message that answers a malformed call. The sampled tokens stay as they are: only text after the end of the turn
+        is encoded. One rendering where the model writes as the template does, two otherwise.
         """
-        text = self._render(messages, tools, generate=True)
+        prompt = self._render(before, tools, generate=True)
+        text = self._render([*before, turn, *answers], tools, generate=True)
         stopped = bool(sampled) and sampled[-1] in self.stop_token_ids
         written = self.decode(sampled[:-1] if stopped else sampled)
-        kept = prompt_text + written + self._end_text
+        kept = prompt + written + self._end_text
         drifted = not text.startswith(kept)
         if drifted:
-            turn = max(i for i, m in enumerate(messages) if m.role == "assistant")
-            kept = self._render(messages[: turn + 1], tools, generate=False)
-            kept = kept[: kept.rfind(self._end_text) + len(self._end_text)]
-            if not (kept.startswith(prompt_text) and text.startswith(kept)):
-                return Continuation(text=text, token_ids=self._encode(text), forked=True, drifted=False)
+            kept = self._through_end(self._render([*before, turn], tools, generate=False))
+            if not (kept.startswith(prompt) and text.startswith(kept)):
+                return Continuation(token_ids=self._encode(text), forked=True, drifted=False)
         glue = self._encode_after_turn(text[len(kept) :])
         if not sampled or sampled[-1] != self._end_id:
             # Cut off by a limit, or stopped by another stop token: the turn is closed as the template closes it.
             glue = [self._end_id, *glue]
         drifted |= stopped and sampled[-1] != self._end_id
-        return Continuation(text=text, token_ids=glue, forked=False, drifted=drifted)
+        return Continuation(token_ids=glue, forked=False, drifted=drifted)
 
     def encode_assistant(
         self, messages: Sequence[Message], turn: Message, tools: Sequence[ToolSchema] = ()
@@ -169,22 +160,22 @@ class Chat:
         full = self._render([*messages, turn], tools, generate=False)
         if not full.startswith(prompt):
             raise UserError(
-                "chat_template: a finished assistant's turn does not begin as its generation prompt (which ends in "
-                f"{prompt[-40:]!r}); scripted expert turns can't be encoded under it. Check the template's arguments "
-                "(enable_thinking, say)"
+                "model.chat_template: a finished assistant's turn does not begin as its generation prompt (which ends "
+                f"in {prompt[-40:]!r}); scripted expert turns can't be encoded under it. Check "
+                "model.chat_template_kwargs (enable_thinking, say)"
             )
-        return self._encode_after_turn(full[len(prompt) : full.rfind(self._end_text) + len(self._end_text)])
+        return self._encode_after_turn(self._through_end(full)[len(prompt) :])
 
     # ---- token ids → messages
 
-    def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSchema] = (), *, first_call: int = 0) -> ParsedTurn:
-        """Read a generation as `vllm serve` would. Call ids count on from `first_call`, the episode's calls so far.
+    def parse(self, token_ids: Sequence[int], tools: Sequence[ToolSchema] = (), *, turn: int = 0) -> ParsedTurn:
+        """Read a generation as `vllm serve` would. `turn`, its number in the episode, makes the call ids unique.
 
         A turn with a call that parses is a turn of calls, whatever else stands in it: serving executes those too. A
         turn with no parsed call but an unmistakable sign of one is malformed; under the parser `hermes` that is also
         the turn of several calls of which one is broken, since it then gives up all of them.
         """
-        return self._parser.parse(token_ids, tools, prime=self._prime, first_call=first_call)
+        return self._parser.parse(token_ids, tools, prime=self._prime, turn=turn)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, special tokens included. For people and for comparison; never to be encoded again."""
@@ -219,8 +210,10 @@ class Chat:
     # ---- inside
 
     def _render(self, messages: Sequence[Message], tools: Sequence[ToolSchema], *, generate: bool) -> str:
-        offered = self._parser.normalized_tools(tools) if tools else None
-        return self._apply(messages, offered, generate=generate)
+        return self._render_cached(tuple(messages), tools_key(tools), generate)
+
+    def _render_uncached(self, messages: tuple[Message, ...], tools_json: str, generate: bool) -> str:
+        return self._apply(messages, self._parser.normalized_tools(tools_json), generate=generate)
 
     def _apply(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
         from jinja2 import TemplateError
@@ -237,11 +230,14 @@ class Chat:
                 **self._template_kwargs,
             )
         except TemplateError as e:
-            raise UserError(f"chat_template: it refuses the conversation: {e}") from e
+            raise UserError(f"model.chat_template: it refuses the conversation: {e}") from e
         return str(text)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _through_end(self, text: str) -> str:
+        return text[: text.rfind(self._end_text) + len(self._end_text)]
 
     def _encode_after_turn(self, text: str) -> list[int]:
         # Encoded behind a special token, as it stands in the ledger: some tokenizers put a space before a text's start.
@@ -254,12 +250,13 @@ class Chat:
             return False
         return "probe_tool" in self._apply([_HELLO], [dict(_PROBE_TOOL)], generate=True)
 
-    def _default_parser(self) -> str:
-        if self.uses_fallback:
-            return "hermes"
-        raise UserError(
-            "tool_parser: none is given, and the model's chat template has its own format of tool calls. Expected the "
-            "name that `vllm serve --tool-call-parser` takes for this model"
+    def _turn_parser(self, reasoning_parser: str | None) -> TurnParser:
+        return TurnParser(
+            self._tokenizer,
+            tool_parser=self.tool_parser,
+            reasoning_parser=reasoning_parser,
+            template_kwargs=self._template_kwargs,
+            stop_token_ids=self.stop_token_ids,
         )
 
     def _find_end_of_turn(self) -> tuple[str, int]:
@@ -268,12 +265,14 @@ class Chat:
         added = self._tokenizer.added_tokens_decoder
         found = [(after.find(t.content), t.content, i) for i, t in added.items() if t.special and t.content in after]
         if not found:
-            raise UserError("chat_template: it ends an assistant's turn with no special token of the model's tokenizer")
+            raise UserError(
+                "model.chat_template: it ends an assistant's turn with no special token of the model's tokenizer"
+            )
         _, end_text, end_id = min(found)
         if end_id not in self.stop_token_ids:
             raise UserError(
-                f"chat_template: it ends an assistant's turn with {end_text!r} (token {end_id}), at which the model "
-                "does not stop; expected it in eos_token_id of the model's generation_config.json"
+                f"model.chat_template: it ends an assistant's turn with {end_text!r} (token {end_id}), at which the "
+                "model does not stop; expected it in eos_token_id of the model's generation_config.json"
             )
         return end_text, end_id
 
@@ -288,10 +287,13 @@ class Chat:
             # The generation prompt opens reasoning that a finished turn lacks, and both may begin with "<".
             start = full.rfind("\n", 0, start) + 1
         written = full[start : full.rfind(self._end_text)]
-        parsed = self.parse(self._encode_after_turn(written), [_PROBE_TOOL]).message.tool_calls
+        # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
+        parser = self._turn_parser(None)
+        ids = self._encode_after_turn(written)
+        parsed = parser.parse(ids, [_PROBE_TOOL], prime=self._prime, turn=0).message.tool_calls
         if [(c.name, json.loads(c.arguments)) for c in parsed] != [("probe_tool", {"text": _PROBE})]:
             raise UserError(
-                f"tool_parser: {self.tool_parser!r} does not read the calls that the chat template writes "
+                f"model.tool_parser: {self.tool_parser!r} does not read the calls that the chat template writes "
                 f"({written.strip()!r}); expected the name that `vllm serve --tool-call-parser` takes for this model"
             )
         self._parser.learn_marker(written)
@@ -331,7 +333,7 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e
+        raise UserError(f"model.chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e
 
 
 def _stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:

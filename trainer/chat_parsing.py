@@ -79,7 +79,7 @@ class TurnParser:
         try:
             self._new_parser(None)
         except Exception as e:  # vLLM's parsers raise whatever they like for a tokenizer without their tokens
-            names = f"tool_parser: {tool_parser!r}, reasoning_parser: {reasoning_parser!r}"
+            names = f"model.tool_parser: {tool_parser!r}, model.reasoning_parser: {reasoning_parser!r}"
             raise UserError(f"{names} can't be used with this model's tokenizer: {e}") from e
 
     def learn_marker(self, call_text: str) -> None:
@@ -88,12 +88,12 @@ class TurnParser:
             self._markers = (tag.group(1),)
 
     def parse(
-        self, token_ids: Sequence[int], tools: Sequence[ToolSchema], *, prime: Sequence[int], first_call: int
+        self, token_ids: Sequence[int], tools: Sequence[ToolSchema], *, prime: Sequence[int], turn: int
     ) -> ParsedTurn:
         """Read a generation. `prime` are the last tokens of the prompt; they only steady the decoding of spaces."""
         finished = bool(token_ids) and token_ids[-1] in self._stop_token_ids
         body = token_ids[:-1] if finished else token_ids
-        request = self._request(tools)
+        request = self._request(tools_key(tools))
         pieces = self._pieces(body, prime, skip_special_tokens=request.skip_special_tokens)
         text = "".join(pieces)
         parser = self._new_parser(request.tools)
@@ -106,7 +106,7 @@ class TurnParser:
             reasoning=reasoning or "",
             tool_calls=tuple(
                 # Nine letters and digits: Mistral's templates refuse any other id.
-                ToolCall(call_id=f"call{first_call + i:05d}", name=call.name, arguments=call.arguments)
+                ToolCall(call_id=f"call{turn:03d}{i:02d}", name=call.name, arguments=call.arguments)
                 for i, call in enumerate(calls or [])
             ),
         )
@@ -123,9 +123,9 @@ class TurnParser:
             finished=finished,
         )
 
-    def normalized_tools(self, tools: Sequence[ToolSchema]) -> list[dict[str, Any]] | None:
+    def normalized_tools(self, tools_json: str) -> list[dict[str, Any]] | None:
         """The tools as `vllm serve` hands them to the template: its own field order, unknown keys dropped."""
-        request = self._request(tools)
+        request = self._request(tools_json)
         return [tool.model_dump() for tool in request.tools] if request.tools else None
 
     def _looks_like_a_call(self, text: str, tools: Sequence[ToolSchema]) -> bool:
@@ -157,25 +157,31 @@ class TurnParser:
         # Parsers carry state, so each turn gets its own, as each request does in `vllm serve`.
         return self._parser_class(self._tokenizer, tools, chat_template_kwargs=self._template_kwargs)
 
-    def _request(self, tools: Sequence[ToolSchema]) -> Any:
+    def _request(self, tools_json: str) -> Any:
         """The Chat Completions request that offers these tools, as the parsers have adjusted it."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-        key = json.dumps(list(tools))
-        if key not in self._requests:
-            offered = {"tools": list(tools), "tool_choice": "auto"} if tools else {}
+        if tools_json not in self._requests:
+            tools = json.loads(tools_json)
+            offered = {"tools": tools, "tool_choice": "auto"} if tools else {}
             try:
                 request = ChatCompletionRequest.model_validate({"model": "policy", "messages": [], **offered})
             except ValueError as e:
                 raise UserError(f"tools: not a Chat Completions tool schema: {e}") from e
-            self._requests[key] = self._new_parser(request.tools).adjust_request(request)
-        return self._requests[key]
+            self._requests[tools_json] = self._new_parser(request.tools).adjust_request(request)
+        return self._requests[tools_json]
+
+
+def tools_key(tools: Sequence[ToolSchema]) -> str:
+    """The tools as JSON text, under which what depends on them is kept."""
+    return json.dumps(list(tools))
 
 
 def _num_reasoning_tokens(parser: Any, body: Sequence[int], pieces: Sequence[str], reasoning: str) -> int:
     if not reasoning:
         return 0
-    if count := parser.count_reasoning_tokens(list(body)):
+    # Asked of the reasoning parser itself: vLLM 0.25's composed parser does not hand the count on.
+    if count := parser.reasoning_parser.count_reasoning_tokens(list(body)):
         return int(count)
     # vLLM counts from the opening tag on; where the prompt has already opened it, the turn holds none.
     end = "".join(pieces).find(reasoning) + len(reasoning)
@@ -190,11 +196,12 @@ def check_parser_names(tool_parser: str, reasoning_parser: str | None) -> None:
 
     names = ToolParserManager.list_registered()
     if tool_parser not in names:
-        raise UserError(f"tool_parser: vLLM has none named {tool_parser!r}. Expected one of: {', '.join(names)}")
+        raise UserError(f"model.tool_parser: vLLM has none named {tool_parser!r}. Expected one of: {', '.join(names)}")
     names = ReasoningParserManager.list_registered()
     if reasoning_parser is not None and reasoning_parser not in names:
         raise UserError(
-            f"reasoning_parser: vLLM has none named {reasoning_parser!r}. Expected null or one of: {', '.join(names)}"
+            f"model.reasoning_parser: vLLM has none named {reasoning_parser!r}. "
+            f"Expected null or one of: {', '.join(names)}"
         )
 
 

@@ -218,6 +218,15 @@ def test_the_corpus_holds_distractors_of_every_kind(world: FinanceWorld) -> None
         assert f"The {report.year - 1} {report.restated} is restated." in report.text()
 
 
+def test_amounts_are_short_plausible_and_never_look_like_a_year(world: FinanceWorld) -> None:
+    for report in world.corpus.reports.values():
+        for amount in itertools.chain(*report.figures.values()):
+            assert len(str(amount).replace(".", "")) <= 4
+            assert not 1900 <= amount < 2100
+        for revenue, profit in zip(report.figures["revenue"], report.figures["profit"], strict=True):
+            assert 0 < profit < revenue
+
+
 def test_comparisons_may_need_a_conversion_of_units(world: FinanceWorld) -> None:
     comparisons = [t for t in all_tasks(world) if t.item["kind"] == "comparison"]
     mixed = [t for t in comparisons if "/ 1000" in t.item["program"]]

@@ -13,9 +13,10 @@ from envs.finance.names import SECTORS, SISTER_SUFFIXES, STEMS
 TABLE_METRICS = ("revenue", "profit", "debt")
 TEXT_METRIC = "employees"
 """Stands in the sentence below the table, of the report's own year only; a count without a unit."""
-# Amounts have four digits in either unit: a small model copies short numbers. None looks like a year.
+# Amounts have at most four digits in either unit, because a small model copies short numbers. None looks like a year,
+# no profit exceeds its revenue, and of one metric any amount in thousands is below any amount in millions.
 _STEP = {"million": Decimal("0.1"), "thousand": Decimal(1)}
-_LEAST_STEPS, _MOST_STEPS = 2200, 9999
+_STEPS = {"revenue": (2200, 9999), "profit": (200, 1899), "debt": (2200, 9999)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +48,9 @@ class Report:
         return f"{self.company.folder}/{self.year}.txt"
 
     def text(self) -> str:
-        """The file's content, about 80 tokens."""
+        """The file's content, about 75 tokens."""
         lines = [
-            f"{self.company.name}, {self.year} report, in {self.company.unit}s of dollars",
-            f"year | {self.year} | {self.year - 1}",
+            f"{self.company.name}, {self.company.unit}s of dollars | {self.year} | {self.year - 1}",
             *(f"{metric} | {now} | {before}" for metric, (now, before) in self.figures.items()),
         ]
         note = f" The {self.year - 1} {self.restated} is restated." if self.restated else ""
@@ -109,25 +109,25 @@ def _companies(config: FinanceConfig) -> Iterator[Company]:
 def _reports(company: Company, config: FinanceConfig) -> Iterator[Report]:
     rng = random.Random(f"{config.seed}/{company.folder}")
     employees = rng.randint(120, 900)
+    before = {metric: rng.randint(*bounds) for metric, bounds in _STEPS.items()}
     step = _STEP[company.unit]
-    before = {metric: rng.randint(3000, 9000) * step for metric in TABLE_METRICS}
     for year in range(config.first_year, config.first_year + config.num_years):
-        now = {metric: _moved(rng, amount, step, 0.75, 1.3) for metric, amount in before.items()}
+        now = {metric: _moved(rng, metric, steps, 0.75, 1.3) for metric, steps in before.items()}
         employees = max(101, min(999, employees + rng.choice((-1, 1)) * rng.randint(3, 60)))
         shown, restated = dict(before), None
         # The first report has no earlier one that it could differ from.
         if year > config.first_year and rng.random() < config.restated_share:
             restated = rng.choice(TABLE_METRICS)
-            shown[restated] = _moved(rng, before[restated], step, 0.9, 1.1)
-        figures = {metric: (now[metric], shown[metric]) for metric in TABLE_METRICS}
+            shown[restated] = _moved(rng, restated, before[restated], 0.9, 1.1)
+        figures = {metric: (now[metric] * step, shown[metric] * step) for metric in TABLE_METRICS}
         yield Report(company=company, year=year, figures=figures, employees=employees, restated=restated)
         before = now
 
 
-def _moved(rng: random.Random, amount: Decimal, step: Decimal, low: float, high: float) -> Decimal:
-    """The amount times a factor from [low, high], kept to four digits, never the same."""
-    steps = int(amount / step)
-    moved = max(_LEAST_STEPS, min(_MOST_STEPS, int(steps * rng.uniform(low, high))))
+def _moved(rng: random.Random, metric: str, steps: int, low: float, high: float) -> int:
+    """The amount, in steps, times a factor from [low, high]; kept within the metric's bounds, never the same."""
+    least, most = _STEPS[metric]
+    moved = max(least, min(most, int(steps * rng.uniform(low, high))))
     if moved == steps:
-        moved += 7 if steps < _MOST_STEPS - 7 else -7
-    return moved * step
+        moved += 7 if steps < most - 7 else -7
+    return moved

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-_TITLE_WEIGHT = 3
+_PATH_WEIGHT = 3
 _K1, _B = 1.2, 0.75
 
 
@@ -21,15 +21,15 @@ class SearchIndex(Protocol):
 
 
 class BM25Index:
-    """BM25 (Robertson & Zaragoza 2009; k1 = 1.2, b = 0.75), the first line of a text counted three times.
+    """BM25 (Robertson & Zaragoza 2009; k1 = 1.2, b = 0.75), the words of a path counted three times.
 
-    The first line of a report names its company and year; without the weight, the next year's report, which shows the
-    year as its second column, ranks beside the right one.
+    The path names the company and year; without the weight, the next year's report, which shows the year as its second
+    column, ranks beside the right one.
     """
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         self._postings: dict[str, list[tuple[str, float]]] = {}
-        counts = {path: _weighted_counts(text) for path, text in texts.items()}
+        counts = {path: _weighted_counts(path, text) for path, text in texts.items()}
         mean_length = sum(sum(c.values()) for c in counts.values()) / max(1, len(counts))
         frequencies: dict[str, list[tuple[str, float]]] = defaultdict(list)
         for path, count in counts.items():
@@ -48,11 +48,10 @@ class BM25Index:
         return sorted(scores, key=lambda path: (-round(scores[path], 9), path))[:num_hits]
 
 
-def _weighted_counts(text: str) -> Counter[str]:
-    title, _, body = text.partition("\n")
-    counts = Counter(_words(body))
-    for word, count in Counter(_words(title)).items():
-        counts[word] += _TITLE_WEIGHT * count
+def _weighted_counts(path: str, text: str) -> Counter[str]:
+    counts = Counter(_words(text))
+    for word, count in Counter(_words(path)).items():
+        counts[word] += _PATH_WEIGHT * count
     return counts
 
 

@@ -1,0 +1,167 @@
+"""What lies in a run folder, read for the report.
+
+A run may be young, interrupted or damaged: every piece is optional, and what could not be read is named in
+`RunData.notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One rollout of an evaluation, reduced to what the report shows."""
+
+    task_id: str
+    reward: float
+    stop_reason: str
+    explanation: str
+    parts: Mapping[str, float]
+    messages: list[dict[str, Any]]
+    item: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """The run folder's contents."""
+
+    config_text: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """`run.json`."""
+    steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """All figures of a step, training and evaluation together, in the order of the steps."""
+    before: list[Sample] = field(default_factory=list)
+    after: list[Sample] = field(default_factory=list)
+    """Rollouts of the first and the last evaluation; `after` is empty where there was only one."""
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) wherever the step has a finite value."""
+        return [(s, row[key]) for s, row in self.steps.items() if key in row and math.isfinite(row[key])]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Names of the metrics that begin with `prefix`, sorted."""
+        return sorted({k for row in self.steps.values() for k in row if k.startswith(prefix)})
+
+    @property
+    def eval_steps(self) -> list[int]:
+        return _steps_with(self.steps, "eval/")
+
+    @property
+    def train_steps(self) -> list[int]:
+        return _steps_with(self.steps, "train/")
+
+
+def read_run(run_folder: Path) -> RunData:
+    """Raises `FileNotFoundError` only where the folder itself is missing."""
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {run_folder}")
+    notes: list[str] = []
+    config_text = _text(run_folder / "config.yaml", notes)
+    try:
+        config = yaml.safe_load(config_text) or {}
+    except yaml.YAMLError:
+        config = {}
+        notes.append("config.yaml is not valid YAML")
+    info_rows = list(_json_objects(_text(run_folder / "run.json", notes)))
+    steps = _read_steps(run_folder / "metrics.jsonl", notes)
+    evals = _steps_with(steps, "eval/")
+    files = [run_folder / "evals" / f"step-{step:06d}.jsonl" for step in evals]
+    return RunData(
+        config_text=config_text,
+        config=config if isinstance(config, dict) else {},
+        info=info_rows[0] if info_rows else {},
+        steps=steps,
+        before=_read_samples(files[0], notes) if files else [],
+        after=_read_samples(files[-1], notes) if len(files) > 1 else [],
+        notes=notes,
+    )
+
+
+def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[int]:
+    return [step for step, row in steps.items() if any(key.startswith(prefix) for key in row)]
+
+
+def _text(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        notes.append(f"{path.name} is missing")
+        return ""
+
+
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The one object of a JSON file."""
+    try:
+        value = json.loads(text) if text else None
+    except ValueError:
+        value = None
+    if isinstance(value, dict):
+        yield value
+
+
+def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """One object a line, line by line: files of rollouts are large. A line cut short by a kill is passed over."""
+    bad = 0
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                row = next(_json_objects(line), None)
+                if row is None:
+                    bad += 1
+                else:
+                    yield row
+    except OSError:
+        notes.append(f"{path.parent.name}/{path.name} is missing")
+    if bad:
+        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable lines were passed over")
+
+
+def _read_steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
+    """Rows of one step are merged; of a step done twice (after a resume) the later figures count."""
+    steps: dict[int, dict[str, float]] = {}
+    for row in _json_lines(path, notes):
+        step = row.get("step")
+        if isinstance(step, int):
+            numbers = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+            steps.setdefault(step, {}).update(numbers)
+    return dict(sorted(steps.items()))
+
+
+def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
+    """Graded rollouts only; a masked one has no reward to compare."""
+    samples = []
+    for row in _json_lines(path, notes):
+        episode, grade, task = _mapping(row, "episode"), _mapping(row, "grade"), _mapping(row, "task")
+        reward = grade.get("reward")
+        if not isinstance(reward, int | float):
+            continue
+        messages = episode.get("messages")
+        samples.append(
+            Sample(
+                task_id=str(episode.get("task_id") or task.get("task_id") or ""),
+                reward=float(reward),
+                stop_reason=str(episode.get("stop_reason") or ""),
+                explanation=str(grade.get("explanation") or ""),
+                parts={k: float(v) for k, v in _mapping(grade, "parts").items() if isinstance(v, int | float)},
+                messages=[m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else [],
+                item=_mapping(task, "item"),
+            )
+        )
+    return samples
+
+
+def _mapping(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = row.get(key)
+    return value if isinstance(value, dict) else {}

@@ -12,7 +12,7 @@ Points = Sequence[tuple[int, float]]
 """(step, value), in the order of the steps."""
 
 _WIDTH, _HEIGHT = 380, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 34
 _MAX_MARKS = 120
 """More points than this are drawn as a line with some of its marks left out."""
 NUM_COLOURS = 8
@@ -155,6 +155,7 @@ def _figure(title: str, body: Markup, names: Sequence[str]) -> Markup:
     svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(_WIDTH, _HEIGHT, title, body)
     key = Markup("").join(
         Markup('<span class="key"><i class="b{}"></i>{}</span>').format(i % NUM_COLOURS, name)
-        for i, name in enumerate(names)
+        # The title says what a single line is.
+        for i, name in enumerate(names if len(names) > 1 else ())
     )
     return Markup("<figure><figcaption>{}</figcaption>{}<div>{}</div></figure>").format(escape(title), svg, key)

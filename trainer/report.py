@@ -115,6 +115,9 @@ def _notes(data: RunData) -> list[str]:
         notes.append("there is no evaluation on held-out tasks yet")
     elif len(data.eval_steps) == 1:
         notes.append("there is one evaluation only: nothing to compare it with yet")
+    for step in data.eval_steps:
+        if masked := data.steps[step].get("eval/masked_rollouts"):
+            notes.append(f"evaluation after {step} steps: {masked:.0f} rollouts were lost to faults of the world")
     return notes
 
 
@@ -140,9 +143,8 @@ def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
         ("Learning curves", _learning_curves(data)),
         ("Where the reward comes from", _reward_charts(data)),
         ("Time of a step", _time_charts(data)),
-        ("Engine against trainer", _generic_charts(data, "canary/", unit="nats a token, or share")),
-        ("Loss", _generic_charts(data, "loss/", unit="value")),
-        ("Groups", _generic_charts(data, "groups/", unit="value")),
+        ("Loss", _generic_charts(data, "loss/")),
+        ("Groups, and engine against trainer", _generic_charts(data, "groups/") + _generic_charts(data, "canary/")),
     ]
     return [(name, drawn) for name, charts in sections if (drawn := [c for c in charts if c])]
 
@@ -195,7 +197,9 @@ def _reward_charts(data: RunData) -> list[Markup]:
 
 
 def _time_charts(data: RunData) -> list[Markup]:
-    parts = [k for k in data.keys("time/") if k.endswith("_s") and k != "time/step_s"]
+    usual = ["time/rollouts_s", "time/training_s", "time/publish_s"]
+    others = [k for k in data.keys("time/") if k.endswith("_s") and k not in [*usual, "time/step_s"]]
+    parts = [k for k in usual if data.series(k)] + others
     series = [Series(name=k.removeprefix("time/").removesuffix("_s"), points=data.series(k)) for k in parts]
     rest = []
     for step, whole in data.series("time/step_s"):
@@ -210,13 +214,14 @@ def _time_charts(data: RunData) -> list[Markup]:
     return [stacked_chart("Time split", [*series, Series(name="other", points=rest)], unit="seconds"), other]
 
 
-def _generic_charts(data: RunData, prefix: str, *, unit: str) -> list[Markup]:
-    """One small chart for each metric of the prefix."""
-    return [
-        line_chart(s.name.replace("_", " "), [s], unit="share" if "share" in s.name else unit)
-        for s in _named(data, prefix)
-        if len(s.points) > 0
-    ]
+def _generic_charts(data: RunData, prefix: str) -> list[Markup]:
+    """One chart for each metric of the prefix, under its own key."""
+    charts = []
+    for series in _named(data, prefix):
+        shares = "share" in series.name or "applied" in series.name
+        unit = "nats a token" if "mismatch" in series.name else "share" if shares else "value"
+        charts.append(line_chart(prefix + series.name, [series], unit=unit))
+    return charts
 
 
 def _health(data: RunData) -> list[tuple[str, str, str]]:
@@ -264,6 +269,7 @@ class _Pair:
 
     task_id: str
     change: str
+    question: str
     prompt: list[dict[str, Any]]
     item: str
     sides: list[_Shown]
@@ -280,12 +286,15 @@ def _pairs(data: RunData) -> list[_Pair]:
     losses = [c for c in changes[::-1][:_NUM_LOSSES] if c[0] < 0]
     pairs = []
     for change, task_id in gains + losses:
-        old, new = _typical(data.before, task_id, before), _typical(data.after, task_id, after)
+        direction = 1.0 if change > 0 else -1.0
+        old = _typical(data.before, task_id, before[task_id], -direction)
+        new = _typical(data.after, task_id, after[task_id], direction)
         item = {k: v for k, v in old.item.items() if isinstance(v, str | int | float | bool)}
         pairs.append(
             _Pair(
                 task_id=task_id,
                 change=f"mean reward {before[task_id]:.2f} → {after[task_id]:.2f} ({change:+.2f})",
+                question=next((_cut(m.get("content"), 400) for m in _prompt(old)[::-1] if m.get("role") == "user"), ""),
                 prompt=[_message(m) for m in _prompt(old)],
                 item=_cut(json.dumps(item, ensure_ascii=False), 600) if item else "",
                 sides=[_shown("before", old), _shown("after", new)],
@@ -294,8 +303,10 @@ def _pairs(data: RunData) -> list[_Pair]:
     return pairs
 
 
-def _typical(samples: Sequence[Sample], task_id: str, means: dict[str, float]) -> Sample:
-    return min((s for s in samples if s.task_id == task_id), key=lambda s: abs(s.reward - means[task_id]))
+def _typical(samples: Sequence[Sample], task_id: str, mean: float, direction: float) -> Sample:
+    """The rollout nearest to the mean; of two as near, the one that lies in the direction of the change."""
+    mine = [s for s in samples if s.task_id == task_id]
+    return min(mine, key=lambda s: (round(abs(s.reward - mean), 6), -direction * s.reward))
 
 
 def _prompt(sample: Sample) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+METRICS = "metrics.jsonl"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
@@ -73,7 +75,7 @@ def read_run(run_folder: Path) -> RunData:
         config = {}
         notes.append("config.yaml is not valid YAML")
     info_rows = list(_json_objects(_text(run_folder / "run.json", notes)))
-    steps = _read_steps(run_folder / "metrics.jsonl", notes)
+    steps = _read_steps(run_folder / METRICS, notes)
     evals = _steps_with(steps, "eval/")
     files = [run_folder / "evals" / f"step-{step:06d}.jsonl" for step in evals]
     return RunData(
@@ -123,9 +125,9 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
                 else:
                     yield row
     except OSError:
-        notes.append(f"{path.parent.name}/{path.name} is missing")
+        notes.append(f"{path.name} is missing" if path.name == METRICS else f"evals/{path.name} is missing")
     if bad:
-        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable lines were passed over")
+        notes.append(f"unreadable lines passed over in {path.name}: {bad}")
 
 
 def _read_steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:

@@ -445,6 +445,20 @@ def test_a_parser_that_does_not_read_the_templates_calls_is_refused(smollm2: Pat
         Chat(smollm2, tool_parser="pythonic")
 
 
+def test_every_parser_of_vllm_either_fits_the_model_or_is_refused_by_name(chat: Chat) -> None:
+    from vllm.tool_parsers import ToolParserManager
+
+    fitting = []
+    for name in ToolParserManager.list_registered():
+        try:
+            chat._prove_parser(chat._turn_parser(name, None))
+            fitting.append(name)
+        except UserError as e:
+            assert f"model.tool_parser: {name!r}" in str(e)
+    assert "hermes" in fitting
+    assert len(fitting) < 10
+
+
 def test_a_reasoning_parser_whose_tokens_the_model_lacks_is_refused(smollm2: Path) -> None:
     with pytest.raises(UserError, match=r"model\.reasoning_parser: 'deepseek_r1' can't be used with this model"):
         Chat(smollm2, reasoning_parser="deepseek_r1")

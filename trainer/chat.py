@@ -105,11 +105,12 @@ class Chat:
         self.reasoning_parser = reasoning_parser
         self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
         self._end_text, self._end_id = self._find_end_of_turn()
-        self._parser = self._turn_parser(reasoning_parser)
+        self._parser = self._turn_parser(tool_parser, reasoning_parser)
         # A turn's prompt is the text that the turn before it was extended to: it need not be rendered again.
         self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
         self._prime = self._encode(self._render([_HELLO], (), generate=True))[-16:]
-        self._prove_parser()
+        # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
+        self._parser.learn_marker(self._prove_parser(self._turn_parser(tool_parser, None)))
 
     # ---- messages → token ids
 
@@ -250,10 +251,10 @@ class Chat:
             return False
         return "probe_tool" in self._apply([_HELLO], [dict(_PROBE_TOOL)], generate=True)
 
-    def _turn_parser(self, reasoning_parser: str | None) -> TurnParser:
+    def _turn_parser(self, tool_parser: str, reasoning_parser: str | None) -> TurnParser:
         return TurnParser(
             self._tokenizer,
-            tool_parser=self.tool_parser,
+            tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
             template_kwargs=self._template_kwargs,
             stop_token_ids=self.stop_token_ids,
@@ -276,8 +277,8 @@ class Chat:
             )
         return end_text, end_id
 
-    def _prove_parser(self) -> None:
-        """A call as the template writes it must be read back by the parser: a wrong parser would never see one."""
+    def _prove_parser(self, parser: TurnParser) -> str:
+        """A call as the template writes it, read back by the parser: a wrong parser would never see one."""
         call = ToolCall(call_id="call00000", name="probe_tool", arguments=json.dumps({"text": _PROBE}))
         turn = Message(role="assistant", tool_calls=(call,))
         prompt = self._render([_HELLO], [_PROBE_TOOL], generate=True)
@@ -286,17 +287,15 @@ class Chat:
         if start < len(prompt):
             # The generation prompt opens reasoning that a finished turn lacks, and both may begin with "<".
             start = full.rfind("\n", 0, start) + 1
-        written = full[start : full.rfind(self._end_text)]
-        # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
-        parser = self._turn_parser(None)
+        written = full[start : max(start, full.rfind(self._end_text))]
         ids = self._encode_after_turn(written)
         parsed = parser.parse(ids, [_PROBE_TOOL], prime=self._prime, turn=0).message.tool_calls
         if [(c.name, json.loads(c.arguments)) for c in parsed] != [("probe_tool", {"text": _PROBE})]:
             raise UserError(
-                f"model.tool_parser: {self.tool_parser!r} does not read the calls that the chat template writes "
+                f"model.tool_parser: {parser.tool_parser!r} does not read the calls that the chat template writes "
                 f"({written.strip()!r}); expected the name that `vllm serve --tool-call-parser` takes for this model"
             )
-        self._parser.learn_marker(written)
+        return written
 
 
 def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:

@@ -68,19 +68,21 @@ class TurnParser:
         # Failed parses are counted and shown to the model; vLLM would print a traceback for each of them.
         for name in ("vllm.tool_parsers", "vllm.parser", "vllm.reasoning"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        self.tool_parser = tool_parser
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)
         self._stop_token_ids = stop_token_ids
         self._requests: dict[str, Any] = {}
         self._markers: tuple[str, ...] = ()
-        self._parser_class = ParserManager.get_parser(
-            tool_parser_name=tool_parser, reasoning_parser_name=reasoning_parser, enable_auto_tools=True
-        )
         try:
-            self._new_parser(None)
-        except Exception as e:  # vLLM's parsers raise whatever they like for a tokenizer without their tokens
+            self._parser_class = ParserManager.get_parser(
+                tool_parser_name=tool_parser, reasoning_parser_name=reasoning_parser, enable_auto_tools=True
+            )
+            request = self._request(tools_key([{"type": "function", "function": {"name": "probe"}}]))
+            self._new_parser(request.tools).parse("", request, enable_auto_tools=True)
+        except Exception as e:  # whatever a parser raises for want of a token in the vocabulary or of a package
             names = f"model.tool_parser: {tool_parser!r}, model.reasoning_parser: {reasoning_parser!r}"
-            raise UserError(f"{names} can't be used with this model's tokenizer: {e}") from e
+            raise UserError(f"{names} can't be used with this model: {e}") from e
 
     def learn_marker(self, call_text: str) -> None:
         """Take the tag that opens `call_text`, a call as the template writes it, as a sign of a call."""

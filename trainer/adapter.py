@@ -85,9 +85,11 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     result: Tensor = self.base_layer(x, *args, **kwargs)
     if self.disable_adapters:
         return result
-    weight_a = self.lora_A[_ADAPTER].weight.to(x.dtype)
-    weight_b = (self.lora_B[_ADAPTER].weight * self.scaling[_ADAPTER]).to(x.dtype)
-    return result + nn.functional.linear(nn.functional.linear(x, weight_a), weight_b)
+    for name in self.active_adapters:
+        weight_a = self.lora_A[name].weight.to(x.dtype)
+        weight_b = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+        result = result + nn.functional.linear(nn.functional.linear(x, weight_a), weight_b)
+    return result
 
 
 def _check_head_is_plain(model: Any) -> None:
@@ -104,8 +106,8 @@ def _check_head_is_plain(model: Any) -> None:
         token_ids = torch.arange(1, 17, device=head.weight.device)[None] % vocabulary_size
         expected = model.get_base_model()(input_ids=token_ids, use_cache=False).logits.float()
         logits = (hidden_states(model, token_ids) @ head.weight.T).float()
-    # A bfloat16 rounding is a relative 0.4 %; the known scalings and caps are many times that.
-    if not (logits - expected).norm() <= 0.02 * expected.norm():
+    # A bfloat16 rounding is a relative 0.4 % at most; the known scalings and caps are many times that.
+    if not (logits - expected).norm() <= 0.01 * expected.norm():
         raise UserError(
             f"model.name: {type(model.get_base_model()).__name__} changes its logits after the output matrix "
             "(scaling, soft cap or bias), which the trainer's log-probabilities do not support"

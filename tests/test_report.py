@@ -1,0 +1,347 @@
+"""The report of a run folder, parsed back from the HTML it writes."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+from rich.console import Console
+
+from envs.types import Episode, Message, StopReason, Task, ToolCall, Turn
+from graders.types import Grade
+from trainer.before_after import paired_difference
+from trainer.charts import Series, line_chart, stacked_chart
+from trainer.report import before_after_table, markdown_table, render_terminal_table, write_report
+from trainer.run_data import read_run
+
+HOSTILE = "</pre><script>alert('pwned')</script><img src=http://evil.example/x onerror=alert(1)>"
+NUM_STEPS = 3
+EVALS: dict[int, dict[str, float]] = {
+    0: {
+        "rollouts": 4, "masked_rollouts": 0, "reward": 0.125, "correct": 0.25, "answered": 0.5, "tool_calls": 5.5,
+        "invalid_calls": 0.5, "completion_tokens": 1213.0, "reasoning_tokens": 13.0, "answer_tokens": 1200.0,
+        "episode_latency_s": 8.0,
+    },
+    NUM_STEPS: {
+        "rollouts": 4, "masked_rollouts": 1, "reward": 0.5, "correct": 0.625, "answered": 1.0, "tool_calls": 3.3,
+        "invalid_calls": 0.0, "completion_tokens": 140.5, "reasoning_tokens": 0.5, "answer_tokens": 140.0,
+        "episode_latency_s": 10.0,
+    },
+}  # fmt: skip
+_VOID = {"meta", "br", "img", "link", "input"}
+
+
+@dataclass
+class Page(HTMLParser):
+    """The elements of a page, with their attributes and texts; fails where tags are not balanced."""
+
+    elements: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.open: list[dict[str, Any]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = {"tag": tag, "text": "", "inside": [e["tag"] for e in self.open], **dict(attrs)}
+        element["ancestors"] = list(self.open)
+        self.elements.append(element)
+        if tag not in _VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1]["tag"] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag: str) -> list[dict[str, Any]]:
+        return [e for e in self.elements if e["tag"] == tag]
+
+    def by_id(self, name: str) -> dict[str, Any] | None:
+        return next((e for e in self.elements if e.get("id") == name), None)
+
+
+def _parse(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text())
+    page.close()
+    assert not page.open
+    return page
+
+
+def _cells(page: Page) -> dict[str, list[str]]:
+    """The before/after table: metric → texts of its cells."""
+    table: dict[str, list[str]] = {}
+    for cell in page.all("td"):
+        row = cell["ancestors"][-1]
+        if "data-metric" in row:
+            table.setdefault(row["data-metric"], []).append(cell["text"])
+    return table
+
+
+def _rollout(task_id: str, reward: float, answer: str, explanation: str) -> dict[str, Any]:
+    prompt = (Message(role="system", content="be brief"), Message(role="user", content=f"question of {task_id}"))
+    call = ToolCall(call_id="c1", name="search", arguments='{"query": "revenue"}')
+    looking = Message(role="assistant", reasoning="I look it up", tool_calls=(call,))
+    found = Message(role="tool", content="Revenue 42", call_id="c1", name="search")
+    last = Message(role="assistant", content=answer)
+    episode = Episode(
+        rollout_id=f"{task_id}-{reward}",
+        task_id=task_id,
+        messages=(*prompt, looking, found, last),
+        turns=(Turn(message=looking), Turn(message=last)),
+        stop_reason=StopReason.ANSWERED,
+    )
+    task = Task(task_id=task_id, messages=prompt, item={"answer": "42"})
+    grade = Grade(reward=reward, parts={"numeric": reward}, explanation=explanation)
+    return {
+        "episode": TypeAdapter(Episode).dump_python(episode, mode="json"),
+        "task": TypeAdapter(Task).dump_python(task, mode="json"),
+        "grade": TypeAdapter(Grade).dump_python(grade, mode="json"),
+        "ledgers": [],
+    }
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run of three steps."""
+    folder = tmp_path / "a-run"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"model:\n  name: tiny\noptim:\n  num_steps: {NUM_STEPS}\nseed: 7\n")
+    info = {
+        "run_id": "quickstart-7",
+        "versions": {"vllm": "0.31.0"},
+        "serve_command": "vllm serve it",
+        "hardware": "2 cores",
+    }
+    (folder / "run.json").write_text(json.dumps(info))
+    train = [
+        {
+            "step": k, "train/reward": 0.1 * k, "train/correct": 0.2, "train/tool_calls": 5.0 - k,
+            "loss/loss": -0.01 * k, "train/part/numeric": 0.2 * k, "train/stop/answered": 0.75, "train/stop/max_turns": 0.25,
+            "train/masked_rollouts": 2, "groups/tied_share": 0.25 * k, "canary/mismatch": 0.05, "time/rollouts_s": 10.0,
+            "time/training_s": 20.0, "time/publish_s": 1.0, "time/step_s": 32.0,
+        }
+        for k in range(1, NUM_STEPS + 1)
+    ]  # fmt: skip
+    evals = [{"step": s, **{f"eval/{k}": v for k, v in row.items()}} for s, row in EVALS.items()]
+    _write_lines(folder / "metrics.jsonl", [evals[0], *train, evals[1]])
+    before = [_rollout("t1", 0.0, "no idea", "no number"), _rollout("t2", 1.0, "42", "right")]
+    after = [_rollout("t1", 1.0, HOSTILE, f"right {HOSTILE}"), _rollout("t2", 0.75, "43", "nearly")]
+    _write_lines(folder / "evals" / "step-000000.jsonl", before)
+    _write_lines(folder / "evals" / f"step-{NUM_STEPS:06d}.jsonl", after)
+    return folder
+
+
+def test_the_table_shows_the_figures_of_the_first_and_the_last_evaluation(run: Path) -> None:
+    cells = _cells(_parse(write_report(run)))
+    assert cells["reward"] == ["0.125", "0.500", "+0.375", "+300 %"]
+    assert cells["correct"] == ["25.0%", "62.5%", "+37.5 pts", "+150 %"]
+    assert cells["tool_calls"] == ["5.50", "3.30", "-2.20", "-40 %"]
+    assert cells["completion_tokens"] == ["1,213.0", "140.5", "-1,072.5", "-88 %"]
+    assert cells["reasoning_tokens"] == ["13.0", "0.5", "-12.5", "-96 %"]
+    assert cells["answer_tokens"] == ["1,200.0", "140.0", "-1,060.0", "-88 %"]
+    assert cells["episode_latency_s"] == ["8.00", "10.00", "+2.00", "+25 %"]
+    for row in before_after_table(run):
+        assert (row.before, row.after) == (EVALS[0][row.key], EVALS[NUM_STEPS][row.key])
+
+
+def test_a_change_is_called_better_or_worse_by_what_the_metric_means(run: Path) -> None:
+    verdicts = {row.key: row.verdict for row in before_after_table(run)}
+    assert verdicts["reward"] == verdicts["tool_calls"] == verdicts["invalid_calls"] == "better"
+    assert verdicts["episode_latency_s"] == "worse"
+
+
+def test_terminal_and_markdown_tables_say_the_same_as_the_page(run: Path) -> None:
+    cells = _cells(_parse(write_report(run)))
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(render_terminal_table(run))
+    markdown = markdown_table(run)
+    assert "before" in markdown.splitlines()[0] and f"after {NUM_STEPS} steps" in markdown.splitlines()[0]
+    assert len(screen.getvalue().splitlines()) == len(cells) + 1
+    assert "…" not in screen.getvalue()
+    for texts in cells.values():
+        assert f"| {' | '.join(texts)} |" in markdown
+        assert re.search(r"\s+".join(map(re.escape, texts)), screen.getvalue())
+
+
+def test_text_of_a_model_is_shown_and_never_becomes_markup(run: Path) -> None:
+    (run / "config.yaml").write_text(f'model:\n  name: "{HOSTILE}"\n')
+    page = _parse(write_report(run, serve_command=HOSTILE))
+    assert not page.all("script") and not page.all("img")
+    assert not [e for e in page.elements if any(a.startswith("on") or a in ("src", "href") for a in e)]
+    assert sum(HOSTILE in e["text"] for e in page.all("pre")) >= 3
+    assert any(f"right {HOSTILE}" in e["text"] for e in page.all("div"))
+
+
+def test_a_metric_with_markup_in_its_name_is_escaped_in_the_charts(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, f"train/part/{HOSTILE}": 1.0, f"loss/{HOSTILE}": 1.0}) + "\n")
+    page = _parse(write_report(run))
+    assert not page.all("script") and not page.all("img")
+    assert any(HOSTILE in e["text"] for e in page.all("figcaption"))
+
+
+def test_the_page_needs_nothing_from_outside(run: Path) -> None:
+    html = write_report(run).read_text()
+    assert not re.search(r"(src|href)\s*=|url\(|@import", html.replace(HOSTILE, "").replace("&lt;img src=", ""))
+    policy = next(
+        e for e in _parse(run / "report.html").all("meta") if e.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy["content"].startswith("default-src 'none'")
+
+
+def test_every_chart_has_a_title_a_unit_and_its_values_on_hover(run: Path) -> None:
+    page = _parse(write_report(run))
+    figures = page.all("figure")
+    titles = [e["text"] for e in page.all("figcaption")]
+    assert {"Mean reward", "Correct", "Tool calls", "Reward parts", "How episodes end", "Time split"} <= set(titles)
+    assert {"canary/mismatch", "loss/loss", "groups/tied_share"} <= set(titles)
+    assert len(figures) == len(titles) == len(page.all("svg")) == len(set(titles))
+    hovers = [e["text"] for e in page.all("title")]
+    assert "training: 0.2, step 2" in hovers
+    assert "held out: 0.5, step 3" in hovers
+    assert "answered: 75 %, step 1" in hovers
+    assert "other: 1, step 1" in hovers, "what rollouts, training and publishing leave of the step"
+    for figure in figures:
+        units = [e["text"] for e in page.all("text") if figure in e["ancestors"] and "transform" in e]
+        assert len(units) == 1 and units[0]
+
+
+def test_transcripts_show_gains_and_losses_side_by_side_with_the_graders_words(run: Path) -> None:
+    page = _parse(write_report(run))
+    gain, loss = (e["text"] for e in page.all("section") if e.get("class") == "pair")
+    assert "t1" in gain and "0.00 → 1.00 (+1.00)" in gain
+    assert "t2" in loss and "1.00 → 0.75 (-0.25)" in loss
+    assert "question of t1" in gain and 'search({"query": "revenue"})' in gain and "I look it up" in gain
+    assert "no number" in gain and "nearly" in loss
+    assert gain.index("no idea") < gain.index("alert")
+
+
+def test_adapter_serve_command_config_and_versions_are_named(run: Path) -> None:
+    page = _parse(write_report(run))
+    texts = {
+        name: (page.by_id(name) or {}).get("text", "") for name in ("adapter", "serve-command", "config", "versions")
+    }
+    assert texts["adapter"] == str((run / "adapter").resolve())
+    assert texts["serve-command"] == "vllm serve it"
+    assert "num_steps: 3" in texts["config"]
+    assert "vllm0.31.0" in texts["versions"].replace("\n", "")
+    given = _parse(write_report(run, serve_command="vllm serve that")).by_id("serve-command")
+    assert given and given["text"] == "vllm serve that"
+
+
+def test_health_counts_what_was_lost(run: Path) -> None:
+    page = _parse(write_report(run))
+    health = (page.by_id("health") or {})["text"]
+    assert "rollouts masked out6 in all" in health
+    assert "tied groups50.0% on average" in health
+    assert "1 rollouts were lost" in (page.by_id("notes") or {})["text"]
+
+
+def test_an_empty_run_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
+    page = _parse(write_report(tmp_path))
+    notes = (page.by_id("notes") or {})["text"]
+    assert "metrics.jsonl is missing" in notes
+    assert "no evaluation" in notes
+    assert page.by_id("before-after") is None
+    assert before_after_table(tmp_path) == []
+
+
+def test_a_run_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_an_interrupted_run_shows_what_it_has(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:25])
+    (run / "adapter").rmdir()
+    page = _parse(write_report(run))
+    notes = (page.by_id("notes") or {})["text"]
+    assert "2 of 3 steps are done" in notes
+    assert "one evaluation only" in notes
+    assert "unreadable lines passed over in metrics.jsonl: 1" in notes
+    assert _cells(page)["reward"] == ["0.125", "–", "–", "–"]
+    assert page.by_id("adapter") is None
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.jsonl", "evals/step-000000.jsonl"])
+@pytest.mark.parametrize("content", ["", "\x00\xff{[", "[1, 2]\n", '{"episode": 3, "grade": {"reward": 1}}\n', "null"])
+def test_damaged_files_do_not_break_the_report(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    _parse(write_report(run))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.jsonl", "evals/step-000000.jsonl", "adapter"])
+def test_missing_files_do_not_break_the_report(run: Path, name: str) -> None:
+    (run / name).rmdir() if name == "adapter" else (run / name).unlink()
+    _parse(write_report(run))
+
+
+def test_a_step_done_again_after_a_resume_counts_once_with_its_later_figures(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "train/reward": 0.9}) + "\n")
+    assert read_run(run).series("train/reward") == [(1, 0.1), (2, 0.9), (3, pytest.approx(0.3))]
+
+
+def test_a_value_that_is_not_a_number_is_left_out(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/reward": NaN}\n{"step": 3, "eval/reward": Infinity}\n')
+    assert [step for step, _ in read_run(run).series("train/reward")] == [1, 3]
+    page = _parse(write_report(run))
+    assert _cells(page)["reward"] == ["0.125", "–", "–", "–"]
+    assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', "".join(str(e.get("points")) for e in page.all("polyline")))
+
+
+def test_the_standard_error_of_the_change_is_taken_over_tasks(run: Path) -> None:
+    data = read_run(run)
+    mean, error, n = paired_difference(data.before, data.after) or (0, 0, 0)
+    # Changes of the two tasks: +1 and -0.25; their standard deviation is 1.25 / √2.
+    assert (mean, n) == (0.375, 2)
+    assert error == pytest.approx(1.25 / math.sqrt(2) / math.sqrt(2))
+    assert paired_difference(data.before[:1], data.after) is None
+
+
+def test_a_chart_places_its_points_inside_the_frame_for_any_values() -> None:
+    for values in ([0.0], [5.0, 5.0], [-3.0, 1e-9], [1e9, 2e9], [-1e-7, -2e-7]):
+        chart = line_chart("t", [Series(name="s", points=list(enumerate(values)))], unit="u")
+        for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', chart):
+            assert 58 <= float(x) <= 370 and 10 <= float(y) <= 176
+    assert line_chart("t", [Series(name="s", points=[])], unit="u") == ""
+    assert stacked_chart("t", [Series(name="s", points=[(1, 0.0)])], unit="u") == ""
+
+
+def test_bars_of_a_stack_stand_on_each_other() -> None:
+    layers = [Series(name="a", points=[(1, 1.0)]), Series(name="b", points=[(1, 3.0)])]
+    bars = re.findall(
+        r'<rect class="f\d" x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"',
+        stacked_chart("t", layers, unit="u"),
+    )
+    (low_y, low_height), (high_y, high_height) = [(float(y), float(h)) for y, h in bars]
+    assert high_height == pytest.approx(3 * low_height, abs=0.2)
+    assert high_y + high_height == pytest.approx(low_y, abs=0.2)
+
+
+def test_the_report_loads_neither_torch_nor_vllm() -> None:
+    code = "import sys, trainer.report, trainer.progress; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -2,7 +2,7 @@
 
 AgentRFTError
 ├── UserError(ValueError)     a config, data set or grader is wrong: one screen, exit code 2, nothing loaded
-├── WorldError                a tool server, judge or engine failed after its retries: the rollout is masked, never scored 0
+├── WorldError                a tool server, judge or engine failed: the rollout is masked, never scored 0
 ├── ToolError                 a tool refuses its arguments: shown to the model, the episode goes on
 └── PublishError              the engine does not run the policy that is being trained: the run stops
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -36,10 +37,21 @@ def main() -> int:
             print("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
     if is_main:
-        from trainer.report import print_result
-
         print_result(folder)
     return 0
+
+
+def print_result(folder: Path) -> None:
+    """The table before and after, where everything lies, and how to serve it."""
+    from rich.console import Console
+
+    from trainer.report import render_terminal_table
+
+    about = json.loads((folder / "run.json").read_text())
+    console = Console()
+    console.print(render_terminal_table(folder))
+    console.print(f"report   {folder / 'report.html'}\nadapter  {about['adapter']}\nserve it with:", highlight=False)
+    print(about["serve_command"])
 
 
 if __name__ == "__main__":

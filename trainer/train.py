@@ -92,7 +92,11 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
                 **group_metrics,
                 **prefixed("loss", loss_metrics),
                 **canary_metrics,
-                **clock.metrics(num_train_tokens=sum(len(s.token_ids) for s in samples)),
+                **clock.metrics(
+                    num_sampled_tokens=sum(r.episode.num_tokens for r in rollouts),
+                    # Rows without an advantage cost the trainer nothing.
+                    num_trained_tokens=sum(len(s.token_ids) for s in samples if s.advantage),
+                ),
             }
             run.log({"step": step, **metrics})
             accelerator.log(metrics, step=step)

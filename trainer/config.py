@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
-from graders.config import GraderConfig, PenaltiesConfig
+from graders.config import GraderConfig, PenaltiesConfig, check_penalties
+
+_MOST_LINES = 20
+"""Of one error message: it has to fit on a screen."""
 
 
 class Section(BaseModel):
@@ -169,13 +173,20 @@ class RunConfig(Section):
             raise ValueError("rollout.max_turn_tokens must be smaller than rollout.max_episode_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _penalties_keep_the_order(self) -> RunConfig:
+        check_penalties(self.grader, self.penalties)
+        return self
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML config and apply `key.sub=value` overrides (values are YAML). Raises `UserError`."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"config {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"config {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as e:
@@ -194,15 +205,16 @@ def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:
     except ValidationError as e:
         lines = [f"config {source}: {e.error_count()} problem{'s' * (e.error_count() > 1)}"]
         for error in e.errors():
-            location = [str(part) for part in error["loc"]]
-            key = ".".join(location)
+            key, section = _locate(error["loc"])
             if error["type"] == "extra_forbidden":
-                lines.append(f"  {key}: unknown key{_suggestion(location)}")
+                lines.append(f"  {key}: unknown key{_suggestion(key, section)}")
             elif error["type"] == "missing":
                 lines.append(f"  {key}: required, but not given")
             else:
                 got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
-                lines.append(f"  {key or 'config'}: {error['msg']}{got}")
+                lines.append(f"  {key or 'config'}: {error['msg'].removeprefix('Value error, ')}{got}")
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
         raise UserError("\n".join(lines)) from None
 
 
@@ -228,21 +240,36 @@ def _override(data: dict[str, Any], override: str) -> None:
             node[last] = float(node[last])
 
 
-def _suggestion(location: list[str]) -> str:
+def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None]:
+    """The key as it stands in the file, and the section that holds it; pydantic's location names union members too."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = None
+    inner: type[BaseModel] | None = RunConfig
+    parts = [str(part) for part in location if "[" not in str(part)]
+    while parts:
+        section, key = inner, parts.pop(0)
+        keys.append(key)
+        field = section.model_fields.get(key) if section else None
+        annotations = (field.annotation, *get_args(field.annotation)) if field else ()
+        by_tag = {_tag(a): a for a in annotations if _is_section(a)}
+        tag = parts.pop(0) if len(by_tag) > 1 and parts else None
+        inner = by_tag.get(tag) if tag else next(iter(by_tag.values()), None)
+    return ".".join(keys), section
+
+
+def _tag(section: type[BaseModel]) -> str:
+    field = section.model_fields.get("type")
+    return str(get_args(field.annotation)[0]) if field else ""
+
+
+def _suggestion(key: str, section: type[BaseModel] | None) -> str:
     """The known keys nearest to an unknown one."""
-    section: Any = RunConfig
-    for part in location[:-1]:
-        field = section.model_fields.get(part)
-        if field is None:
-            return ""
-        candidates = [a for a in (field.annotation, *get_args(field.annotation)) if _is_section(a)]
-        if not candidates:
-            return ""
-        section = candidates[0]
-    near = difflib.get_close_matches(location[-1], section.model_fields, n=1)
+    if section is None:
+        return ""
+    near = difflib.get_close_matches(key.rpartition(".")[2], section.model_fields, n=1)
     known = ", ".join(sorted(section.model_fields))
     return f"; did you mean {near[0]}?" if near else f"; known keys: {known}"
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)

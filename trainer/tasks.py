@@ -46,17 +46,26 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
     path = config.data.train if split == "train" else config.data.eval
     offered = world.make_env().tools
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a JSON string may hold line separators of Unicode.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as e:
         raise UserError(f"data.{split} {path}: {e.strerror or e}") from e
-    tasks = [
-        _read_row(line, where=f"{path}, line {number}", number=number, offered=list(offered))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    except UnicodeDecodeError as e:
+        raise UserError(f"data.{split} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    tasks: dict[str, Task] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        task = _read_row(line, where=where, number=number, offered=list(offered))
+        if task.task_id in tasks:
+            raise UserError(
+                f"{where}: task_id: {task.task_id!r} also stands in an earlier line; expected one of its own"
+            )
+        tasks[task.task_id] = task
     if not tasks:
         raise UserError(f"data.{split} {path}: no rows")
-    return tasks
+    return list(tasks.values())
 
 
 def _read_row(line: str, *, where: str, number: int, offered: Sequence[str]) -> Task:

@@ -7,12 +7,13 @@ tool never holds up the others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from envs.base import World
+from envs.base import Env, World
 from envs.errors import WorldError
 from envs.tools import Tool, call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
@@ -76,6 +77,20 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+@contextlib.asynccontextmanager
+async def _first_error() -> AsyncIterator[None]:
+    """Of the errors that end a task group, raise one: ours before the world's, the first of its kind."""
+    try:
+        yield
+    except ExceptionGroup as e:
+        ours = [x for x in e.exceptions if not isinstance(x, WorldError)]
+        raise (ours or e.exceptions)[0] from None
+
+
+def _offered(task: Task, env: Env) -> Iterable[str]:
+    return env.tools if task.tools is None else task.tools
+
+
 class RolloutWorker:
     """Runs episodes of one world on one engine. Holds nothing of any single episode."""
 
@@ -104,12 +119,8 @@ class RolloutWorker:
             on_rollout(rollout)
             return rollout
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                running = [group.create_task(one(r)) for r in requests]
-        except ExceptionGroup as e:
-            # The first cause says it all; the rest are its echoes.
-            raise e.exceptions[0] from None
+        async with _first_error(), asyncio.TaskGroup() as group:
+            running = [group.create_task(one(r)) for r in requests]
         return [t.result() for t in running]
 
     async def _with_retries(self, request: RolloutRequest, temperature: float) -> Rollout:
@@ -130,7 +141,7 @@ class RolloutWorker:
             try:
                 async with asyncio.timeout(self._config.episode_timeout_s) as limit:
                     await env.open(request.task, rollout_id)
-                    tools = {name: env.tools[name] for name in request.task.tools or env.tools}
+                    tools = {name: env.tools[name] for name in _offered(request.task, env)}
                     stop, error = await self._turns(live, request, tools, temperature), ""
             except WorldError as e:
                 stop, error = StopReason.WORLD_FAULT, str(e)
@@ -138,6 +149,9 @@ class RolloutWorker:
                 if not limit.expired():
                     raise
                 stop, error = StopReason.WALL_CLOCK, ""
+                if not live.turns:
+                    # The model never had its say: a slow world or engine, which must not be scored 0.
+                    stop, error = StopReason.WORLD_FAULT, f"no turn within {self._config.episode_timeout_s:g} s"
             episode = Episode(
                 rollout_id=rollout_id,
                 task_id=request.task.task_id,
@@ -151,7 +165,7 @@ class RolloutWorker:
                 try:
                     grade = await self._grader.grade(request.task, episode)
                 except WorldError as e:
-                    error = f"grader: {e}"
+                    episode = replace(episode, error=f"grader: {e}")
         finally:
             await env.close(episode)
         return Rollout(
@@ -188,6 +202,17 @@ class RolloutWorker:
             ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
             parsed = self._chat.parse(completion.token_ids, schemas, turn=turn)
             message = parsed.message
+            before = list(live.messages)
+            live.messages.append(message)
+            live.turns.append(
+                Turn(
+                    message=message,
+                    malformed=parsed.malformed,
+                    num_tokens=len(completion.token_ids),
+                    num_reasoning_tokens=parsed.num_reasoning_tokens,
+                    generation_s=generation_s,
+                )
+            )
             was_over_budget = live.over_budget
             start = time.perf_counter()
             results = await self._call_tools(live, message, tools)
@@ -195,19 +220,8 @@ class RolloutWorker:
             answers = [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
             if parsed.malformed:
                 answers.append(Message(role="user", content=MALFORMED_ANSWER))
-            live.turns.append(
-                Turn(
-                    message=message,
-                    results=tuple(results),
-                    malformed=parsed.malformed,
-                    num_tokens=len(completion.token_ids),
-                    num_reasoning_tokens=parsed.num_reasoning_tokens,
-                    generation_s=generation_s,
-                    tools_s=tools_s,
-                )
-            )
-            before = list(live.messages)
-            live.messages += [message, *answers]
+            live.turns[-1] = replace(live.turns[-1], results=tuple(results), tools_s=tools_s)
+            live.messages += answers
             if not completion.finished:
                 cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
                 return StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_EPISODE_TOKENS
@@ -228,7 +242,10 @@ class RolloutWorker:
         live.num_tool_calls += len(message.tool_calls)
         allowed, refused = message.tool_calls[:budget_left], message.tool_calls[budget_left:]
         live.over_budget |= bool(refused)
-        done = await asyncio.gather(*(self._call_tool(tools, call) for call in allowed))
+        # Where one call fails for good, the others must not go on in an environment that is being closed.
+        async with _first_error(), asyncio.TaskGroup() as group:
+            running = [group.create_task(self._call_tool(tools, call)) for call in allowed]
+        done = [t.result() for t in running]
         over = [
             ToolResult(call_id=c.call_id, name=c.name, output=OVER_BUDGET_ANSWER, error=ToolErrorKind.OVER_BUDGET)
             for c in refused

@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import uuid
 from dataclasses import asdict
@@ -121,7 +122,7 @@ class RunFolder:
         # A line cut off by a kill must not run into the next one.
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
         rollouts = [rollout_from_json(r) for r in records]
-        return {r.episode.rollout_id.partition("-retry")[0]: r for r in rollouts}
+        return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
 
     # ---- checkpoints
 
@@ -137,14 +138,18 @@ class RunFolder:
         return checkpoint[0] if checkpoint else 0
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight."""
+        """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight.
+
+        Later evaluations go too: they are of a policy that will be trained anew.
+        """
         if not self.is_main:
             return
         kept = [r for r in self.metrics() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        for path in (self.path / "rollouts").glob("step-*.jsonl"):
-            if int(path.name[5:11]) > step + 1:
-                path.unlink()
+        for kind, last in (("rollouts", step + 1), ("evals", step)):
+            for path in (self.path / kind).glob("step-*.jsonl"):
+                if int(path.name[5:11]) > last:
+                    path.unlink()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from envs.base import World
+from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from envs.types import Task
 from graders.build import build_grader, check_tasks
@@ -32,11 +34,16 @@ class Job:
 
 
 def prepare(config: RunConfig) -> Job:
-    """Everything that a user can get wrong is found here. Raises `UserError`; writes nothing but the model cache."""
+    """Everything that a user can get wrong is found here. Raises `UserError`; writes nothing but the model cache.
+
+    What takes long to load (vLLM's parsers, the tokenizer) comes last, so that most mistakes are told at once.
+    """
     RunFolder.check(config)
+    _check_trackers(config)
     world = FinanceWorld(config.world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
     check_tasks(config.grader, [*train_tasks, *eval_tasks])
+    grader = build_grader(config.grader, config.penalties)
     model_path = resolve_model(config.model.name)
     chat = Chat(
         model_path,
@@ -48,9 +55,16 @@ def prepare(config: RunConfig) -> Job:
     return Job(
         config=config,
         world=world,
-        grader=build_grader(config.grader, config.penalties),
+        grader=grader,
         train_tasks=train_tasks,
         eval_tasks=eval_tasks,
         model_path=model_path,
         chat=chat,
     )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    # accelerate leaves out a tracker whose package is missing without a word.
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"trackers: the package {name} is not installed; install it, or leave {name} out")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
 from trainer.engine import Engine, VllmEngine
 from trainer.job import Job
 from trainer.policy import Policy
@@ -47,7 +47,7 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
             warm_start(policy.model, ledgers, config=config, folder=run.path / "warmstart", on_step=on_step)
             run.note(warmstart_loss=losses)
         if run.is_main:
-            save_checkpoint(run, policy, step=0, keep=config.checkpoint.keep)
+            keep_checkpoint(write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
     accelerator.wait_for_everyone()
     return policy
 

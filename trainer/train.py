@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.canary import Canary
 from trainer.collect import Collector, to_samples, watch_for_no_ops
@@ -14,9 +15,11 @@ from trainer.job import prepare
 from trainer.progress import Progress
 from trainer.rollout import RolloutWorker
 from trainer.runs import RunFolder
-from trainer.setup import StartEngine, canary_ids, load_policy, open_engine
 from trainer.summary import Stopwatch, prefixed, summarise
 from trainer.tasks import tasks_of_step, train_requests
+
+if TYPE_CHECKING:
+    from trainer.setup import StartEngine
 
 
 def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path:
@@ -28,10 +31,11 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
     job = prepare(config)
     from accelerate import Accelerator
 
-    from trainer.checkpoint import save_checkpoint
+    from trainer.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.export import export_adapter
     from trainer.publish import Publisher
     from trainer.report import write_report
+    from trainer.setup import canary_ids, load_policy, open_engine
 
     accelerator = Accelerator(log_with=list(config.trackers), project_dir=str(config.output_dir))
     if accelerator.is_main_process:
@@ -84,8 +88,9 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
             canary_metrics = loop.run(publisher.publish())
             clock.lap("publish")
 
+            checkpoint = None
             if run.is_main and (step % config.checkpoint.every_steps == 0 or step == num_steps):
-                save_checkpoint(run, policy, step=step, keep=config.checkpoint.keep)
+                checkpoint = write_checkpoint(run, policy, step=step)
             clock.lap("checkpoint")
             metrics = {
                 **prefixed("train", summarise(rollouts)),
@@ -99,6 +104,8 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
                 ),
             }
             run.log({"step": step, **metrics})
+            if checkpoint is not None:
+                keep_checkpoint(checkpoint, keep=config.checkpoint.keep)
             accelerator.log(metrics, step=step)
             progress.step_done(step, metrics)
             evaluate_if_due(job, run, collector, progress, step=step)

@@ -1,0 +1,177 @@
+"""An engine that is exact: a script decides what is written, a real model what its log-probabilities are."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from envs.errors import WorldError
+from envs.finance.world import FinanceWorld
+from envs.types import Task
+from trainer.config import EngineConfig, ModelConfig
+from trainer.engine import Completion, Sampling
+from trainer.setup import StartEngine
+
+Script = Callable[[str, int], str]
+"""(text of the prompt, seed) → what the model writes. Always the same for the same arguments."""
+
+_HEAD_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """What the engine does wrong, for tests that must notice it."""
+
+    stale_from: int | None = None
+    """Publishes of this version and later ones are accepted and ignored."""
+    always_base: bool = False
+    """Every publish is accepted and ignored."""
+    failing_requests: frozenset[int] = frozenset()
+    """Requests (counted from 1) that end in a `WorldError`."""
+    failing_seeds: Callable[[int], bool] = lambda seed: False
+    """Requests that end in a `WorldError` on every try of the same seed."""
+    score_noise: float = 0.0
+    """Standard deviation of a constant error of each scored token, as another kernel makes it; nats."""
+    delay_s: float = 0.0
+
+
+class ScriptedEngine:
+    """Implements `trainer.engine.Engine`. One request at a time on one thread, so that it is deterministic."""
+
+    publishes_merged = False
+
+    def __init__(
+        self, model_path: Path, *, script: Script, stop_token_ids: Sequence[int], faults: Faults | None = None
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.prompts: list[list[int]] = []
+        """What each request was given."""
+        self.completions: list[Completion] = []
+        self.published: list[tuple[int, dict[str, torch.Tensor]]] = []
+        """Version and adapter weights of each publish, ignored ones included."""
+        self.version = 0
+        self.is_shut_down = False
+        self._script = script
+        self._faults = faults or Faults()
+        self._stop_id = min(stop_token_ids)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self._base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self._adapted: object | None = None
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        self.prompts.append(list(prompt_ids))
+        number = len(self.prompts)
+        await asyncio.sleep(self._faults.delay_s)
+        if number in self._faults.failing_requests or self._faults.failing_seeds(sampling.seed):
+            raise WorldError(f"request {number} failed")
+        text = self._script(self._tokenizer.decode(list(prompt_ids)), sampling.seed)
+        token_ids = [*self._tokenizer.encode(text, add_special_tokens=False), self._stop_id][: sampling.max_tokens]
+        completion = Completion(
+            token_ids=token_ids,
+            logprobs=self._logprobs([*prompt_ids, *token_ids], len(prompt_ids), sampling.temperature),
+            finished=token_ids[-1] == self._stop_id,
+            policy_version=self.version,
+        )
+        self.completions.append(completion)
+        return completion
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        noise = random.Random(str(list(token_ids)))
+        return [x + noise.gauss(0, self._faults.score_noise) for x in self._logprobs(token_ids, 1, 1.0)]
+
+    async def publish(self, weights: Path, version: int) -> None:
+        from peft import PeftModel
+        from safetensors.torch import load_file
+
+        self.published.append((version, load_file(weights / "adapter_model.safetensors")))
+        former, self.version = self.version, version
+        stale_from = self._faults.stale_from
+        if self._faults.always_base or (stale_from is not None and version >= stale_from):
+            return
+        if self._adapted is None:
+            self._adapted = PeftModel.from_pretrained(self._base, weights, adapter_name=f"policy-v{version}")
+            return
+        assert isinstance(self._adapted, PeftModel)
+        if version in (0, former):
+            self._adapted.delete_adapter(f"policy-v{version}")
+        self._adapted.load_adapter(weights, adapter_name=f"policy-v{version}")
+        self._adapted.set_adapter(f"policy-v{version}")
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    @torch.no_grad()
+    def _logprobs(self, token_ids: Sequence[int], start: int, temperature: float) -> list[float]:
+        """Of the tokens from position `start` on. The head is applied in pieces: the vocabulary is large."""
+        ids = torch.tensor([list(token_ids)])
+        hidden_TH = self._base.model(input_ids=ids).last_hidden_state[0, start - 1 : -1]
+        targets_T = ids[0, start:]
+        out: list[float] = []
+        for i in range(0, len(targets_T), _HEAD_ROWS):
+            logits = self._base.lm_head(hidden_TH[i : i + _HEAD_ROWS]) / (temperature or 1.0)
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            out += logprobs.gather(1, targets_T[i : i + _HEAD_ROWS, None])[:, 0].tolist()
+        return out
+
+
+def engine_starter(
+    script: Script, faults: Faults | None = None, started: list[ScriptedEngine] | None = None
+) -> StartEngine:
+    """What `train` takes as `start_engine`; each engine that it starts is appended to `started`."""
+
+    async def start(
+        model_path: Path,
+        *,
+        model: ModelConfig,
+        engine: EngineConfig,
+        max_model_len: int,
+        stop_token_ids: Sequence[int],
+        device: str,
+        local_rank: int = 0,
+    ) -> ScriptedEngine:
+        assert device == "cpu"
+        scripted = ScriptedEngine(model_path, script=script, stop_token_ids=stop_token_ids, faults=faults)
+        if started is not None:
+            started.append(scripted)
+        return scripted
+
+    return start
+
+
+def call(name: str, **arguments: object) -> str:
+    """A tool call as the fallback template writes it."""
+    import json
+
+    return f'<tool_call>{{"name": "{name}", "arguments": {json.dumps(arguments)}}}</tool_call>'
+
+
+BROKEN_CALL = '<tool_call>{"name": "search", "arguments": </tool_call>'
+
+
+def finance_script(world: FinanceWorld) -> Script:
+    """Plays finance tasks with outcomes that vary by seed: right after search and cat, wrong, malformed, needless calls."""
+    by_question: dict[str, Task] = {t.messages[-1].content: t for s in ("train", "eval") for t in world.tasks(s)}
+
+    def script(prompt: str, seed: int) -> str:
+        task = next(task for question, task in by_question.items() if f"{question}<|im_end|>" in prompt)
+        company, path = task.item["companies"][0], task.item["paths"][0]
+        chance = random.Random(seed).random()
+        if chance < 0.1:
+            return BROKEN_CALL
+        if chance < 0.2:
+            return "about 12.5 million"
+        if chance < 0.3:
+            return call("list", path=path.partition("/")[0])
+        if path not in prompt:
+            return call("search", query=f"{company} {task.item['year']}")
+        if call("cat", path=path) not in prompt:
+            return call("cat", path=path)
+        return str(task.item["answer"])
+
+    return script

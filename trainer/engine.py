@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -190,7 +192,13 @@ class VllmEngine:
             self._live_requests -= 1
 
     def shutdown(self) -> None:
-        self._llm.shutdown()
+        """End the engine's processes. May be called twice."""
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+            # What still refers to it goes with the event loop. Collected before the interpreter takes vLLM's modules
+            # down, or its finalizer would find them gone and print a traceback.
+            atexit.register(gc.collect)
 
 
 def _lora_rank_bucket(r: int) -> int:

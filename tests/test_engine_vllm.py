@@ -1,0 +1,184 @@
+"""The real engine: vLLM samples what the trainer trains, and a publish that did not happen is caught."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from envs.errors import PublishError
+from trainer.canary import Canary
+from trainer.config import EngineConfig, ModelConfig, OptimConfig
+from trainer.engine import Sampling, VllmEngine
+from trainer.policy import Policy
+from trainer.publish import Publisher
+from trainer.samples import Ledger
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420), pytest.mark.filterwarnings("ignore")]
+
+PROMPTS = [list(range(1000 + 40 * i, 1040 + 40 * i)) for i in range(6)]
+CANARIES = [list(range(2000 + 100 * i, 2100 + 100 * i)) for i in range(4)]
+TOLERANCE = EngineConfig().canary_mean_tolerance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rig:
+    loop: asyncio.Runner
+    engine: VllmEngine
+    policy: Policy
+    publisher: Publisher
+
+
+@contextlib.contextmanager
+def start_rig(smollm2: Path, publish: Literal["merged", "lora"]) -> Iterator[Rig]:
+    from accelerate import Accelerator
+
+    model = ModelConfig()
+    policy = Policy(smollm2, model, OptimConfig(), Accelerator(cpu=True), 0)
+    with asyncio.Runner() as loop:
+        engine = loop.run(
+            VllmEngine.start(
+                smollm2,
+                model=model,
+                engine=EngineConfig(publish=publish, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16),
+                max_model_len=512,
+                stop_token_ids=[2],
+                device="cpu",
+            )
+        )
+        try:
+            with Publisher(policy, engine, Canary(CANARIES, tolerance=TOLERANCE)) as publisher:
+                loop.run(publisher.note_base())
+                yield Rig(loop=loop, engine=engine, policy=policy, publisher=publisher)
+        finally:
+            engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def merged(smollm2: Path) -> Iterator[Rig]:
+    with start_rig(smollm2, "merged") as rig:
+        yield rig
+
+
+@pytest.fixture(scope="module")
+def lora(smollm2: Path) -> Iterator[Rig]:
+    with start_rig(smollm2, "lora") as rig:
+        yield rig
+
+
+def change_adapter(policy: Policy, *, size: float, seed: int) -> None:
+    """As a training step would: the adapter moves, the version counts on."""
+    state = policy.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    state["adapter"] = {
+        name: value + size * torch.randn(value.shape, generator=generator) if "lora_B" in name else value
+        for name, value in state["adapter"].items()
+    }
+    policy.load_state_dict(state | {"num_updates": policy.num_updates + 1})
+
+
+def sampling(seed: int, max_tokens: int = 24) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, seed=seed)
+
+
+def test_sampled_logprobs_are_those_of_the_trainer(merged: Rig) -> None:
+    completions = merged.loop.run(_generate_all(merged))
+    rows = []
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ledger = Ledger()
+        ledger.append_context(prompt)
+        ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
+        rows.append(ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t"))
+    version = merged.engine._version
+    trainer = torch.cat(merged.policy.logprobs(rows, temperature=1.0, adapter=version > 0))
+    engine = torch.tensor([x for c in completions for x in c.logprobs])
+    assert (trainer - engine).abs().mean() < TOLERANCE
+    assert {c.policy_version for c in completions} == {version}
+
+
+def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch(merged: Rig) -> None:
+    batched = merged.loop.run(_generate_all(merged))
+    alone = merged.loop.run(merged.engine.generate(PROMPTS[2], sampling(2)))
+    assert alone.token_ids == batched[2].token_ids
+
+
+def test_a_turn_cut_at_its_limit_is_not_finished(merged: Rig) -> None:
+    completion = merged.loop.run(merged.engine.generate(PROMPTS[0], sampling(0, max_tokens=1)))
+    assert len(completion.token_ids) == len(completion.logprobs) == 1
+    assert completion.finished == (completion.token_ids == [2])
+
+
+def test_merged_weights_are_published_and_proved_version_after_version(merged: Rig) -> None:
+    for seed in (1, 2):
+        change_adapter(merged.policy, size=0.02, seed=seed)
+        metrics = merged.loop.run(merged.publisher.publish())
+        assert metrics["canary/mismatch"] < TOLERANCE
+        assert metrics["canary/applied_since_model"] == pytest.approx(1, abs=0.25)
+    assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.25)
+    completion = merged.loop.run(merged.engine.generate(PROMPTS[0], sampling(0)))
+    assert completion.policy_version == merged.policy.num_updates
+
+
+def test_an_engine_that_kept_the_former_weights_is_caught(merged: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_adapter(merged.policy, size=0.02, seed=3)
+    merged.loop.run(merged.publisher.publish())
+    change_adapter(merged.policy, size=0.005, seed=4)
+
+    async def ignored(weights: Path, version: int) -> None: ...
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged.engine, "publish", ignored)
+        with pytest.raises(PublishError, match="still answers as|runs another policy"):
+            merged.loop.run(merged.publisher.publish())
+    # The same update, published for real, passes.
+    merged.loop.run(merged.publisher.publish())
+
+
+def test_a_publish_during_generation_is_refused(merged: Rig, tmp_path: Path) -> None:
+    async def publish_too_early() -> None:
+        running = asyncio.create_task(merged.engine.generate(PROMPTS[0], sampling(0, max_tokens=64)))
+        await asyncio.sleep(0)
+        try:
+            await merged.engine.publish(tmp_path, 99)
+        finally:
+            await running
+
+    with pytest.raises(PublishError, match="requests are running"):
+        merged.loop.run(publish_too_early())
+
+
+def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None:
+    for seed in (1, 2):
+        change_adapter(lora.policy, size=0.02, seed=seed)
+        metrics = lora.loop.run(lora.publisher.publish())
+    assert metrics["canary/mismatch"] < TOLERANCE
+    assert metrics["canary/applied_since_model"] == pytest.approx(1, abs=0.25)
+    assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.25)
+    assert lora.engine._lora.lora_name == f"policy-v{lora.policy.num_updates}"
+    assert lora.loop.run(lora.engine._llm.list_loras()) == {lora.engine._lora.lora_int_id}
+
+
+def test_an_engine_that_never_loads_the_adapter_is_caught(lora: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_adapter(lora.policy, size=0.02, seed=5)
+    with monkeypatch.context() as patch:
+        # What a forgotten `lora_request` does: the engine answers as the base model.
+        patch.setattr(lora.engine, "publish", _forget_the_adapter(lora.engine))
+        with pytest.raises(PublishError, match="still answers as the base model|runs another policy"):
+            lora.loop.run(lora.publisher.publish())
+
+
+def _forget_the_adapter(engine: VllmEngine):  # type: ignore[no-untyped-def]
+    async def publish(weights: Path, version: int) -> None:
+        engine._lora = None
+
+    return publish
+
+
+async def _generate_all(rig: Rig):  # type: ignore[no-untyped-def]
+    return await asyncio.gather(*(rig.engine.generate(p, sampling(i)) for i, p in enumerate(PROMPTS)))

@@ -79,7 +79,7 @@ class Policy:
         for parameter in self._parameters:
             broadcast(parameter.data)
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, foreach=True
+            self._parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
         )
 
     def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
@@ -260,10 +260,9 @@ class Policy:
         """Continue where `state_dict` was taken. Raises `UserError` when the adapter does not fit."""
         lora.load_adapter_state(self.model, state["adapter"])
         for parameter, moments in zip(self._parameters, state["moments"], strict=True):
-            # Adam counts its steps on the CPU whatever the parameter's device.
+            # A fused AdamW keeps its step counter, too, on the parameter's device.
             self._optimizer.state[parameter] = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in moments.items()
+                key: value.to(parameter.device, copy=True) for key, value in moments.items()
             }
         self.num_updates = state["num_updates"]
         self.num_steps = state["num_steps"]

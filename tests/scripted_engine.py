@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +64,7 @@ class ScriptedEngine:
         self._stop_id = min(stop_token_ids)
         self._tokenizer = AutoTokenizer.from_pretrained(model_path)
         self._base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        self._adapted: object | None = None
+        self._adapted: Any = None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         self.prompts.append(list(prompt_ids))
@@ -86,22 +88,19 @@ class ScriptedEngine:
         return [x + noise.gauss(0, self._faults.score_noise) for x in self._logprobs(token_ids, 1, 1.0)]
 
     async def publish(self, weights: Path, version: int) -> None:
-        from peft import PeftModel
+        from peft import PeftModel, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        self.published.append((version, load_file(weights / "adapter_model.safetensors")))
-        former, self.version = self.version, version
+        adapter = load_file(weights / "adapter_model.safetensors")
+        self.published.append((version, adapter))
+        self.version = version
         stale_from = self._faults.stale_from
         if self._faults.always_base or (stale_from is not None and version >= stale_from):
             return
         if self._adapted is None:
-            self._adapted = PeftModel.from_pretrained(self._base, weights, adapter_name=f"policy-v{version}")
-            return
-        assert isinstance(self._adapted, PeftModel)
-        if version in (0, former):
-            self._adapted.delete_adapter(f"policy-v{version}")
-        self._adapted.load_adapter(weights, adapter_name=f"policy-v{version}")
-        self._adapted.set_adapter(f"policy-v{version}")
+            self._adapted = PeftModel.from_pretrained(self._base, weights)
+        else:
+            set_peft_model_state_dict(self._adapted, adapter)
 
     def shutdown(self) -> None:
         self.is_shut_down = True
@@ -146,8 +145,6 @@ def engine_starter(
 
 def call(name: str, **arguments: object) -> str:
     """A tool call as the fallback template writes it."""
-    import json
-
     return f'<tool_call>{{"name": "{name}", "arguments": {json.dumps(arguments)}}}</tool_call>'
 
 
@@ -155,7 +152,7 @@ BROKEN_CALL = '<tool_call>{"name": "search", "arguments": </tool_call>'
 
 
 def finance_script(world: FinanceWorld) -> Script:
-    """Plays finance tasks with outcomes that vary by seed: right after search and cat, wrong, malformed, needless calls."""
+    """Plays finance tasks, with the outcome left to the seed: right answers, wrong ones, needless and broken calls."""
     by_question: dict[str, Task] = {t.messages[-1].content: t for s in ("train", "eval") for t in world.tasks(s)}
 
     def script(prompt: str, seed: int) -> str:

@@ -1,0 +1,182 @@
+"""Exact resume (invariant 7): whenever a run is killed, it ends with the same adapter bytes."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import scripted_config
+
+HERE = Path(__file__).parent
+NUM_STEPS = 12
+NUM_KILLS = 10
+
+
+class Server:
+    """Runs configs, each in a process of its own; see scripted_run.py."""
+
+    def __init__(self, model: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "scripted_run.py"), "--serve", str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )
+        assert self._line() == "ready"
+
+    def start(self, config: Path) -> int:
+        """The process's id."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{config}\n")
+        self._process.stdin.flush()
+        return int(self._line())
+
+    def wait(self) -> int:
+        """The exit status; -9 after SIGKILL."""
+        return int(self._line())
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        assert self._process.stdout
+        self._process.stdout.close()
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        line = self._process.stdout.readline().strip()
+        assert line, "the server of runs has ended"
+        return line
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path) -> Iterator[Server]:
+    server = Server(tiny_model)
+    yield server
+    server.close()
+
+
+def write_config(folder: Path, model: Path, num_steps: int) -> Path:
+    """Half of the steps have a checkpoint of their own, so that a kill also loses finished steps."""
+    config = scripted_config(
+        folder,
+        model,
+        optim={"num_steps": num_steps},
+        checkpoint={"every_steps": 2},
+        eval={"every_steps": 3},
+    )
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server: Server, tiny_model: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("resume") / "uninterrupted"
+    server.start(write_config(folder, tiny_model, NUM_STEPS))
+    assert server.wait() == 0
+    return folder
+
+
+def num_rollouts(folder: Path) -> int:
+    count = 0
+    for path in folder.glob("rollouts/step-*.jsonl"):
+        with contextlib.suppress(FileNotFoundError):  # a resumed run deletes what it does anew
+            count += path.read_bytes().count(b"\n")
+    return count
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if "time/" not in key and not key.endswith(("_s", "per_s"))}
+        for row in lines(folder / "metrics.jsonl")
+    ]
+
+
+def rollouts(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """By file and by rollout id without the run's own id: what was sampled, and its grade."""
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    out: dict[str, dict[str, Any]] = {}
+    for path in sorted((folder / kind).glob("step-*.jsonl")):
+        rows = lines(path)
+        out[path.name] = {
+            row["episode"]["rollout_id"].removeprefix(run_id): (row["ledgers"], row["grade"]["reward"]) for row in rows
+        }
+        assert len(out[path.name]) == len(rows), f"{path} holds a rollout twice"
+    return out
+
+
+def assert_equal_runs(folder: Path, expected: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (expected / "adapter" / name).read_bytes(), name
+    assert metrics(folder) == metrics(expected)
+    for kind in ("rollouts", "evals"):
+        assert rollouts(folder, kind) == rollouts(expected, kind)
+
+
+def test_the_uninterrupted_run_learned_something_at_every_step(uninterrupted):
+    rows = [row for row in metrics(uninterrupted) if "loss/grad_norm" in row]
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    assert sum(row["loss/grad_norm"] > 0 for row in rows) >= NUM_STEPS - 2
+    assert [row["step"] for row in metrics(uninterrupted) if "eval/reward" in row] == [0, 3, 6, 9, 12]
+
+
+def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(server, uninterrupted, tiny_model, tmp_path):
+    folder = tmp_path / "killed"
+    config = write_config(folder, tiny_model, NUM_STEPS)
+    rng = random.Random(20)
+    # Rollouts written at the moment of the kill; the delay lets it fall into training, publishing and checkpoints too.
+    thresholds = sorted(rng.sample(range(80), NUM_KILLS))
+    for threshold in thresholds:
+        pid = server.start(config)
+        deadline = time.monotonic() + 120
+        while num_rollouts(folder) <= threshold and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.choice([0.0, rng.uniform(0, 1.5)]))
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
+    assert not (folder / "adapter").exists()
+    server.start(config)
+    assert server.wait() == 0
+    assert_equal_runs(folder, uninterrupted)
+
+
+def test_a_torn_line_and_a_half_written_checkpoint_are_left_behind(server, tiny_model, tmp_path):
+    folder, expected = tmp_path / "torn", tmp_path / "whole"
+    config = write_config(folder, tiny_model, 3)
+    server.start(config)
+    assert server.wait() == 0
+    shutil.copytree(folder, expected)
+
+    # As after a kill in the third step: checkpoint 2 is the last, the next one half written.
+    shutil.rmtree(folder / "adapter")
+    half = (folder / "checkpoints" / "step-000003").rename(folder / "checkpoints" / ".unfinished-step-000003")
+    (half / "policy.pt").write_bytes(b"half")
+    in_flight = folder / "rollouts" / "step-000003.jsonl"
+    before = in_flight.read_text().splitlines()
+    in_flight.write_text("\n".join([*before[:3], before[3][:1000]]))
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: text.rstrip().rfind("\n") + 40])
+
+    server.start(config)
+    assert server.wait() == 0
+    assert_equal_runs(folder, expected)
+    after = in_flight.read_text().splitlines()
+    assert after[:3] == before[:3], "finished rollouts are kept as they were, their timings included"
+    assert not list((folder / "checkpoints").glob(".unfinished-*"))

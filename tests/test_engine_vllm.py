@@ -134,7 +134,7 @@ def test_an_engine_that_kept_the_former_weights_is_caught(merged: Rig, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(merged.engine, "publish", ignored)
-        with pytest.raises(PublishError, match="still answers as|runs another policy"):
+        with pytest.raises(PublishError, match=r"still answers as|runs another policy"):
             merged.loop.run(merged.publisher.publish())
     # The same update, published for real, passes.
     merged.loop.run(merged.publisher.publish())
@@ -169,7 +169,7 @@ def test_an_engine_that_never_loads_the_adapter_is_caught(lora: Rig, monkeypatch
     with monkeypatch.context() as patch:
         # What a forgotten `lora_request` does: the engine answers as the base model.
         patch.setattr(lora.engine, "publish", _forget_the_adapter(lora.engine))
-        with pytest.raises(PublishError, match="still answers as the base model|runs another policy"):
+        with pytest.raises(PublishError, match=r"still answers as the base model|runs another policy"):
             lora.loop.run(lora.publisher.publish())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from trainer.rollout import derive_seed
 from trainer.samples import Ledger
 
 _EXPERT_VERSION = 0
+IGNORED = -100
+"""The label of a token outside the loss, by the convention of transformers."""
 
 
 async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World, chat: Chat) -> Ledger:
@@ -88,35 +91,47 @@ def warm_start(
 ) -> None:
     """Train the adapter of `model` (a PEFT model, in place) with trl's SFTTrainer; `on_step` gets each step's loss.
 
-    The loss is on the expert's own tokens only: prompts, tool results and template glue are context.
+    The loss is the mean negative log-likelihood of the expert's own tokens, nats: prompts, tool results and template
+    glue are context.
     """
+    import torch
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    assert config.warmstart is not None
+    class ExpertTokensTrainer(SFTTrainer):  # type: ignore[misc]
+        """Scores the expert's tokens only. Without Triton, trl 1.16 puts every position through the output head, in
+        float32: on a CPU that was three quarters of a step."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels_BT = inputs["labels"][:, 1:]
+            positions_N = (labels_BT != IGNORED).any(0).nonzero()[:, 0]
+            outputs = model(input_ids=inputs["input_ids"], logits_to_keep=positions_N, use_cache=False)
+            loss = torch.nn.functional.cross_entropy(
+                outputs.logits.float().flatten(0, 1),
+                labels_BT[:, positions_N].flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            # The count is over all processes, whose gradients DDP averages.
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+            return (loss, outputs) if return_outputs else loss
 
     class Report(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 on_step(float(logs["loss"]))
 
-    rows = [ledger.to_sample(advantage=0.0, rollout_id="", task_id="") for ledger in ledgers]
-    columns = {
-        "input_ids": [list(r.token_ids) for r in rows],
-        "labels": [[t if trained else -100 for t, trained in zip(r.token_ids, r.trainable, strict=True)] for r in rows],
-    }
-    microbatch = max(1, config.optim.max_microbatch_tokens // max(len(r.token_ids) for r in rows))
-    microbatch = max(
-        d
-        for d in range(1, config.warmstart.episodes_per_step + 1)
-        if config.warmstart.episodes_per_step % d == 0 and d <= microbatch
-    )
+    assert config.warmstart is not None
+    # Rows of one: nothing is padded, so no attention mask is needed and only the expert's positions are scored.
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=config.warmstart.num_steps,
-        per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=config.warmstart.episodes_per_step // microbatch,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=max(1, config.warmstart.episodes_per_step // num_processes),
         learning_rate=config.warmstart.learning_rate,
         lr_scheduler_type="constant",
         max_length=None,
@@ -130,5 +145,20 @@ def warm_start(
         dataloader_pin_memory=False,
         use_cpu=not next(model.parameters()).is_cuda,
     )
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), callbacks=[Report()])
+    trainer = ExpertTokensTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(_columns(ledgers)), callbacks=[Report()]
+    )
     trainer.train()
+    model.eval()
+
+
+def _columns(ledgers: Sequence[Ledger]) -> dict[str, list[list[int]]]:
+    """The rows as trl takes them ready-made: token ids, and labels where the expert wrote."""
+    rows = [ledger.to_sample(advantage=0.0, rollout_id="", task_id="") for ledger in ledgers]
+    return {
+        "input_ids": [list(row.token_ids) for row in rows],
+        "labels": [
+            [token if trained else IGNORED for token, trained in zip(row.token_ids, row.trainable, strict=True)]
+            for row in rows
+        ],
+    }

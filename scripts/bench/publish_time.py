@@ -104,6 +104,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
     canary = Canary(canary_ids(job), tolerance=job.config.engine.canary_mean_tolerance)
     records: list[dict[str, float]] = []
     with asyncio.Runner() as loop:
+        print(f"{way}: starting the engine", flush=True)
         engine = loop.run(open_engine(job, accelerator, None))
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")
         try:

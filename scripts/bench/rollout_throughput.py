@@ -16,10 +16,10 @@ thin out) times loop / replay (what is ours).
 
 The weights have to call tools, which the untrained default model does not. `--run` takes the adapter (and, without
 `--config`, the config) of a run that has at least been warm-started; `--adapter` takes any adapter folder. It is
-published as in training, canary included. Without either a stand-in plays the expert episodes of the config's world: the
-engine generates as many tokens as each expert turn has, and the loop goes on with the expert's own, so that tools run
-and graders grade. Those tokens are not in the engine's prefix cache and are prefilled once more: the stand-in errs to
-the loop's disadvantage.
+published as in training, canary included. Without either a stand-in plays the expert episodes of the config's world:
+the engine generates as many tokens as each expert turn has, and the loop goes on with the expert's own, so that tools
+run and graders grade. Those tokens are not in the engine's prefix cache and are prefilled once more: the stand-in errs
+to the loop's disadvantage.
 
 *Not covered:* more than one process.
 """
@@ -211,6 +211,7 @@ def measure(job: Job, adapter: Path | None, repeats: int) -> tuple[dict[str, lis
     arms: list[dict[str, float]] = []
     rollouts: list[list[Rollout]] = []
     with asyncio.Runner() as loop:
+        print("starting the engine", flush=True)
         engine = loop.run(open_engine(job, accelerator, None))
         assert isinstance(engine, VllmEngine)
         try:

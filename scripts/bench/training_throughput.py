@@ -128,7 +128,8 @@ def core_pass(policy: Any, temperature: float, batches: Sequence[Microbatch]) ->
     def run() -> None:
         for batch in parts:
             hidden_NH = hidden_states(model, batch.token_ids_BT).flatten(0, 1)[batch.positions_N]
-            (-token_logprobs(hidden_NH, weight_VH, batch.targets_N, temperature).mean()).backward()
+            loss = -token_logprobs(hidden_NH, weight_VH, batch.targets_N, temperature).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
 
     return run

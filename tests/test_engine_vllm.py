@@ -46,7 +46,9 @@ def start_rig(smollm2: Path, publish: Literal["merged", "lora"]) -> Iterator[Rig
             VllmEngine.start(
                 smollm2,
                 model=model,
-                engine=EngineConfig(publish=publish, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16),
+                engine=EngineConfig(
+                    publish=publish, seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16
+                ),
                 max_model_len=512,
                 stop_token_ids=[2],
                 device="cpu",

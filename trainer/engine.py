@@ -71,8 +71,9 @@ class VllmEngine:
     serve another; in adapter mode the adapter's name (`policy-v{N}`) does the same once more.
     """
 
-    def __init__(self, llm: Any, *, merged: bool, stop_token_ids: Sequence[int]) -> None:
+    def __init__(self, llm: Any, *, merged: bool, seeded: bool, stop_token_ids: Sequence[int]) -> None:
         self._llm = llm
+        self._seeded = seeded
         self._merged = merged
         self._stop_token_ids = list(stop_token_ids)
         self._version = 0
@@ -91,6 +92,7 @@ class VllmEngine:
         stop_token_ids: Sequence[int],
         device: str,
         local_rank: int = 0,
+        seed: int = 0,
     ) -> VllmEngine:
         """Start the engine's processes and load the base model. `device` is cpu or cuda."""
         merged = engine.publish == "merged" or (engine.publish == "auto" and device == "cpu")
@@ -99,6 +101,8 @@ class VllmEngine:
         on_cpu: dict[str, Any] = {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, max_model_len),
+            # The default there, 128, is longer than most turns: nothing of a conversation would be found in the cache.
+            "block_size": 32,
         }
         with _engine_environment(engine, device=device, local_rank=local_rank):
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -108,6 +112,7 @@ class VllmEngine:
                 model=str(model_path),
                 dtype=model.dtype,
                 max_model_len=max_model_len,
+                seed=seed,
                 max_num_seqs=engine.max_num_seqs,
                 gpu_memory_utilization=engine.gpu_memory_utilization,
                 enforce_eager=engine.enforce_eager,
@@ -124,7 +129,7 @@ class VllmEngine:
                 **(on_cpu if device == "cpu" else {}),
             )
             llm = AsyncLLM.from_engine_args(args)
-        return cls(llm, merged=merged, stop_token_ids=stop_token_ids)
+        return cls(llm, merged=merged, seeded=engine.seeded_requests, stop_token_ids=stop_token_ids)
 
     @property
     def publishes_merged(self) -> bool:
@@ -137,7 +142,7 @@ class VllmEngine:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=sampling.seed,
+            seed=sampling.seed if self._seeded else None,
             logprobs=0,
             stop_token_ids=self._stop_token_ids,
             detokenize=False,

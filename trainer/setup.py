@@ -11,6 +11,7 @@ from trainer.engine import Engine, VllmEngine
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
+from trainer.rollout import derive_seed
 from trainer.runs import RunFolder
 from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 StartEngine = Callable[..., Awaitable[Engine]]
 
-_NUM_CANARIES = 4
+_NUM_CANARIES = 3
+_CANARY_TOKENS = 256
 
 
 def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress) -> Policy:
@@ -52,7 +54,7 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     return policy
 
 
-async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None) -> Engine:
+async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None, *, first_step: int) -> Engine:
     """Start this process's engine on the base model."""
     start = start_engine or VllmEngine.start
     return await start(
@@ -64,6 +66,8 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         stop_token_ids=sorted(job.chat.stop_token_ids),
         device=accelerator.device.type,
         local_rank=accelerator.local_process_index,
+        # Another on every process and after every resume, or they would draw the same noise.
+        seed=derive_seed(job.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
 
 
@@ -75,7 +79,7 @@ def canary_ids(job: Job) -> list[list[int]]:
         for task in job.train_tasks[:_NUM_CANARIES]:
             turns = job.world.expert_episode(task, 0)
             ledger = await expert_ledger(task, turns, world=job.world, chat=job.chat)
-            rows.append(ledger.prompt_ids[: job.config.rollout.max_episode_tokens])
+            rows.append(ledger.prompt_ids[: min(_CANARY_TOKENS, job.config.rollout.max_episode_tokens)])
         return rows
 
     return asyncio.run(play())

@@ -52,7 +52,7 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
         loop = stack.enter_context(asyncio.Runner())
         policy = load_policy(job, run, accelerator, progress)
         progress.phase("starting the engine")
-        engine = loop.run(open_engine(job, accelerator, start_engine))
+        engine = loop.run(open_engine(job, accelerator, start_engine, first_step=first_step))
         stack.callback(engine.shutdown)
         canary = Canary(canary_ids(job), tolerance=config.engine.canary_mean_tolerance)
         publisher = stack.enter_context(Publisher(policy, engine, canary))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.learning_rate=2e-5")
     arguments = parser.parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
+    # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive the run and keep its memory.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = load_config(arguments.config, arguments.overrides)
         # Heavy imports only once the config is known to be good.

@@ -133,6 +133,7 @@ def engine_starter(
         stop_token_ids: Sequence[int],
         device: str,
         local_rank: int = 0,
+        seed: int = 0,
     ) -> ScriptedEngine:
         assert device == "cpu"
         scripted = ScriptedEngine(model_path, script=script, stop_token_ids=stop_token_ids, faults=faults)

@@ -1,0 +1,88 @@
+"""Run one config several times and compare: `python scripts/sweep.py --config configs/quickstart.yaml --set seed=0,1,2`.
+
+Every combination of the values given with `--set` is a run of `scripts/train.py` in a folder of its own under the
+config's `output_dir`, one after the other; finished runs are not run again, interrupted ones are resumed. Ends with a
+Markdown table of all runs. `--launch "accelerate launch --num_processes 8"` says how each is started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from envs.errors import UserError
+from trainer.config import RunConfig, load_config
+from trainer.report import before_after_table
+
+COLUMNS = {
+    "reward": "mean reward",
+    "correct": "correct",
+    "tool_calls": "tool calls",
+    "completion_tokens": "tokens",
+    "reasoning_tokens": "reasoning tokens",
+    "episode_latency_s": "latency, s",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=V1,V2", help="values to go through")
+    parser.add_argument("--launch", default=sys.executable, help="what starts scripts/train.py")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the same for all runs")
+    arguments = parser.parse_args()
+    try:
+        runs = _runs(arguments.config, arguments.overrides, arguments.set)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    train = Path(__file__).with_name("train.py")
+    for name, overrides in runs.items():
+        print(f"--- {name}", flush=True)
+        command = [*shlex.split(arguments.launch), str(train), "--config", str(arguments.config), *overrides]
+        if code := subprocess.run(command).returncode:
+            return code
+    print(_table({name: load_config(arguments.config, overrides).output_dir for name, overrides in runs.items()}))
+    return 0
+
+
+def _runs(config_path: Path, overrides: list[str], swept: list[str]) -> dict[str, list[str]]:
+    """The overrides of each run under its name; every config is checked before the first run starts."""
+    base: RunConfig = load_config(config_path, overrides)
+    axes = []
+    for axis in swept:
+        key, equals, values = axis.partition("=")
+        if not equals or not values:
+            raise UserError(f"--set {axis!r}: expected KEY=V1,V2, for example seed=0,1,2")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    runs: dict[str, list[str]] = {}
+    for combination in itertools.product(*axes):
+        name = "-".join(combination) or "run"
+        runs[name] = [*overrides, *combination, f"output_dir={base.output_dir / name}"]
+        load_config(config_path, runs[name])
+    return runs
+
+
+def _table(folders: dict[str, Path]) -> str:
+    """A row per run: each figure before → after."""
+    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, folder in folders.items():
+        rows = {row.key: row for row in before_after_table(folder)}
+        cells = []
+        for key in COLUMNS:
+            row = rows.get(key)
+            if row is None:
+                cells.append("–")
+                continue
+            _, before, after, difference, percent = row.cells
+            cells.append(f"{before} → {after} ({difference if row.better > 0 else percent})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The run's config: what loads, what is refused and in which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from envs.errors import UserError
+from trainer.config import RunConfig, load_config, validate_config
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = {"output_dir": "runs/x", "grader": {"type": "numeric"}}
+
+
+def write(tmp_path: Path, config: object) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        validate_config(MINIMAL | changes, source="c.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads(path):
+    assert isinstance(load_config(path), RunConfig)
+
+
+def test_there_are_shipped_configs():
+    assert ROOT / "configs" / "quickstart.yaml" in set((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_the_resolved_config_written_as_yaml_is_the_same_config():
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    again = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert RunConfig.model_validate(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("optim.learning_rate=2e-5", lambda c: c.optim.learning_rate, 2e-5),
+        ("optim.learning_rate=1.5E-4", lambda c: c.optim.learning_rate, 1.5e-4),
+        ("optim.num_steps=7", lambda c: c.optim.num_steps, 7),
+        ("loss.tis_cap=null", lambda c: c.loss.tis_cap, None),
+        ("engine.enforce_eager=true", lambda c: c.engine.enforce_eager, True),
+        ("trackers=[]", lambda c: c.trackers, []),
+        ("warmstart.num_steps=3", lambda c: c.warmstart and c.warmstart.num_steps, 3),
+        ("output_dir=runs/a=b", lambda c: c.output_dir, Path("runs/a=b")),
+        ("grader.partial_credit=0", lambda c: c.grader.partial_credit, 0),
+    ],
+)
+def test_overrides(tmp_path, override, read, value):
+    assert read(load_config(write(tmp_path, MINIMAL), [override])) == value
+
+
+def test_later_overrides_win_and_the_rest_stays(tmp_path):
+    path = write(tmp_path, MINIMAL | {"optim": {"num_steps": 5, "weight_decay": 0.1}})
+    config = load_config(path, ["optim.num_steps=6", "optim.num_steps=7"])
+    assert config.optim.num_steps == 7 and config.optim.weight_decay == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim": {"learning_rte": 1}}, "optim.learning_rte: unknown key; did you mean learning_rate?"),
+        ({"lss": {}}, "lss: unknown key; did you mean loss?"),
+        ({"rollout": {"zzz": 1}}, "rollout.zzz: unknown key; known keys: episode_timeout_s"),
+        ({"grader": {"type": "numeric", "partial_credt": 1}}, "grader.partial_credt: unknown key; did you mean"),
+        ({"penalties": {"tool_calls": {"slop": 1, "slope": 1, "floor": -0.1}}}, "penalties.tool_calls.slop: unknown"),
+        ({"model": {"lora": {"rank": 8}}}, "model.lora.rank: unknown key; known keys: alpha, r, target_modules"),
+        ({"world": {"type": "finance", "num_company": 9}}, "world.num_company: unknown key; did you mean num_compan"),
+        ({"optim": {"num_steps": "many"}}, "optim.num_steps: Input should be a valid integer"),
+        ({"optim": {"learning_rate": -1}}, "optim.learning_rate: Input should be greater than 0 (got -1)"),
+        ({"grader": {"type": "numerc"}}, "'exact', 'numeric'"),
+        ({"grader": {"type": "numeric", "partial_credit": "a"}}, "grader.partial_credit: Input should be a valid"),
+        ({"model": {"lora": {"target_modules": 3}}}, "model.lora.target_modules: Input should be"),
+        ({"trackers": ["tensorbord"]}, "trackers.0: Input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ({"rollout": {"max_turn_tokens": 64, "max_episode_tokens": 64}}, "config: rollout.max_turn_tokens must be"),
+        ({"data": {"train": "a.jsonl"}}, "data.eval: required, but not given"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_key(changes, expected):
+    message = refusal(**changes)
+    assert message.startswith("config c.yaml: ") and expected in message
+
+
+def test_penalties_that_could_turn_a_judgement_are_an_error_of_the_config():
+    message = refusal(penalties={"tool_calls": {"slope": 0.1, "floor": -0.5}})
+    assert "penalties: the floors sum to -0.5" in message and "Value error" not in message
+
+
+def test_all_problems_are_named_at_once_but_on_one_screen():
+    assert refusal(optim={"a": 1, "b": 2}).count("unknown key") == 2
+    many = refusal(**{f"key{i}": i for i in range(50)})
+    assert len(many.splitlines()) <= 22 and "config c.yaml: 50 problems" in many and "and 31 more" in many
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("[1, 2]", "expected a mapping of sections, got list"), ("a: [", "not valid YAML"), ("", "got NoneType")],
+)
+def test_files_that_are_no_config(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_config(path)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"output_dir: \xff")
+    with pytest.raises(UserError, match=r"c\.yaml: not UTF-8 text: .* at byte 12"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.num_steps", "expected KEY=VALUE"),
+        ("output_dir.x=1", "output_dir is not a section"),
+        ("optim.num_steps=[", "the value is not valid YAML"),
+        ("optim.nm_steps=3", "did you mean num_steps"),
+    ],
+)
+def test_bad_overrides(tmp_path, override, expected):
+    with pytest.raises(UserError, match=expected):
+        load_config(write(tmp_path, MINIMAL), [override])

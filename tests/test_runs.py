@@ -1,0 +1,204 @@
+"""The run folder: what belongs to a run, what survives a kill, and rollouts read back exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from envs.errors import UserError
+from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from graders.types import Grade
+from trainer.config import RunConfig
+from trainer.rollout import Rollout
+from trainer.runs import RunFolder, append_line, read_lines, rollout_from_json, rollout_to_json
+from trainer.samples import Ledger
+
+TEXT = st.text(max_size=12)
+FLOATS = st.floats(-50, 0)
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> Ledger:
+    ledger = Ledger()
+    ledger.append_context(draw(st.lists(st.integers(0, 50_000), min_size=1, max_size=5)))
+    for version in draw(st.lists(st.integers(0, 5), max_size=3)):
+        logprobs = draw(st.lists(FLOATS, max_size=5))
+        ledger.append_sampled(list(range(len(logprobs))), logprobs, version)
+        ledger.append_context(draw(st.lists(st.integers(0, 50_000), max_size=4)))
+    return ledger
+
+
+@st.composite
+def rollouts(draw: st.DrawFn) -> Rollout:
+    call = ToolCall(call_id="c0", name=draw(TEXT), arguments=draw(TEXT))
+    message = Message(role="assistant", content=draw(TEXT), reasoning=draw(TEXT), tool_calls=(call,))
+    error = draw(st.none() | st.sampled_from(ToolErrorKind))
+    result = ToolResult(call_id="c0", name=call.name, output=draw(TEXT), error=error, latency_s=draw(st.floats(0, 9)))
+    turn = Turn(message=message, results=(result,), malformed=draw(st.booleans()), num_tokens=3, generation_s=0.1)
+    question = Message(role="user", content=draw(TEXT))
+    tools = draw(st.none() | st.lists(TEXT, max_size=2).map(tuple))
+    item = draw(
+        st.dictionaries(TEXT, TEXT | st.integers() | st.none() | st.lists(st.integers(), max_size=2), max_size=3)
+    )
+    task = Task(task_id=draw(TEXT), messages=(question,), tools=tools, item=item)
+    episode = Episode(
+        rollout_id=draw(TEXT),
+        task_id=task.task_id,
+        messages=(question, message),
+        turns=(turn,) * draw(st.integers(0, 2)),
+        stop_reason=draw(st.sampled_from(StopReason)),
+        error=draw(TEXT),
+        latency_s=draw(st.floats(0, 1e4)),
+    )
+    grade = Grade(reward=draw(FLOATS), parts={"exact": draw(FLOATS)}, explanation=draw(TEXT))
+    return Rollout(
+        episode=episode,
+        task=task,
+        ledgers=tuple(draw(st.lists(ledgers(), max_size=2))),
+        grade=draw(st.none() | st.just(grade)),
+        num_drifted_turns=draw(st.integers(0, 3)),
+        num_attempts=draw(st.integers(1, 3)),
+    )
+
+
+def make_rollout(rollout_id: str) -> Rollout:
+    question = Message(role="user", content="?")
+    episode = Episode(
+        rollout_id=rollout_id, task_id="t", messages=(question,), turns=(), stop_reason=StopReason.MAX_EPISODE_TOKENS
+    )
+    return Rollout(episode=episode, task=Task(task_id="t", messages=(question,)), ledgers=(), grade=Grade(reward=0.0))
+
+
+def make_config(folder: Path, **more: Any) -> RunConfig:
+    return RunConfig.model_validate({"output_dir": folder, "grader": {"type": "numeric"}} | more)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return make_config(tmp_path / "run")
+
+
+@pytest.fixture
+def run(config: RunConfig) -> RunFolder:
+    RunFolder.create(config)
+    return RunFolder.open(config, rank=0)
+
+
+# --- rollouts
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(rollout=rollouts())
+def test_a_rollout_written_and_read_is_the_same_to_the_last_bit(rollout):
+    assert rollout_from_json(json.loads(json.dumps(rollout_to_json(rollout)))) == rollout
+
+
+def test_finished_rollouts_go_by_the_first_attempts_id_and_a_torn_line_is_cut_off(run):
+    path = run.rollouts_file("rollouts", 1)
+    for name in ("run-step1-0-a-0", "run-step1-0-a-1-retry2", "run-step1-0-x-retry1-2"):
+        append_line(path, rollout_to_json(make_rollout(name)))
+    with path.open("a") as file:
+        file.write('{"episode": {"rollout')
+    assert list(run.finished_rollouts("rollouts", 1)) == [
+        "run-step1-0-a-0",
+        "run-step1-0-a-1",
+        "run-step1-0-x-retry1-2",
+    ]
+    append_line(path, rollout_to_json(make_rollout("run-step1-0-a-3")))
+    assert len(read_lines(path)) == 4
+
+
+def test_a_step_not_begun_has_no_finished_rollouts(run):
+    assert run.finished_rollouts("rollouts", 9) == {}
+
+
+def test_each_process_writes_a_file_of_its_own(config, run):
+    other = RunFolder.open(config, rank=1)
+    assert other.run_id == run.run_id and run.is_main and not other.is_main
+    assert other.rollouts_file("rollouts", 1).name == "step-000001.rank1.jsonl"
+    other.log({"step": 1})
+    assert run.metrics() == []
+
+
+# --- whose folder it is
+
+
+def test_a_new_folder_an_empty_one_and_the_runs_own_are_taken(config):
+    RunFolder.check(config)
+    config.output_dir.mkdir()
+    RunFolder.check(config)
+    RunFolder.create(config)
+    run_id = RunFolder.open(config, rank=0).run_id
+    RunFolder.create(config)
+    assert RunFolder.open(config, rank=0).run_id == run_id
+
+
+def test_a_run_may_be_made_longer(config, run):
+    RunFolder.create(make_config(config.output_dir, optim={"num_steps": 500}))
+
+
+def test_the_folder_of_another_run_is_refused_and_the_difference_named(config, run):
+    other = make_config(config.output_dir, optim={"learning_rate": 1e-5}, seed=3)
+    with pytest.raises(UserError, match=r"holds a run with another config; it differs in seed, optim\.learning_rate"):
+        RunFolder.check(other)
+
+
+def test_foreign_files_and_a_file_in_its_place_are_refused(config):
+    config.output_dir.write_text("")
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        RunFolder.check(config)
+    config.output_dir.unlink()
+    config.output_dir.mkdir()
+    (config.output_dir / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder.check(config)
+
+
+def test_checking_writes_nothing(config):
+    RunFolder.check(config)
+    assert not config.output_dir.exists()
+
+
+# --- resuming
+
+
+def test_the_newest_checkpoint_counts_and_unfinished_ones_are_cleared(config, run):
+    assert run.last_checkpoint() is None and run.resume_step == 0
+    for name in ("step-000002", "step-000010", ".unfinished-step-000011"):
+        (run.path / "checkpoints" / name).mkdir()
+    assert run.last_checkpoint() == (10, run.path / "checkpoints" / "step-000010") and run.resume_step == 10
+    RunFolder.create(config)
+    assert not (run.path / "checkpoints" / ".unfinished-step-000011").exists()
+
+
+def test_rewinding_forgets_what_came_after_the_checkpoint_but_the_rollouts_in_flight(run):
+    for step in range(5):
+        run.log({"step": step})
+        for kind in ("rollouts", "evals"):
+            append_line(run.rollouts_file(kind, step), {"step": step})
+    append_line(run.path / "rollouts" / "step-000004.rank1.jsonl", {})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "re')
+    run.rewind(2)
+    assert run.metrics() == [{"step": 0}, {"step": 1}, {"step": 2}]
+    assert sorted(p.name[5:11] for p in (run.path / "rollouts").iterdir()) == ["000000", "000001", "000002", "000003"]
+    assert sorted(p.name[5:11] for p in (run.path / "evals").iterdir()) == ["000000", "000001", "000002"]
+    run.log({"step": 3})
+    assert run.metrics()[-1] == {"step": 3}
+
+
+def test_only_the_main_process_rewinds(config, run):
+    run.log({"step": 7})
+    RunFolder.open(config, rank=1).rewind(0)
+    assert run.metrics() == [{"step": 7}]
+
+
+def test_notes_are_added_to_what_is_known_of_the_run(config, run):
+    run.note(adapter="a")
+    run.note(serve_command="b")
+    about = json.loads((run.path / "run.json").read_text())
+    assert about["adapter"] == "a" and about["serve_command"] == "b" and about["run_id"] == run.run_id
+    assert {"python", "torch", "transformers"} <= about["versions"].keys()

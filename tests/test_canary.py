@@ -1,0 +1,144 @@
+"""The proof that the sampler runs the trained policy (invariant 2): what it must notice, and what it must not."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted_engine import Faults, ScriptedEngine
+
+from envs.errors import PublishError
+from trainer.canary import Canary, _slope
+from trainer.config import LoraConfig, ModelConfig, OptimConfig
+from trainer.policy import Policy
+from trainer.publish import Publisher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = [random.Random(i).choices(range(20, 40_000), k=40) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model) -> Policy:
+    from accelerate import Accelerator
+
+    config = ModelConfig(dtype="float32", lora=LoraConfig(r=4, alpha=8))
+    return Policy(tiny_model, config, OptimConfig(), Accelerator(cpu=True), 0)
+
+
+def move(policy: Policy, size: float, *, seed: int) -> None:
+    """An update of a known size in a direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy._parameters:
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    policy.num_updates += 1
+
+
+@pytest.fixture(autouse=True)
+def as_new(policy):
+    """Every test begins with an adapter that changes nothing."""
+    state = policy.state_dict()
+    yield
+    policy.load_state_dict(state)
+
+
+def start(model: Path, **faults: object) -> ScriptedEngine:
+    return ScriptedEngine(model, script=lambda prompt, seed: "", stop_token_ids=[2], faults=Faults(**faults))
+
+
+async def published(policy: Policy, engine: ScriptedEngine, *sizes: float, tolerance: float = 0.15) -> dict[str, float]:
+    """Publish the untouched adapter, then one update of each size; the last proof's figures."""
+    with Publisher(policy, engine, Canary(TOKENS, tolerance=tolerance)) as publisher:
+        await publisher.note_base()
+        metrics = await publisher.publish()
+        for seed, size in enumerate(sizes):
+            move(policy, size, seed=seed)
+            metrics = await publisher.publish()
+        return metrics
+
+
+@pytest.mark.parametrize("size", [3e-3, 3e-2, 0.1])
+async def test_the_right_engine_is_proved_for_updates_of_all_sizes(tiny_model, policy, size):
+    metrics = await published(policy, start(tiny_model), size, size)
+    assert metrics["canary/mismatch"] < 1e-4
+    assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.02)
+    assert metrics["canary/applied_since_model"] == pytest.approx(1, abs=0.02)
+
+
+async def test_another_kernels_constant_error_does_not_disturb_the_proof(tiny_model, policy):
+    """The mismatch of two implementations is far larger than the update and the same before and after it."""
+    metrics = await published(policy, start(tiny_model, score_noise=0.1), 3e-2, 3e-2)
+    assert 0.05 < metrics["canary/mismatch"] < 0.15
+    assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+async def test_an_engine_that_keeps_the_former_version_is_noticed(tiny_model, policy, noise):
+    engine = start(tiny_model, stale_from=2, score_noise=noise)
+    with pytest.raises(PublishError, match=r"policy-v2 was published the engine still answers as the former version"):
+        await published(policy, engine, 2e-2, 1e-2, tolerance=5)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+async def test_an_engine_that_stays_the_base_model_is_noticed(tiny_model, policy, noise):
+    engine = start(tiny_model, always_base=True, score_noise=noise)
+    with pytest.raises(PublishError, match=r"still answers as the base model: it shows 0%"):
+        await published(policy, engine, 2e-2, tolerance=5)
+
+
+async def test_a_large_difference_stops_the_run_whatever_its_direction(tiny_model, policy):
+    with pytest.raises(PublishError, match=r"differ from the trainer's by .* nats a token .* runs another policy"):
+        await published(policy, start(tiny_model, always_base=True), 0.5, tolerance=0.05)
+
+
+async def test_an_adapter_of_another_policy_is_noticed(tiny_model, policy, tmp_path):
+    move(policy, 3e-2, seed=99)
+    policy.save_adapter(tmp_path / "foreign")
+    move(policy, -3e-2, seed=99)
+    policy.num_updates = 0
+
+    class Foreign(ScriptedEngine):
+        async def publish(self, weights: Path, version: int) -> None:
+            await super().publish(tmp_path / "foreign" if version else weights, version)
+
+    engine = Foreign(tiny_model, script=lambda prompt, seed: "", stop_token_ids=[2])
+    with pytest.raises(PublishError, match=r"runs another policy|still answers as"):
+        await published(policy, engine, 3e-2)
+
+
+async def test_an_engine_that_holds_another_base_model_is_noticed_before_the_first_publish(tiny_model, policy):
+    engine = start(tiny_model)
+    with torch.no_grad():
+        engine._base.model.layers[0].mlp.down_proj.weight.mul_(3)
+    with pytest.raises(PublishError, match="after the base model was loaded"):
+        await published(policy, engine)
+
+
+async def test_an_update_too_small_to_see_is_not_judged(tiny_model, policy):
+    metrics = await published(policy, start(tiny_model, score_noise=0.05), 1e-6)
+    assert "canary/applied_since_version" not in metrics and "canary/applied_since_model" not in metrics
+    assert metrics["canary/mismatch"] < 0.15
+
+
+async def test_scores_that_are_no_numbers_are_a_mismatch(tiny_model, policy):
+    engine = start(tiny_model, score_noise=float("nan"))
+    with pytest.raises(PublishError, match="by nan nats"):
+        await published(policy, engine)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    applied=st.sampled_from([0.0, 1.0]),
+    noise=st.floats(0, 2),
+    size=st.floats(1e-3, 1),
+)
+def test_the_slope_tells_an_applied_update_from_an_ignored_one(seed, applied, noise, size):
+    """With fresh noise at every scoring, up to twice the update itself: the error bar covers it."""
+    rng = random.Random(seed)
+    moved = [rng.gauss(0, size) for _ in range(400)]
+    share, error = _slope([applied * x + rng.gauss(0, noise * size) for x in moved], moved)
+    assert abs(share - applied) <= 5 * error + 1e-9
+    assert (share + 4 * error < 0.5) == (applied == 0.0)

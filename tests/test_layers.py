@@ -1,0 +1,61 @@
+"""Imports point one way: scripts → trainer → graders → envs; and what loads torch or vllm does so when it is needed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["envs", "graders", "trainer", "scripts"]
+"""Each may import itself and what stands before it."""
+HEAVY = ("torch", "vllm", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules imported, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_itself_and_those_below(layer):
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    above = {*LAYERS[LAYERS.index(layer) + 1 :], "tests"}
+    for path in files:
+        assert not imported(path) & above, f"{path} imports from above"
+
+
+@pytest.mark.parametrize("layer", ["envs", "graders"])
+def test_worlds_and_judgement_know_neither_torch_nor_vllm(layer):
+    for path in (ROOT / layer).rglob("*.py"):
+        assert not imported(path) & {"torch", "vllm", "transformers", "peft", "trl", "accelerate"}, path
+
+
+def loaded_after(statement: str) -> list[str]:
+    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["envs", "envs.finance.world", "graders", "graders.build", "trainer.config", "trainer.job", "trainer.train"],
+)
+def test_importing_it_loads_nothing_heavy(module):
+    assert loaded_after(f"import {module}") == []
+
+
+def test_package_files_hold_no_code():
+    for path in (p for layer in ("envs", "graders", "trainer") for p in (ROOT / layer).rglob("__init__.py")):
+        for node in ast.parse(path.read_text()).body:
+            is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert is_docstring or isinstance(node, ast.Import | ast.ImportFrom), f"{path}:{node.lineno}"

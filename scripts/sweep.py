@@ -1,4 +1,4 @@
-"""Run one config several times and compare: `python scripts/sweep.py --config configs/quickstart.yaml --set seed=0,1,2`.
+"""Run one config with several values: `python scripts/sweep.py --config configs/quickstart.yaml --set seed=0,1,2`.
 
 Every combination of the values given with `--set` is a run of `scripts/train.py` in a folder of its own under the
 config's `output_dir`, one after the other; finished runs are not run again, interrupted ones are resumed. Ends with a

@@ -127,6 +127,22 @@ def test_merged_weights_are_published_and_proved_version_after_version(merged: R
     assert completion.policy_version == merged.policy.num_updates
 
 
+def test_a_cached_prefix_of_one_version_never_serves_the_next(merged: Rig) -> None:
+    prompt = list(range(5000, 5200))
+    for seed in (6, 7):
+        change_adapter(merged.policy, size=0.02, seed=seed)
+        merged.loop.run(merged.publisher.publish())
+        # The second request finds the first one's prefix in the cache; both must be the published policy's.
+        for _ in range(2):
+            completion = merged.loop.run(merged.engine.generate(prompt, sampling(seed)))
+            ledger = Ledger()
+            ledger.append_context(prompt)
+            ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
+            row = ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t")
+            (trainer,) = merged.policy.logprobs([row], temperature=1.0)
+            assert (trainer - torch.tensor(completion.logprobs)).abs().mean() < TOLERANCE
+
+
 def test_an_engine_that_kept_the_former_weights_is_caught(merged: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     change_adapter(merged.policy, size=0.02, seed=3)
     merged.loop.run(merged.publisher.publish())

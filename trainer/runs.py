@@ -65,6 +65,13 @@ class RunFolder:
             raise UserError(f"output_dir {path}: is not empty and holds no run; choose another output_dir")
 
     @classmethod
+    def is_finished(cls, config: RunConfig) -> bool:
+        """Whether the folder holds this very run, at its end. Raises `UserError` as `check` does."""
+        cls.check(config)
+        about = config.output_dir / "run.json"
+        return about.exists() and json.loads(about.read_text()).get("finished_steps") == config.optim.num_steps
+
+    @classmethod
     def create(cls, config: RunConfig) -> None:
         """Lay out the folder, or take up the one there is. Main process only."""
         cls.check(config)

@@ -28,6 +28,8 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
     `start_engine` takes the arguments of `VllmEngine.start`, its default.
     Raises `UserError` before anything is loaded, `PublishError` when the engine does not run the trained policy.
     """
+    if RunFolder.is_finished(config):
+        return config.output_dir
     job = prepare(config)
     from accelerate import Accelerator
 
@@ -114,5 +116,6 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
         if run.is_main:
             export_adapter(job, run, policy)
             write_report(run.path)
+            run.note(finished_steps=num_steps)
     accelerator.end_training()
     return run.path

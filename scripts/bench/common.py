@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -63,9 +64,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     out.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, e.g. rollout.group_size=4")
     out.add_argument("--config", type=Path, help="default: the run's own, or configs/quickstart.yaml")
     out.add_argument("--run", type=Path, help="run folder; see above")
-    out.add_argument("--repeats", type=int, default=3, help="measured after one warm-up (default 3)")
+    out.add_argument("--repeats", type=_positive, default=3, help="measured after one warm-up (default 3)")
     out.add_argument("--json", type=Path, help="also write the figures here")
     return out
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return value
 
 
 @contextlib.contextmanager
@@ -107,10 +114,11 @@ def load_policy(job: Job, accelerator: Any, adapter: Path | None) -> Any:
 
 def run_main(bench: Callable[[], None]) -> int:
     """Exit code 2 and one line for what the user got wrong, as `scripts/train.py` does."""
-    # Set before any library is loaded: their progress bars would stand between the lines of the table.
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Set before any library is loaded: what they print would stand between the lines of the table.
+    warnings.simplefilter("ignore")
+    quiet = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in {**quiet, "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
     if _load > 0.25 * len(os.sched_getaffinity(0)):
         print(
             f"warning: others use this machine (load average {_load:.1f}): the figures will be noise", file=sys.stderr

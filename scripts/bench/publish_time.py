@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import Figure, adapter_of, bench_config, load_policy, parser, ratio, report, run_main
-from rollout_throughput import Call, generate, requests_of, sampling_params
+from rollout_throughput import Call, generate, requests_of
 
 from trainer.config import RunConfig
 from trainer.engine import VllmEngine
@@ -105,7 +105,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
     records: list[dict[str, float]] = []
     with asyncio.Runner() as loop:
         print(f"{way}: starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None))
+        engine = loop.run(open_engine(job, accelerator, None, first_step=0))
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")
         try:
             with Publisher(policy, engine, canary) as publisher:
@@ -130,11 +130,8 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
 
 
 async def tokens_per_s(engine: VllmEngine, turns: Sequence[Sequence[Call]], config: RunConfig) -> float:
-    def params(call: Call) -> Any:
-        return sampling_params(call.num_tokens, config.rollout.temperature, config.rollout.top_p, call.seed)
-
     start = time.perf_counter()
-    await generate(engine, turns, params)
+    await generate(engine, config, turns)
     return sum(call.num_tokens for calls in turns for call in calls) / (time.perf_counter() - start)
 
 

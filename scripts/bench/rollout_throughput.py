@@ -7,12 +7,13 @@ and runs four arms over them, one after the other, each from an empty prefix cac
 
 loop     `RolloutWorker`: generation, parsing, tools, ledger, grading, rollouts written to disk.
 raw      vLLM alone: each sequence starts from its episode's first prompt and generates as many tokens as its episode
-         generated in all, in one request (`ignore_eos`), with the loop's seeds and log-probabilities.
+         generated in all, in one request (`ignore_eos`), sampled as in the loop (log-probabilities, seeds).
 replay   vLLM alone, the recorded turns: the same prompts and numbers of tokens, turn after turn, nothing between.
-plain    raw without seeds and log-probabilities: what those two cost.
+plain    raw without log-probabilities and seeds: what those two cost.
 
 loop / raw is the headline. It is replay / raw (what turns themselves cost: the prefill of tool results, batches that
-thin out) times loop / replay (what is ours).
+thin out) times loop / replay (what is ours). Without `engine.seeded_requests=true` the replay samples other tokens than
+those recorded, which its next prompts hold, so it prefills them once more and loop / replay errs to our advantage.
 
 The weights have to call tools, which the untrained default model does not. `--run` takes the adapter (and, without
 `--config`, the config) of a run that has at least been warm-started; `--adapter` takes any adapter folder. It is
@@ -29,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from common import Figure, adapter_of, bench_config, load_policy, parser, ratio,
 
 from envs.errors import UserError
 from trainer.config import RunConfig
-from trainer.engine import Completion, Sampling, VllmEngine
+from trainer.engine import Completion, Engine, Sampling, VllmEngine
 from trainer.job import Job, prepare
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
 from trainer.runs import append_line, rollout_to_json
@@ -73,14 +74,15 @@ def in_one(calls: Sequence[Call]) -> Call:
 class StandInEngine:
     """An `Engine` whose turns are the expert's: the real one generates as many tokens, which are thrown away."""
 
-    def __init__(self, engine: VllmEngine, token_ids_by_seed: dict[int, list[int]]) -> None:
+    def __init__(self, engine: VllmEngine, config: RunConfig, token_ids_by_seed: dict[int, list[int]]) -> None:
         self._engine = engine
+        self._config = config
         self._token_ids_by_seed = token_ids_by_seed
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         turn = self._token_ids_by_seed[sampling.seed]
         token_ids = turn[: sampling.max_tokens]
-        params = sampling_params(len(token_ids), sampling.temperature, sampling.top_p, sampling.seed)
+        params = sampling_params(self._config, len(token_ids), seed=sampling.seed)
         output = (await self._engine._request(prompt_ids, params)).outputs[0]
         # The real engine's work on its output, so that it is part of the time.
         logprobs = [entry[t].logprob for t, entry in zip(output.token_ids, output.logprobs, strict=True)]
@@ -102,28 +104,31 @@ class StandInEngine:
         self._engine.shutdown()
 
 
-def sampling_params(num_tokens: int, temperature: float, top_p: float, seed: int | None) -> Any:
-    """Exactly `num_tokens`; with log-probabilities where there is a seed, as in the loop."""
+def sampling_params(config: RunConfig, num_tokens: int, *, seed: int, plain: bool = False) -> Any:
+    """For exactly `num_tokens`, as the loop samples them; `plain` leaves out log-probabilities and seed."""
     from vllm import SamplingParams
 
     return SamplingParams(
         max_tokens=num_tokens,
         ignore_eos=True,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        logprobs=None if seed is None else 0,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        seed=seed if config.engine.seeded_requests and not plain else None,
+        logprobs=None if plain else 0,
         detokenize=False,
     )
 
 
-async def generate(engine: VllmEngine, episodes: Sequence[Sequence[Call]], params: Callable[[Call], Any]) -> None:
+async def generate(
+    engine: VllmEngine, config: RunConfig, episodes: Sequence[Sequence[Call]], *, plain: bool = False
+) -> None:
     """All episodes at once, the calls of each one after the other, with nothing between."""
 
     # The engine's own interface ends a turn at the stop token; what vLLM alone can do is measured past it.
     async def one(calls: Sequence[Call]) -> None:
         for call in calls:
-            output = await engine._request(call.prompt_ids, params(call))
+            params = sampling_params(config, call.num_tokens, seed=call.seed, plain=plain)
+            output = await engine._request(call.prompt_ids, params)
             assert len(output.outputs[0].token_ids) == call.num_tokens, "vLLM ended a sequence early"
 
     await asyncio.gather(*(one(calls) for calls in episodes))
@@ -133,7 +138,6 @@ async def measure_arms(
     engine: VllmEngine, worker: RolloutWorker, requests: Sequence[RolloutRequest], config: RunConfig
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Seconds of each arm, and the loop's rollouts."""
-    temperature, top_p = config.rollout.temperature, config.rollout.top_p
     written = config.output_dir / "rollouts.jsonl"
     rollouts: list[Rollout] = []
 
@@ -141,15 +145,9 @@ async def measure_arms(
         def keep(rollout: Rollout) -> None:
             append_line(written, rollout_to_json(rollout))
 
-        rollouts.extend(await worker.run(requests, temperature=temperature, on_rollout=keep))
+        rollouts.extend(await worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
 
-    def seeded(call: Call) -> Any:
-        return sampling_params(call.num_tokens, temperature, top_p, call.seed)
-
-    def unseeded(call: Call) -> Any:
-        return sampling_params(call.num_tokens, temperature, top_p, None)
-
-    async def timed(arm: Any) -> float:
+    async def timed(arm: Coroutine[Any, Any, None]) -> float:
         assert await engine._llm.reset_prefix_cache(), "vLLM kept its prefix cache"
         start = time.perf_counter()
         await arm
@@ -162,9 +160,9 @@ async def measure_arms(
         )
     turns = [calls_of(rollout, request.seed) for rollout, request in zip(rollouts, requests, strict=True)]
     whole = [[in_one(calls)] for calls in turns]
-    seconds["raw"] = await timed(generate(engine, whole, seeded))
-    seconds["replay"] = await timed(generate(engine, turns, seeded))
-    seconds["plain"] = await timed(generate(engine, whole, unseeded))
+    seconds["raw"] = await timed(generate(engine, config, whole))
+    seconds["replay"] = await timed(generate(engine, config, turns))
+    seconds["plain"] = await timed(generate(engine, config, whole, plain=True))
     return seconds, rollouts
 
 
@@ -212,17 +210,20 @@ def measure(job: Job, adapter: Path | None, repeats: int) -> tuple[dict[str, lis
     rollouts: list[list[Rollout]] = []
     with asyncio.Runner() as loop:
         print("starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None))
+        engine = loop.run(open_engine(job, accelerator, None, first_step=0))
         assert isinstance(engine, VllmEngine)
         try:
-            if adapter is not None:
+            sampler: Engine = engine
+            if adapter is None:
+                requests_all = [request for requests in steps for request in requests]
+                sampler = StandInEngine(engine, job.config, loop.run(expert_turns(job, requests_all)))
+            else:
                 publish_adapter(job, engine, loop, accelerator, adapter)
-            stand_in = StandInEngine(engine, loop.run(expert_turns(job, [r for requests in steps for r in requests])))
             worker = RolloutWorker(
                 world=job.world,
                 grader=job.grader,
                 chat=job.chat,
-                engine=stand_in if adapter is None else engine,
+                engine=sampler,
                 config=job.config.rollout,
             )
             for step, requests in enumerate(steps):

@@ -1,0 +1,149 @@
+"""The main job on its real parts, in small: interrupted, resumed to the end, and the adapter served over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+REPOSITORY = Path(__file__).parent.parent
+SMALL = [
+    "warmstart={num_steps: 2, episodes_per_step: 2}",
+    "optim.num_steps=2",
+    "rollout.tasks_per_step=2",
+    "rollout.group_size=2",
+    "rollout.max_turns=3",
+    "rollout.max_turn_tokens=32",
+    "eval={num_tasks: 2, samples_per_task: 1}",
+    "engine.kv_cache_gib=1",
+]
+DEADLINE_S = 400
+
+
+def command(folder: Path) -> list[str]:
+    train = [sys.executable, "scripts/train.py", "--config", "configs/quickstart.yaml", f"output_dir={folder}"]
+    return [*train, *SMALL]
+
+
+def wait_for(condition: Any, what: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is told to stop in the middle of its first evaluation, and is then run again to its end."""
+    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    first = subprocess.Popen(command(folder), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    wait_for(
+        lambda: first.poll() is not None or list(folder.glob("evals/*.jsonl")), "the first rollout of the evaluation"
+    )
+    assert first.poll() is None, first.communicate()[1]
+    children = psutil.Process(first.pid).children(recursive=True)
+    assert any("EngineCore" in child.name() or "VLLM" in child.name() for child in children)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=DEADLINE_S)
+    assert first.returncode == 130, errors
+    assert "resumes" in errors
+    # No process of the engine outlives the run.
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not [child for child in alive if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(run_folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(run_folder), cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+def test_an_interrupted_run_is_resumed_to_the_end_by_the_same_command(
+    run_folder: Path, result: subprocess.CompletedProcess[str]
+) -> None:
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 0" in result.stderr
+    for shown in ("mean reward", "tool calls per rollout", "latency per episode", "report.html", "serve it with"):
+        assert shown in result.stdout
+    records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [0, 1, 2, 2]
+    assert all("canary/mismatch" in r for r in records if "train/rollouts" in r)
+    assert len((run_folder / "evals/step-000000.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_terminal_shows_progress_and_no_library_output(result: subprocess.CompletedProcess[str]) -> None:
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert any(line.startswith("step 2/2") for line in lines)
+    assert len(lines) < 20, result.stderr
+
+
+@pytest.fixture(scope="module")
+def server(run_folder: Path, result: subprocess.CompletedProcess[str]) -> Iterator[str]:
+    """The exported adapter behind the very command that the run prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = shlex.split(json.loads((run_folder / "run.json").read_text())["serve_command"])
+    extra = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024"]
+    log = (run_folder / "serve.log").open("w")
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([*serve, *extra], stdout=log, stderr=log, env=environment, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: process.poll() is not None or _answers(f"{url}/health"), "the server")
+        assert process.poll() is None, (run_folder / "serve.log").read_text()[-2000:]
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def test_the_exported_adapter_is_served_by_the_printed_command(run_folder: Path, server: str) -> None:
+    rollout = json.loads((run_folder / "evals/step-000002.jsonl").read_text().splitlines()[0])
+    body = {
+        "model": "policy",
+        "messages": [{"role": m["role"], "content": m["content"]} for m in rollout["task"]["messages"]],
+        "tools": [
+            {"type": "function", "function": {"name": "search", "description": "Find.", "parameters": _SEARCH}},
+        ],
+        "temperature": 0,
+        "max_tokens": 40,
+    }
+    answer = _post(f"{server}/v1/chat/completions", body)
+    assert answer["model"] == "policy"
+    message = answer["choices"][0]["message"]
+    assert message["tool_calls"] or message["content"]
+
+
+_SEARCH = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer: dict[str, Any] = json.load(response)
+    return answer

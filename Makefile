@@ -37,5 +37,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# RUN names a run folder whose weights and steps are measured; without it the benchmarks use stand-ins.
+RUN ?= runs/quickstart
 bench: setup
-	for script in scripts/bench/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python scripts/bench/rollout_throughput.py $(if $(wildcard $(RUN)/config.yaml),--run $(RUN))
+	$(BIN)/python scripts/bench/training_throughput.py
+	$(BIN)/python scripts/bench/publish_time.py
+	$(if $(wildcard $(RUN)/metrics.jsonl),$(BIN)/python scripts/bench/step_overhead.py --run $(RUN))

@@ -26,6 +26,10 @@ from trainer.engine import Engine
 _LEAST_MOVE = 1e-3
 """Mean absolute change of the trainer's log-probabilities, nats, below which a reference says nothing."""
 
+_LEAST_SHARE = 0.2
+"""An engine that kept its weights shows a share of 0. One that was given them may show well under 1: weights merged in
+bfloat16 round small updates away (0.31 was measured at the eighth step of a run)."""
+
 Scores = list[float]
 """Log-probabilities of all canary tokens, the sequences one after the other."""
 
@@ -71,7 +75,7 @@ class Canary:
             engine_moved = [e - f for e, f in zip(scores, reference.engine, strict=True)]
             share, error = _slope(engine_moved, moved)
             metrics[f"canary/applied_since_{reference.name.split()[-1]}"] = share
-            if share + 4 * error < 0.5:
+            if share + 3 * error < _LEAST_SHARE:
                 raise PublishError(
                     f"after policy-v{version} was published the engine still answers as {reference.name}: it shows "
                     f"{share:.0%} of the update that the trainer shows on the canary (standard error {error:.0%})"

@@ -140,6 +140,12 @@ def test_a_run_may_be_made_longer(config, run):
     RunFolder.create(make_config(config.output_dir, optim={"num_steps": 500}))
 
 
+def test_a_run_that_is_past_the_steps_asked_for_is_refused(config, run):
+    (run.path / "checkpoints" / f"step-{config.optim.num_steps + 1:06d}").mkdir()
+    with pytest.raises(UserError, match=r"past optim\.num_steps"):
+        RunFolder.check(config)
+
+
 def test_the_folder_of_another_run_is_refused_and_the_difference_named(config, run):
     other = make_config(config.output_dir, optim={"learning_rate": 1e-5}, seed=3)
     with pytest.raises(UserError, match=r"holds a run with another config; it differs in seed, optim\.learning_rate"):

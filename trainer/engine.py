@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import gc
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -62,6 +60,10 @@ class Engine(Protocol):
     def publishes_merged(self) -> bool: ...
 
     def shutdown(self) -> None: ...
+
+
+class _EndedLLM:
+    """Stands in for the class of an AsyncLLM that has been shut down: it has no finalizer."""
 
 
 class VllmEngine:
@@ -200,10 +202,10 @@ class VllmEngine:
         """End the engine's processes. May be called twice."""
         if self._llm is not None:
             self._llm.shutdown()
+            # vLLM keeps references until the interpreter ends, where AsyncLLM's finalizer finds its modules gone and
+            # prints a traceback. It has nothing left to do.
+            self._llm.__class__ = _EndedLLM
             self._llm = None
-            # What still refers to it goes with the event loop. Collected before the interpreter takes vLLM's modules
-            # down, or its finalizer would find them gone and print a traceback.
-            atexit.register(gc.collect)
 
 
 def _lora_rank_bucket(r: int) -> int:

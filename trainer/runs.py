@@ -61,6 +61,12 @@ class RunFolder:
                     f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
                     "Choose another output_dir, or delete the folder"
                 )
+            done = cls(path, run_id="", rank=0).resume_step
+            if done > config.optim.num_steps:
+                raise UserError(
+                    f"output_dir {path}: holds a run that is at step {done} already, past optim.num_steps = "
+                    f"{config.optim.num_steps}; choose another output_dir, or a larger optim.num_steps"
+                )
         elif path.is_dir() and any(path.iterdir()):
             raise UserError(f"output_dir {path}: is not empty and holds no run; choose another output_dir")
 

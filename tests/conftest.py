@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,15 +17,18 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two narrow layers in float32, under the default model's tokenizer."""
+    """A random Llama of two narrow layers in float32, under the default model's tokenizer cut to its first 2048 tokens.
+
+    The whole vocabulary would take most of the time of a test.
+    """
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(AutoTokenizer.from_pretrained(smollm2)),
+            vocab_size=2048,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -39,8 +43,13 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     for file in smollm2.iterdir():
-        if file.name.startswith("tokenizer") or file.name in ("generation_config.json", "special_tokens_map.json"):
+        if file.name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
             shutil.copy(file, folder)
+    tokenizer = json.loads((smollm2 / "tokenizer.json").read_text())
+    bpe = tokenizer["model"]
+    bpe["vocab"] = {token: i for token, i in bpe["vocab"].items() if i < config.vocab_size}
+    bpe["merges"] = [(a, b) for a, b in bpe["merges"] if {a, b, a + b} <= bpe["vocab"].keys()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 
 
@@ -74,8 +83,8 @@ def scripted_config(folder: Path, model: Path, **sections: dict[str, object]) ->
             "group_size": 4,
             "max_turns": 5,
             "max_tool_calls": 4,
-            "max_turn_tokens": 64,
-            "max_episode_tokens": 700,
+            "max_turn_tokens": 96,
+            "max_episode_tokens": 1000,
         },
         "optim": {"num_steps": 3, "learning_rate": 1e-2},
         "eval": {"num_tasks": 2, "samples_per_task": 1},

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -141,14 +142,16 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(server, uni
     folder = tmp_path / "killed"
     config = write_config(folder, tiny_model, NUM_STEPS)
     rng = random.Random(20)
-    # Rollouts written at the moment of the kill; the delay lets it fall into training, publishing and checkpoints too.
-    thresholds = sorted(rng.sample(range(80), NUM_KILLS))
+    step_s = median(row["time/step_s"] for row in lines(uninterrupted / "metrics.jsonl") if "time/step_s" in row)
+    # Rollouts written at the moment of the kill (8 a step); a delay of up to one step lets it fall into training,
+    # publishing and checkpoints too.
+    thresholds = sorted(rng.sample(range(8 * NUM_STEPS - 24), NUM_KILLS))
     for threshold in thresholds:
         pid = server.start(config)
         deadline = time.monotonic() + 120
         while num_rollouts(folder) <= threshold and time.monotonic() < deadline:
             time.sleep(0.005)
-        time.sleep(rng.choice([0.0, rng.uniform(0, 1.5)]))
+        time.sleep(rng.uniform(0, step_s))
         os.kill(pid, signal.SIGKILL)
         assert server.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
     assert not (folder / "adapter").exists()
@@ -166,6 +169,9 @@ def test_a_torn_line_and_a_half_written_checkpoint_are_left_behind(server, tiny_
 
     # As after a kill in the third step: checkpoint 2 is the last, the next one half written.
     shutil.rmtree(folder / "adapter")
+    about = json.loads((folder / "run.json").read_text())
+    del about["finished_steps"]
+    (folder / "run.json").write_text(json.dumps(about))
     half = (folder / "checkpoints" / "step-000003").rename(folder / "checkpoints" / ".unfinished-step-000003")
     (half / "policy.pt").write_bytes(b"half")
     in_flight = folder / "rollouts" / "step-000003.jsonl"

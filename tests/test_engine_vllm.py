@@ -179,7 +179,7 @@ def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None
     assert metrics["canary/applied_since_model"] == pytest.approx(1, abs=0.25)
     assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.25)
     assert lora.engine._lora.lora_name == f"policy-v{lora.policy.num_updates}"
-    assert lora.loop.run(lora.engine._llm.list_loras()) == {lora.engine._lora.lora_int_id}
+    assert set(lora.loop.run(lora.engine._llm.list_loras())) == {lora.engine._lora.lora_int_id}
 
 
 def test_an_engine_that_never_loads_the_adapter_is_caught(lora: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,6 @@ class Engine(Protocol):
     def shutdown(self) -> None: ...
 
 
-class _EndedLLM:
-    """Stands in for the class of an AsyncLLM that has been shut down: it has no finalizer."""
-
-
 class VllmEngine:
     """vLLM's continuous batching over all live episodes. Create it with `await VllmEngine.start(...)`.
 
@@ -204,7 +200,7 @@ class VllmEngine:
             self._llm.shutdown()
             # vLLM keeps references until the interpreter ends, where AsyncLLM's finalizer finds its modules gone and
             # prints a traceback. It has nothing left to do.
-            self._llm.__class__ = _EndedLLM
+            self._llm.__class__ = type("EndedLLM", (type(self._llm),), {"__del__": lambda ended: None})
             self._llm = None
 
 

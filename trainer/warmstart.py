@@ -32,7 +32,7 @@ async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World
     env = world.make_env()
     await env.open(task, f"expert-{task.task_id}")
     try:
-        tools = {name: env.tools[name] for name in task.tools or env.tools}
+        tools = {name: env.tools[name] for name in (env.tools if task.tools is None else task.tools)}
         schemas = [t.schema() for t in tools.values()]
         messages = list(task.messages)
         ledger, num_calls = Ledger(), 0

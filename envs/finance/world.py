@@ -39,6 +39,9 @@ class FinanceWorld:
         return self._tasks[split]
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
+        """Empty for a task that is not this world's own, such as a row of a user's file."""
+        if not task.item.get("paths") or not set(task.item["paths"]) <= self.corpus.reports.keys():
+            return ()
         return expert_turns(
             task, seed, self.corpus, calculate=self.config.calculate, detour_calls=self.config.detour_calls
         )

@@ -1,0 +1,130 @@
+"""The warm start: demonstrations played in the real world, and a loss on the expert's own tokens only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scripted_config
+
+from envs.errors import UserError
+from trainer.config import ModelConfig, RunConfig
+from trainer.job import Job, prepare
+from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+WARMSTART: dict[str, object] = {"num_steps": 12, "episodes_per_step": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("warmstart") / "run"
+    config = scripted_config(folder, tiny_model, warmstart=WARMSTART, world={"num_train_tasks": 8})
+    return prepare(RunConfig.model_validate(config))
+
+
+def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothing_else(job: Job) -> None:
+    import asyncio
+
+    task = job.train_tasks[0]
+    turns = job.world.expert_episode(task, 0)
+    ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
+    sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+    own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
+    given = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if not trained])
+    assert own.count("<tool_call>") == sum(not isinstance(turn, str) for turn in turns)
+    assert own.endswith(f"{turns[-1]}<|im_end|>")
+    assert task.messages[-1].content in given and "report" in given
+    assert task.messages[-1].content not in own
+
+
+def test_the_demonstrations_are_a_function_of_config_and_seed(job: Job) -> None:
+    first, second = (expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat) for _ in range(2))
+    assert first == second
+    assert len(first) == 24
+    other = job.config.model_copy(update={"seed": 1})
+    assert expert_ledgers(other, job.train_tasks, world=job.world, chat=job.chat) != first
+
+
+def test_demonstrations_that_do_not_fit_are_an_error_that_names_the_limit(job: Job) -> None:
+    short = job.config.rollout.model_copy(update={"max_episode_tokens": 100})
+    config = job.config.model_copy(update={"rollout": short})
+    with pytest.raises(UserError, match="max_episode_tokens = 100"):
+        expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
+
+
+def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_path: Path) -> None:
+    from trainer.setup import canary_ids
+
+    rows = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "user", "content": "What was the profit of Acme?"}], "answer": "3 million"}
+    rows.write_text(f"{json.dumps(row)}\n" * 2)
+    data = {"train": str(rows), "eval": str(rows)}
+    own = prepare(
+        RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, data=data, warmstart=WARMSTART))
+    )
+    ids = canary_ids(own)
+    assert len(ids) == 2 and "profit of Acme" in own.chat.decode(ids[0])
+    with pytest.raises(UserError, match="the world has none"):
+        expert_ledgers(own.config, own.train_tasks, world=own.world, chat=own.chat)
+
+
+def test_the_loss_falls_and_starts_at_the_mean_over_the_experts_tokens(job: Job, tmp_path: Path) -> None:
+    from trainer.adapter import load_model
+
+    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
+    ledgers = expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat)
+    losses: list[float] = []
+    warm_start(model, ledgers, config=job.config, folder=tmp_path, on_step=losses.append)
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.5
+    fresh = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
+    means = [_mean_nll(fresh, ledgers, i) for i in range(0, len(ledgers), 2)]
+    # The first step's loss is that of some pair of demonstrations under the untrained adapter.
+    assert min(means) - 0.3 < losses[0] < max(means) + 0.3
+
+
+def test_the_loss_is_that_of_trl_itself(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import SFTTrainer
+
+    from trainer.adapter import load_model
+
+    ledgers = expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat)
+    ours: list[float] = []
+    trls: list[float] = []
+
+    def both(trainer: SFTTrainer, *args: object, **kwargs: object) -> object:
+        start = trainer.training_step
+
+        def step(model: object, inputs: dict[str, torch.Tensor], num_items_in_batch: object = None) -> object:
+            with torch.no_grad():
+                ours.append(float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)))
+                trls.append(
+                    float(SFTTrainer.compute_loss(trainer, model, dict(inputs), num_items_in_batch=num_items_in_batch))
+                )
+            return start(model, inputs, num_items_in_batch)
+
+        trainer.training_step = step
+        return original(trainer, *args, **kwargs)
+
+    original = SFTTrainer.train
+    monkeypatch.setattr(SFTTrainer, "train", both)
+    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
+    warm_start(model, ledgers, config=job.config, folder=tmp_path, on_step=lambda loss: None)
+    assert len(ours) == 24
+    assert ours == pytest.approx(trls, abs=1e-5)
+
+
+def _mean_nll(model: torch.nn.Module, ledgers: list, start: int) -> float:  # type: ignore[type-arg]
+    total, count = 0.0, 0
+    for ledger in ledgers[start : start + 2]:
+        row = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([row.token_ids])).logits.log_softmax(-1)[0]
+        positions = [t for t, trained in enumerate(row.trainable) if trained]
+        total -= sum(float(logprobs[t - 1, row.token_ids[t]]) for t in positions)
+        count += len(positions)
+    return total / count

@@ -128,7 +128,7 @@ def test_the_exported_adapter_is_served_by_the_printed_command(run_folder: Path,
     answer = _post(f"{server}/v1/chat/completions", body)
     assert answer["model"] == "policy"
     message = answer["choices"][0]["message"]
-    assert message["tool_calls"] or message["content"]
+    assert message.get("tool_calls") or message["content"]
 
 
 _SEARCH = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import DIALECTS, TOY_TEMPLATE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,36 +32,6 @@ TOOLS = [
 ]
 QUESTION = [Message(role="user", content="What was the revenue of Acme in 2021?")]
 CALL = '<tool_call>{"name": "search", "arguments": {"query": "Acme 2021"}}</tool_call>'
-
-# One ChatML template in four dialects of tool calls; with `thinking`, reasoning before the last question is dropped.
-TOY_TEMPLATE = """
-{%- set ns = namespace(last=-1) -%}
-{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
-{%- if tools -%}<|im_start|>system
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif -%}
-{%- for m in messages -%}
-<|im_start|>{{ m.role }}
-{% if m.reasoning_content and loop.index0 > ns.last %}<think>
-{{ m.reasoning_content.strip('\\n') }}
-</think>
-
-{% endif -%}
-{{ m.content }}{% for c in m.tool_calls or [] %}CALL_FORMAT{% endfor %}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}
-"""
-ARGUMENTS = "{{ c.function.arguments | tojson }}"
-DIALECTS = {
-    "hermes": f'<tool_call>\n{{"name": "{{{{ c.function.name }}}}", "arguments": {ARGUMENTS}}}\n</tool_call>',
-    "llama3_json": f'{{"name": "{{{{ c.function.name }}}}", "parameters": {ARGUMENTS}}}',
-    "pythonic": "[{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }}"
-    "{{ ', ' if not loop.last else '' }}{% endfor %})]",
-    "qwen3_xml": "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
-    "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
-}
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import torch
 from envs.errors import PublishError
 from trainer.canary import Canary
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
-from trainer.engine import Sampling, VllmEngine
+from trainer.engine import Completion, Sampling, VllmEngine
 from trainer.policy import Policy
 from trainer.publish import Publisher
-from trainer.samples import Ledger
+from trainer.samples import Ledger, Sample
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420), pytest.mark.filterwarnings("ignore")]
 
@@ -85,6 +85,13 @@ def change_adapter(policy: Policy, *, size: float, seed: int) -> None:
     policy.load_state_dict(state | {"num_updates": policy.num_updates + 1})
 
 
+def as_row(prompt: list[int], completion: Completion) -> Sample:
+    ledger = Ledger()
+    ledger.append_context(prompt)
+    ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
+    return ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t")
+
+
 def sampling(seed: int, max_tokens: int = 24) -> Sampling:
     return Sampling(max_tokens=max_tokens, temperature=1.0, top_p=1.0, seed=seed)
 
@@ -93,10 +100,7 @@ def test_sampled_logprobs_are_those_of_the_trainer(merged: Rig) -> None:
     completions = merged.loop.run(_generate_all(merged))
     rows = []
     for prompt, completion in zip(PROMPTS, completions, strict=True):
-        ledger = Ledger()
-        ledger.append_context(prompt)
-        ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
-        rows.append(ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t"))
+        rows.append(as_row(prompt, completion))
     version = merged.engine._version
     trainer = torch.cat(merged.policy.logprobs(rows, temperature=1.0, adapter=version > 0))
     engine = torch.tensor([x for c in completions for x in c.logprobs])
@@ -135,11 +139,7 @@ def test_a_cached_prefix_of_one_version_never_serves_the_next(merged: Rig) -> No
         # The second request finds the first one's prefix in the cache; both must be the published policy's.
         for _ in range(2):
             completion = merged.loop.run(merged.engine.generate(prompt, sampling(seed)))
-            ledger = Ledger()
-            ledger.append_context(prompt)
-            ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
-            row = ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t")
-            (trainer,) = merged.policy.logprobs([row], temperature=1.0)
+            (trainer,) = merged.policy.logprobs([as_row(prompt, completion)], temperature=1.0)
             assert (trainer - torch.tensor(completion.logprobs)).abs().mean() < TOLERANCE
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
 
 from envs.errors import ToolError, WorldError
@@ -606,33 +607,11 @@ async def test_cancelling_the_step_closes_every_environment(chat):
 
 # --- forks
 
-DROPS_REASONING = """
-{%- set ns = namespace(last=-1) -%}
-{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
-{%- if tools -%}<|im_start|>system
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif -%}
-{%- for m in messages -%}
-<|im_start|>{{ m.role }}
-{% if m.reasoning_content and loop.index0 > ns.last %}<think>
-{{ m.reasoning_content.strip('\\n') }}
-</think>
-
-{% endif -%}
-{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
-{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}
-"""
-
 
 async def test_a_template_that_drops_old_reasoning_forks_a_row_and_trains_each_token_once(smollm2, tmp_path):
     """The user's message that answers a malformed call makes the template drop the reasoning before it."""
     template = tmp_path / "template.jinja"
-    template.write_text(DROPS_REASONING)
+    template.write_text(TOY_TEMPLATE.replace("CALL_FORMAT", DIALECTS["hermes"]))
     chat = Chat(smollm2, chat_template=str(template), reasoning_parser="qwen3")
     turns = ["<think>\nhm\n</think>\n\n" + BROKEN_CALL, "<think>\nso\n</think>\n\n42"]
     played = await play(chat, turns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -25,8 +26,8 @@ def main() -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive the run and keep its memory.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # vLLM reads it when it is imported; the run's log gets what its processes say.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # vLLM warns while it is imported, before there is a log to write to.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
         config = load_config(arguments.config, arguments.overrides)
         # Heavy imports only once the config is known to be good.

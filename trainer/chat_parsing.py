@@ -65,9 +65,6 @@ class TurnParser:
         check_parser_names(tool_parser, reasoning_parser)
         from vllm.parser import ParserManager
 
-        # Failed parses are counted and shown to the model; vLLM would print a traceback for each of them.
-        for name in ("vllm.tool_parsers", "vllm.parser", "vllm.reasoning"):
-            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         self.tool_parser = tool_parser
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)
@@ -83,6 +80,11 @@ class TurnParser:
         except Exception as e:  # whatever a parser raises for want of a token in the vocabulary or of a package
             names = f"model.tool_parser: {tool_parser!r}, model.reasoning_parser: {reasoning_parser!r}"
             raise UserError(f"{names} can't be used with this model: {e}") from e
+        # Failed parses are counted and shown to the model; vLLM would print a traceback for each of them. Disabled one
+        # by one: a level set on their common parent is undone when the engine configures logging.
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith(("vllm.tool_parsers.", "vllm.parser.", "vllm.reasoning.")):
+                logging.getLogger(name).disabled = True
 
     def learn_marker(self, call_text: str) -> None:
         """Take the tag that opens `call_text`, a call as the template writes it, as a sign of a call."""

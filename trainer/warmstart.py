@@ -101,7 +101,7 @@ def warm_start(
 
     class ExpertTokensTrainer(SFTTrainer):  # type: ignore[misc]
         """Scores the expert's tokens only. Without Triton, trl 1.16 puts every position through the output head, in
-        float32: on a CPU that was three quarters of a step."""
+        float32: on a CPU that was three quarters of the backward pass."""
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -253,3 +253,9 @@ def test_two_processes_give_the_same_run_as_one(config, engine, tmp_path):
         }
 
     assert sampled(folder) == sampled(config.output_dir)
+
+
+def test_prompts_that_leave_no_room_are_an_error_that_names_the_limit(tiny_model, tmp_path):
+    short = {"max_turn_tokens": 8, "max_episode_tokens": 16}
+    with pytest.raises(UserError, match=r"rollout\.max_episode_tokens"):
+        start(make_config(tmp_path / "run", tiny_model, rollout=short))

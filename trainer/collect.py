@@ -99,6 +99,10 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
     """
     if all(r.grade is None for r in rollouts):
         raise WorldError(f"every rollout of the step was lost; the last: {rollouts[-1].episode.error or 'no grade'}")
+    if not any(r.episode.num_tokens for r in rollouts):
+        raise UserError(
+            "no prompt of the step leaves room to generate: all are as long as rollout.max_episode_tokens; raise it"
+        )
     if lost := sum(r.grade is None for r in rollouts):
         causes = Counter(r.episode.error or "the grader's judge" for r in rollouts if r.grade is None)
         progress.warn(f"{lost} of {len(rollouts)} rollouts lost to faults of the world: {causes.most_common(1)[0][0]}")

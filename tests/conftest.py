@@ -5,6 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time: a test that found its counterexample by chance could not be repeated.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # One ChatML template in four dialects of tool calls; with `thinking`, reasoning before the last question is dropped.
 TOY_TEMPLATE = """

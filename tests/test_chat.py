@@ -362,7 +362,9 @@ def test_the_ledger_of_canonical_turns_is_the_rendered_conversation(
             assert chat.parse(sampled, TOOLS, turn=number).message == turn
         ledger += sampled + more.token_ids
         messages += [turn, *answers]
-    assert ledger == chat.open(messages, TOOLS)
+    # A turn that begins with white space is one token sequence with the prompt's last line where it is rendered whole.
+    if not any(content[:1].isspace() for content, _, _ in turns):
+        assert ledger == chat.open(messages, TOOLS)
     assert chat.decode(ledger) == chat._render(messages, TOOLS, generate=True)
 
 

@@ -11,6 +11,9 @@ Faults of our own code are plain Python errors and stop the run.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 
 class AgentRFTError(Exception):
     """Base of the tree."""
@@ -30,3 +33,13 @@ class ToolError(AgentRFTError):
 
 class PublishError(AgentRFTError):
     """The engine's answers do not come from the published policy version."""
+
+
+@contextlib.asynccontextmanager
+async def first_error() -> AsyncIterator[None]:
+    """Of the errors that end a task group, raise one: ours before the world's, the first of its kind."""
+    try:
+        yield
+    except ExceptionGroup as e:
+        ours = [x for x in e.exceptions if not isinstance(x, WorldError)]
+        raise (ours or e.exceptions)[0] from None

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+import jsonschema
+import referencing
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from envs.errors import ToolError
-from envs.types import ToolCall, ToolErrorKind, ToolResult
+from envs.errors import ToolError, UserError
+from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
 # asyncio's own pool has six threads on two cores: slow tools of a few episodes would fill it. These start on demand.
 _THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="tool")
@@ -31,20 +34,20 @@ class Tool:
     name: str
     description: str
     function: Callable[..., Any]
-    """Sync or async; returns text, or anything that `json.dumps` takes."""
-    arguments: type[BaseModel]
-    """Validates a call's arguments."""
+    """Sync or async; returns text, or anything that `json.dumps` takes. Called with the arguments by name."""
+    parameters: Mapping[str, Any]
+    """JSON schema of the arguments, an object's."""
+    read_arguments: Callable[[Any], dict[str, Any]]
+    """From a call's decoded arguments to the function's. Raises `ValueError` with what is wrong, for the model."""
+    is_remote: bool = False
+    """The function takes the `ToolCall` itself, as the model wrote it, and keeps its own time: it raises `ToolError`
+    for what the model should see and `WorldError` where the tool's server failed for good."""
 
     def schema(self) -> dict[str, Any]:
         """The tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
-        parameters = self.arguments.model_json_schema()
-        parameters.pop("title", None)
-        for prop in parameters.get("properties", {}).values():
-            prop.pop("title", None)
-        parameters.setdefault("required", [])
         return {
             "type": "function",
-            "function": {"name": self.name, "description": self.description, "parameters": parameters},
+            "function": {"name": self.name, "description": self.description, "parameters": dict(self.parameters)},
         }
 
 
@@ -74,7 +77,76 @@ def tool(function: Callable[..., Any]) -> Tool:
         info = Field(default, alias=parameter.name, description=texts[parameter.name])
         fields[f"arg_{parameter.name}"] = (hints[parameter.name], info)
     arguments = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
-    return Tool(name=name, description=description, function=function, arguments=arguments)
+    return Tool(
+        name=name,
+        description=description,
+        function=function,
+        parameters=_parameters(arguments),
+        read_arguments=functools.partial(_read_arguments, arguments),
+    )
+
+
+def _parameters(arguments: type[BaseModel]) -> dict[str, Any]:
+    parameters = arguments.model_json_schema()
+    parameters.pop("title", None)
+    for prop in parameters.get("properties", {}).values():
+        prop.pop("title", None)
+    parameters.setdefault("required", [])
+    return parameters
+
+
+def _read_arguments(arguments: type[BaseModel], value: Any) -> dict[str, Any]:
+    try:
+        read = arguments.model_validate(value)
+    except ValidationError as e:
+        raise ValueError(_details(e)) from None
+    return {info.alias or name: getattr(read, name) for name, info in arguments.model_fields.items()}
+
+
+def schema_tool(definition: Mapping[str, Any], function: Callable[..., Any], *, is_remote: bool) -> Tool:
+    """Make a `Tool` of a Chat Completions definition: `{"type": "function", "function": {...}}`.
+
+    Raises `UserError` where its `parameters` are no JSON schema of an object.
+    """
+    about = definition["function"]
+    name, parameters = about["name"], about.get("parameters") or {"type": "object", "properties": {}}
+    validator = jsonschema.validators.validator_for(parameters, jsonschema.Draft202012Validator)
+    try:
+        validator.check_schema(parameters)
+    except jsonschema.SchemaError as e:
+        raise UserError(f"tool {name!r}: parameters: not a JSON schema: {e.message}") from None
+    # An empty registry: references stay inside the schema, nothing is fetched.
+    checker = validator(parameters, registry=referencing.Registry())
+
+    def read(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError("arguments: Input should be an object")
+        faults = list(itertools.islice(checker.iter_errors(value), _MAX_FAULTS))
+        if faults:
+            raise ValueError("; ".join(f"{_place(tuple(f.absolute_path))}: {_cut(f.message)}" for f in faults))
+        return value
+
+    return Tool(
+        name=name,
+        description=about.get("description", ""),
+        function=function,
+        parameters=parameters,
+        read_arguments=read,
+        is_remote=is_remote,
+    )
+
+
+def offered_tools(task: Task, tools: Mapping[str, Tool]) -> dict[str, Tool]:
+    """What the model is offered on this task: the tools that the row names, or all, in the row's order.
+
+    Where the row brings a definition of a remote tool, the model sees that, and arguments are checked against it; the
+    schema of a tool in process is its own, whatever the row says.
+    """
+    offered = {name: tools[name] for name in (tools if task.tools is None else task.tools)}
+    for name, definition in task.definitions.items():
+        if offered[name].is_remote:
+            offered[name] = schema_tool(definition, offered[name].function, is_remote=True)
+    return offered
 
 
 def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
@@ -116,18 +188,21 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
             f"Error: no tool named {_echo(call.name)}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL
         )
     try:
-        arguments = offered.arguments.model_validate(json.loads(call.arguments))
-    except ValidationError as e:
-        return result(f"Error: {_details(e)}", ToolErrorKind.BAD_ARGUMENTS)
+        arguments = json.loads(call.arguments)
     except json.JSONDecodeError as e:
         return result(f"Error: arguments are not JSON: {e.msg}", ToolErrorKind.BAD_ARGUMENTS)
     except (ValueError, RecursionError):
         # JSON that Python can't hold: integers of thousands of digits, lists nested a thousand deep.
         return result("Error: arguments are not usable JSON", ToolErrorKind.BAD_ARGUMENTS)
-    kwargs = {info.alias or name: getattr(arguments, name) for name, info in offered.arguments.model_fields.items()}
     try:
-        async with asyncio.timeout(timeout_s) as limit:
-            value = await _run(offered.function, kwargs)
+        kwargs = offered.read_arguments(arguments)
+    except ValueError as e:
+        return result(f"Error: {e}", ToolErrorKind.BAD_ARGUMENTS)
+    except RecursionError:
+        return result("Error: arguments are nested too deep", ToolErrorKind.BAD_ARGUMENTS)
+    try:
+        async with asyncio.timeout(None if offered.is_remote else timeout_s) as limit:
+            value = await (offered.function(call) if offered.is_remote else _run(offered.function, kwargs))
     except ToolError as e:
         return result(f"Error: {e}", ToolErrorKind.REFUSED)
     except TimeoutError:
@@ -160,3 +235,8 @@ def _place(loc: tuple[int | str, ...]) -> str:
 def _echo(text: str) -> str:
     """The model's own text, quoted, cut, and safe to encode (`repr` escapes lone surrogates)."""
     return repr(text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…")
+
+
+def _cut(text: str) -> str:
+    """A message that holds the model's own text somewhere."""
+    return (text if len(text) <= 4 * _MAX_ECHO else text[: 4 * _MAX_ECHO] + "…").encode("utf-8", "replace").decode()

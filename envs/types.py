@@ -67,6 +67,8 @@ class ToolResult:
     """The text shown to the model; the error's text where `error` is set."""
     error: ToolErrorKind | None = None
     latency_s: float = 0.0
+    num_tokens: int = 0
+    """Tokens of `output` as the model reads it, template glue aside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +110,10 @@ class Task:
     """The prompt; the last message is the user's."""
     tools: tuple[str, ...] | None = None
     """Names of the tools offered to this task; None offers all that the environment has."""
+    definitions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The row's own definitions of its tools (Chat Completions JSON) by name; remote tools take their schemas here."""
     item: Mapping[str, Any] = field(default_factory=dict)
-    """Every other key of the row; graders and environments read it (the gold answer stands here)."""
+    """Every key of the row but `messages` and `tools`; graders and environments read it (the gold answer, say)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -81,12 +81,22 @@ def generate_corpus(config: FinanceConfig) -> Corpus:
     Each company draws from a generator of its own, so that its figures depend on the seed and its name alone and do
     not move when the corpus grows.
     """
-    companies = tuple(_companies(config))
+    companies = make_companies(config)
     reports = {report.path: report for company in companies for report in _reports(company, config)}
+    return Corpus(companies=companies, reports=reports, eval_families=choose_eval_families(config, companies))
+
+
+def make_companies(config: FinanceConfig) -> tuple[Company, ...]:
+    """The companies of this config, sisters behind each other."""
+    return tuple(_companies(config))
+
+
+def choose_eval_families(config: FinanceConfig, companies: Sequence[Company]) -> frozenset[str]:
+    """The families that only eval tasks ask about: at least one, and never all."""
     families = list(dict.fromkeys(company.family for company in companies))
     random.Random(f"{config.seed}/split").shuffle(families)
     num_eval = min(max(1, round(config.eval_share * len(families))), len(families) - 1)
-    return Corpus(companies=companies, reports=reports, eval_families=frozenset(families[:num_eval]))
+    return frozenset(families[:num_eval])
 
 
 def _companies(config: FinanceConfig) -> Iterator[Company]:

@@ -6,59 +6,19 @@ from collections.abc import Mapping
 
 from envs.errors import ToolError
 from envs.finance import calculate as arithmetic
+from envs.finance.config import FinanceConfig
 from envs.finance.search import SearchIndex
+from envs.finance.shelf import Shelf
 from envs.tools import Tool, tool
 from envs.types import Episode, Task
 
 MAX_LISTED = 20
 """Names that one listing shows; the top folder of a large corpus would fill the context."""
+LISTED_A_PAGE = 50
 
 
-def make_tools(
-    texts: Mapping[str, str], index: SearchIndex, *, search_hits: int, with_calculate: bool
-) -> dict[str, Tool]:
-    """The tools by name, over the texts by path. They keep no state: all episodes of a world share them."""
-    folders: dict[str, list[str]] = {}
-    for path in texts:
-        folder, _, name = path.rpartition("/")
-        folders.setdefault(folder, []).append(name)
-
-    @tool
-    def search(query: str) -> str:
-        """Find report paths.
-
-        Args:
-            query: company, year, topic
-        """
-        hits = index.search(query, search_hits)
-        return "\n".join(hits) if hits else "no report found"
-
-    @tool
-    def list(path: str) -> str:
-        """List a folder.
-
-        Args:
-            path: folder, or / for all
-        """
-        folder = path.strip().strip("/")
-        names = folders if folder in ("", ".") else folders.get(folder)
-        if names is None:
-            raise ToolError(f"no folder {_short(path)}")
-        shown = [name for name, _ in zip(sorted(names), range(MAX_LISTED), strict=False)]
-        more = len(names) - len(shown)
-        return " ".join(shown) + (f" and {more} more" if more else "")
-
-    @tool
-    def cat(path: str) -> str:
-        """Read a report.
-
-        Args:
-            path: report path
-        """
-        text = texts.get(path.strip().lstrip("/"))
-        if text is None:
-            raise ToolError(f"no report {_short(path)}")
-        return text
+def make_tools(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> dict[str, Tool]:
+    """The tools by name. They keep no state: all episodes of a world share them."""
 
     @tool
     def calculate(expression: str) -> str:
@@ -69,11 +29,119 @@ def make_tools(
         """
         return arithmetic.calculate(expression)
 
-    return {t.name: t for t in ((search, list, cat, calculate) if with_calculate else (search, list, cat))}
+    tools = [_search(shelf, index, config), *(_paged_reading(shelf) if config.is_paged else _reading(shelf))]
+    return {t.name: t for t in ([*tools, calculate] if config.calculate else tools)}
+
+
+def _search(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> Tool:
+    shows, num_hits = config.search_shows, config.search_hits
+
+    def show(path: str, query: str) -> str:
+        if shows == "paths":
+            return path
+        number, line = shelf.best_line(path, query)
+        pages = shelf.pages(path)
+        head = f"{path} (page {number} of {len(pages)})"
+        return f"{head}\n{pages[number - 1]}" if shows == "document" else f"{head}: {_cut(line)}"
+
+    @tool
+    def search(query: str) -> str:
+        """Find report paths.
+
+        Args:
+            query: company, year, topic
+        """
+        hits = index.search(query, 1 if shows == "document" else num_hits)
+        return "\n".join(show(path, query) for path in hits) if hits else "no report found"
+
+    return search
+
+
+def _reading(shelf: Shelf) -> tuple[Tool, Tool]:
+    """`list` and `cat` for short documents in few folders."""
+
+    @tool
+    def list(path: str) -> str:
+        """List a folder.
+
+        Args:
+            path: folder, or / for all
+        """
+        names = _names(shelf, path)
+        shown = names[:MAX_LISTED]
+        more = len(names) - len(shown)
+        return " ".join(shown) + (f" and {more} more" if more else "")
+
+    @tool
+    def cat(path: str) -> str:
+        """Read a report.
+
+        Args:
+            path: report path
+        """
+        return shelf.texts[_known(shelf, path)]
+
+    return list, cat
+
+
+def _paged_reading(shelf: Shelf) -> tuple[Tool, Tool]:
+    """`list` and `cat` that show long folders and documents page by page."""
+
+    @tool
+    def list(path: str, page: int = 1) -> str:
+        """List a folder.
+
+        Args:
+            path: folder, or / for all
+            page: which page of a long list
+        """
+        names = _names(shelf, path)
+        num_pages = -(-len(names) // LISTED_A_PAGE)
+        _check_page(path, page, num_pages)
+        shown = " ".join(names[(page - 1) * LISTED_A_PAGE : page * LISTED_A_PAGE])
+        return f"{shown}\n(page {page} of {num_pages})" if num_pages > 1 else shown
+
+    @tool
+    def cat(path: str, page: int = 1) -> str:
+        """Read a report.
+
+        Args:
+            path: report path
+            page: which page of a long report
+        """
+        pages = shelf.pages(_known(shelf, path))
+        _check_page(path, page, len(pages))
+        return f"{pages[page - 1]}\n(page {page} of {len(pages)})" if len(pages) > 1 else pages[0]
+
+    return list, cat
+
+
+def _names(shelf: Shelf, path: str) -> list[str]:
+    folder = path.strip().strip("/")
+    names = shelf.names("" if folder == "." else folder)
+    if names is None:
+        raise ToolError(f"no folder {_short(path)}")
+    return [*names]
+
+
+def _known(shelf: Shelf, path: str) -> str:
+    known = path.strip().lstrip("/")
+    if known not in shelf.texts:
+        raise ToolError(f"no report {_short(path)}")
+    return known
+
+
+def _check_page(path: str, page: int, num_pages: int) -> None:
+    if not 1 <= page <= num_pages:
+        raise ToolError(f"{_short(path)} has no page {page}, only 1 to {num_pages}")
 
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 class FinanceEnv:

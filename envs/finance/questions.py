@@ -29,7 +29,7 @@ def make_tasks(config: FinanceConfig, corpus: Corpus, split: str) -> tuple[Task,
     rng = random.Random(f"{config.seed}/tasks/{split}")
     reports = [r for r in corpus.reports.values() if corpus.split_of(r.company) == split]
     tasks: list[Task] = []
-    for kind, num in _shares(config.question_mix, num_tasks).items():
+    for kind, num in share_out(config.question_mix, num_tasks).items():
         candidates = list(_CANDIDATES[kind](reports, rng)) if num else []
         if len(candidates) < num:
             raise UserError(
@@ -41,7 +41,7 @@ def make_tasks(config: FinanceConfig, corpus: Corpus, split: str) -> tuple[Task,
     return tuple(tasks)
 
 
-def _shares(mix: dict[Kind, float], total: int) -> dict[Kind, int]:
+def share_out(mix: dict[Kind, float], total: int) -> dict[Kind, int]:
     """Whole numbers in proportion to the weights that sum to the total (largest remainder)."""
     exact = {kind: total * weight / sum(mix.values()) for kind, weight in mix.items()}
     shares = {kind: int(share) for kind, share in exact.items()}

@@ -1,4 +1,4 @@
-"""The finance world: corpus, search index, tasks and expert, built once a run."""
+"""The finance world: documents, search index, tasks and expert, built once a run."""
 
 from __future__ import annotations
 
@@ -6,45 +6,62 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from envs.base import ExpertTurn
+from envs.embedding import PACKAGE, default_embedder
 from envs.finance.config import FinanceConfig
-from envs.finance.corpus import generate_corpus
 from envs.finance.env import FinanceEnv, make_tools
 from envs.finance.expert import expert_turns
-from envs.finance.questions import make_tasks
-from envs.finance.search import BM25Index
+from envs.finance.library import load_library
+from envs.finance.search import BM25Index, HybridIndex, SearchIndex
+from envs.finance.semantic import SemanticIndex
+from envs.finance.shelf import Shelf
 from envs.tools import Tool
 from envs.types import Task
 
 
 class FinanceWorld:
-    """Implements `envs.base.World`. Everything in it is a pure function of the config.
+    """Implements `envs.base.World`. Everything in it is a pure function of the config, and of the file that it names.
 
-    Raises `UserError` when the corpus is too small for the tasks asked for.
+    Raises `UserError` when the corpus is too small for the tasks asked for, and for a file that can't be read.
     """
 
     def __init__(self, config: FinanceConfig) -> None:
         self.config = config
-        self.corpus = generate_corpus(config)
-        self.texts: Mapping[str, str] = {path: report.text() for path, report in self.corpus.reports.items()}
-        self.tools: Mapping[str, Tool] = make_tools(
-            self.texts, BM25Index(self.texts), search_hits=config.search_hits, with_calculate=config.calculate
-        )
-        self._tasks = {split: make_tasks(config, self.corpus, split) for split in ("train", "eval")}
+        self._library = load_library(config)
+        self.texts: Mapping[str, str] = self._library.texts
+        self._shelf = Shelf(self.texts, config.page_chars)
+        self.tools: Mapping[str, Tool] = make_tools(self._shelf, make_index(self.texts, config), config)
 
     def make_env(self) -> FinanceEnv:
         return FinanceEnv(self.tools)
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of `train` or `eval`; KeyError for another name."""
-        return self._tasks[split]
+        return self._library.tasks[split]
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
         """Empty for a task that is not this world's own, such as a row of a user's file."""
-        if not task.item.get("paths") or not set(task.item["paths"]) <= self.corpus.reports.keys():
+        if not task.item.get("paths") or not set(task.item["paths"]) <= self.texts.keys():
             return ()
+        # A brief report's program is arithmetic already.
+        expression = task.item.get("expression", task.item["program"])
         return expert_turns(
-            task, seed, self.corpus, calculate=self.config.calculate, detour_calls=self.config.detour_calls
+            task,
+            seed,
+            self._library.readings(task, self._shelf),
+            expression=expression if self.config.calculate else "",
+            detour_calls=self.config.detour_calls,
         )
+
+
+def make_index(texts: Mapping[str, str], config: FinanceConfig) -> SearchIndex:
+    """The index that `search_mode` names. Embeddings that are not in the cache yet are computed, in minutes."""
+    match config.search_mode:
+        case "lexical":
+            return BM25Index(texts)
+        case "semantic":
+            return SemanticIndex(texts, default_embedder(), model=PACKAGE)
+        case "hybrid":
+            return HybridIndex(BM25Index(texts), SemanticIndex(texts, default_embedder(), model=PACKAGE))
 
 
 def task_row(task: Task, tools: Mapping[str, Tool]) -> dict[str, Any]:

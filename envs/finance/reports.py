@@ -1,0 +1,341 @@
+"""Full reports: statements, notes and text of one company and year, as sections of paragraphs and tables."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from envs.finance import prose
+from envs.finance.books import Lines
+from envs.finance.corpus import Company
+from envs.finance.tables import Row, Section, Table, amount, cents, per_mille, split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullReport:
+    """What a report is written from. The text is a pure function of it."""
+
+    company: Company
+    year: int
+    seed: int
+    books: Mapping[int, Lines]
+    """Completed lines of this year and the four before it; those of the year before as this report shows them."""
+    restated: str = ""
+    """The leaf of the year before that differs from what was first reported."""
+    is_draft: bool = False
+    notes: frozenset[str] = field(default_factory=frozenset)
+    """Titles of the notes that this company has."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.company.folder}/{self.year}/{'draft-' if self.is_draft else ''}annual-report.txt"
+
+    @property
+    def opening(self) -> str:
+        """The first lines; what a short description of the document would say."""
+        draft = "DRAFT, not for publication. All figures are subject to change.\n" if self.is_draft else ""
+        return (
+            f"{draft}{self.company.name}\nAnnual report {self.year}\n"
+            f"For the fiscal year ended December 31, {self.year}. "
+            f"Amounts in {self.company.unit}s of dollars unless stated otherwise."
+        )
+
+    def sections(self) -> list[Section]:
+        made = (write(self) for title, write in SECTIONS.items() if title not in NOTES or title in self.notes)
+        return [section for section in made if section is not None]
+
+    def text(self) -> str:
+        sections = self.sections()
+        contents = "Contents: " + "; ".join(section.title for section in sections)
+        head = f"{self.company.name} {self.year} {'draft ' if self.is_draft else ''}annual report"
+        return "\n\n".join([self.opening, contents, *(section.text(head) for section in sections)])
+
+    def amount(self, label: str, year: int | None = None) -> str:
+        """A line's amount as it is written, in the company's unit."""
+        return amount(self.books[self.year if year is None else year][label], self.company.unit)
+
+    def rng(self, *parts: object) -> random.Random:
+        """For details that belong to the company and the parts, the same in every report that shows them."""
+        return random.Random("/".join(map(str, (self.seed, self.company.folder, *parts))))
+
+
+def _statement(r: FullReport, heading: str, labels: Sequence[str], years: Sequence[int] = ()) -> Table:
+    years = years or (r.year, r.year - 1)
+    return Table(
+        heading=heading, columns=tuple(map(str, years)), rows=tuple(_line(r, label, years) for label in labels)
+    )
+
+
+def _line(r: FullReport, label: str, years: Sequence[int]) -> Row:
+    values = [r.books[year][label] for year in years]
+    if label.endswith("per share"):
+        return Row(label=f"{label} (dollars)", cells=tuple(map(cents, values)), unit="dollars")
+    if label == "Employees":
+        return Row(label=label, cells=tuple(f"{v:,}" for v in values), unit="count")
+    unit = r.company.unit
+    return Row(label=label, cells=tuple(amount(v, unit) for v in values), unit=unit)
+
+
+def _in_unit(r: FullReport) -> str:
+    return f"(in {r.company.unit}s of dollars)"
+
+
+def _business(r: FullReport) -> Section:
+    rng = r.rng("business")
+    sector = r.company.family.rsplit(" ", 1)[-1].lower()
+    chosen = rng.sample(prose.BUSINESS[1:], rng.randint(1, 3))
+    backlog = (f"${r.amount('Backlog', year)} {r.company.unit}" for year in (r.year, r.year - 1))
+    facts = (
+        f"At December 31, {r.year} we had {r.books[r.year]['Employees']:,} employees. Our backlog of orders was "
+        f"{next(backlog)}, against {next(backlog)} a year earlier."
+    )
+    return Section(
+        title="Business",
+        paragraphs=(prose.BUSINESS[0].format(name=r.company.name, sector=sector), *chosen, facts),
+    )
+
+
+def _risks(r: FullReport) -> Section:
+    rng = r.rng("risks")
+    return Section(title="Risk factors", paragraphs=tuple(rng.sample(prose.RISKS, rng.randint(1, len(prose.RISKS)))))
+
+
+FIVE_YEARS = ("Revenue", "Operating income", "Net income", "Total assets", "Total debt", "Diluted earnings per share")
+
+
+def _selected(r: FullReport) -> Section:
+    years = tuple(range(r.year, r.year - 5, -1))
+    labels = (*FIVE_YEARS, "Dividends per share", "Employees")
+    return Section(
+        title="Selected financial data",
+        tables=(_statement(r, f"Five years {_in_unit(r)}", labels, years),),
+    )
+
+
+def _discussion(r: FullReport) -> Section:
+    rng = r.rng("discussion", r.year)
+    paragraphs = []
+    for line in ("Revenue", "Gross profit", "Operating income"):
+        grew = r.books[r.year][line] > r.books[r.year - 1][line]
+        words = rng.choice(prose.UP if grew else prose.DOWN)
+        paragraphs.append(words.format(line=line, year=r.year, before=r.year - 1))
+    paragraphs.append(
+        f"Advertising expense was ${r.amount('Advertising expense')} {r.company.unit} in {r.year} and "
+        f"${r.amount('Advertising expense', r.year - 1)} {r.company.unit} in {r.year - 1}. Interest on our debt and "
+        "dividends were paid out of cash from operations."
+    )
+    return Section(title="Management's discussion and analysis", paragraphs=tuple(paragraphs))
+
+
+def _income(r: FullReport) -> Section:
+    labels = (
+        *("Revenue", "Cost of revenue", "Gross profit", "Research and development"),
+        *("Selling, general and administrative", "Depreciation and amortization", "Total operating expenses"),
+        *("Operating income", "Interest expense", "Other income, net", "Income before income taxes"),
+        *("Income tax expense", "Net income", "Basic earnings per share", "Diluted earnings per share"),
+    )
+    note = ""
+    if r.restated:
+        note = (
+            f"{r.restated} of {r.year - 1}, and all amounts that depend on it, are restated: they differ from those in "
+            f"the {r.year - 1} annual report because an error was corrected."
+        )
+    table = _statement(r, f"{_in_unit(r)}, except per share", labels)
+    return Section(title="Consolidated statements of income", paragraphs=(note,) if note else (), tables=(table,))
+
+
+def _balance(r: FullReport) -> Section:
+    labels = (
+        *("Cash and cash equivalents", "Short-term investments", "Accounts receivable, net", "Inventories"),
+        *("Prepaid expenses and other current assets", "Total current assets", "Property, plant and equipment, net"),
+        *("Goodwill", "Intangible assets, net", "Other assets", "Total assets", "Accounts payable"),
+        *("Accrued liabilities", "Current portion of long-term debt", "Total current liabilities", "Long-term debt"),
+        *("Deferred income taxes", "Other liabilities", "Total liabilities"),
+        *("Common stock and additional paid-in capital", "Retained earnings", "Total shareholders' equity"),
+    )
+    return Section(title="Consolidated balance sheets", tables=(_statement(r, _in_unit(r), labels),))
+
+
+def _cash(r: FullReport) -> Section:
+    labels = (
+        *("Net income", "Depreciation and amortization", "Stock-based compensation"),
+        *("Changes in working capital and other", "Net cash from operating activities", "Capital expenditures"),
+        *("Acquisitions, net of cash acquired", "Net cash from investing activities"),
+        *("Proceeds from issuance of debt", "Repayments of debt", "Dividends paid", "Repurchases of common stock"),
+        *("Net cash from financing activities", "Net change in cash"),
+    )
+    return Section(title="Consolidated statements of cash flows", tables=(_statement(r, _in_unit(r), labels),))
+
+
+def _policies(r: FullReport) -> Section:
+    rng = r.rng("policies")
+    chosen = rng.sample(prose.POLICIES[1:], rng.randint(3, len(prose.POLICIES) - 1))
+    return Section(
+        title="Note: Significant accounting policies",
+        paragraphs=(prose.POLICIES[0].format(name=r.company.name), *chosen),
+    )
+
+
+def _parts(r: FullReport, heading: str, total: str, names: Sequence[str], template: str, key: str) -> Table:
+    """A line divided among parts, for this year and the one before."""
+    columns = [split(r.books[y][total], len(names), r.rng(key, y)) for y in (r.year, r.year - 1)]
+    unit = r.company.unit
+    rows = [
+        Row(label=template.format(name), cells=tuple(amount(column[i], unit) for column in columns), unit=unit)
+        for i, name in enumerate(names)
+    ]
+    return Table(
+        heading=heading, columns=(str(r.year), str(r.year - 1)), rows=(*rows, _line(r, total, (r.year, r.year - 1)))
+    )
+
+
+def _segments(r: FullReport) -> Section:
+    names = r.rng("segments").choice(prose.SEGMENTS)
+    words = f"We report {len(names)} segments: {', '.join(names)}. Corporate costs are allocated by revenue."
+    tables = (
+        _parts(r, f"Revenue by segment {_in_unit(r)}", "Revenue", names, "{} segment revenue", "segment revenue"),
+        _parts(r, f"Revenue by region {_in_unit(r)}", "Revenue", prose.REGIONS, "Revenue in {}", "regions"),
+    )
+    return Section(title="Note: Segment information", paragraphs=(words,), tables=tables)
+
+
+def _debt(r: FullReport) -> Section:
+    rng = r.rng("debt")
+    rates = sorted(rng.sample(range(28, 89), 2))
+    names = [
+        f"{rate / 10:.1f}% senior notes due {r.year + years}"
+        for rate, years in zip(rates, (rng.randint(3, 5), rng.randint(6, 12)), strict=True)
+    ]
+    table = _parts(
+        r, f"Debt {_in_unit(r)}", "Total debt", [*names, "Term loan", "Revolving credit facility"], "{}", "debt"
+    )
+    due = split(r.books[r.year]["Total debt"], 6, r.rng("maturities", r.year))
+    unit = r.company.unit
+    years = (*(str(r.year + i) for i in range(1, 6)), "later")
+    maturities = Table(
+        heading=f"Payments due {_in_unit(r)}",
+        columns=years,
+        rows=(Row(label="Maturities of long-term debt", cells=tuple(amount(v, unit) for v in due), unit=unit),),
+    )
+    words = f"The weighted average interest rate of our debt was {sum(rates) / 20:.1f}%. We met all covenants."
+    return Section(title="Note: Debt", paragraphs=(words,), tables=(table, maturities))
+
+
+def _pay(r: FullReport) -> Section:
+    rng = r.rng("options", r.year)
+    before, granted = rng.randint(3000, 9000), rng.randint(500, 2000)
+    exercised, forfeited = rng.randint(200, 1500), rng.randint(50, 400)
+    counts = {
+        f"Outstanding at December 31, {r.year - 1}": before,
+        "Options granted": granted,
+        "Options exercised": -exercised,
+        "Options forfeited": -forfeited,
+        f"Outstanding at December 31, {r.year}": before + granted - exercised - forfeited,
+    }
+    prices = [cents(rng.randint(900, 6500)) for _ in counts]
+    rows = tuple(
+        Row(label=label, cells=(amount(n, "thousand"), price), unit="thousand")
+        for (label, n), price in zip(counts.items(), prices, strict=True)
+    )
+    words = (
+        f"Stock-based compensation was ${r.amount('Stock-based compensation')} {r.company.unit} in {r.year}. Options "
+        "vest over four years and lapse after ten."
+    )
+    columns = ("options (thousands)", "average exercise price (dollars)")
+    table = Table(heading="Stock options", columns=columns, rows=rows)
+    return Section(title="Note: Stock-based compensation", paragraphs=(words,), tables=(table,))
+
+
+def _taxes(r: FullReport) -> Section:
+    years = (r.year, r.year - 1)
+    rates = {
+        "Statutory federal rate": [350, 350],
+        **{k: [r.books[y][k] for y in years] for k in ("State taxes, net", "Foreign rate differential")},
+        "Effective tax rate": [r.books[y]["Effective tax rate"] for y in years],
+    }
+    rows = tuple(Row(label=k, cells=tuple(map(per_mille, v)), unit="percent") for k, v in rates.items())
+    table = Table(heading="Reconciliation of the tax rate", columns=tuple(map(str, years)), rows=rows)
+    open_years = (f"${r.amount('Unrecognized tax benefits', y)} {r.company.unit} at the end of {y}" for y in years)
+    words = f"Unrecognized tax benefits were {' and '.join(open_years)}."
+    return Section(title="Note: Income taxes", paragraphs=(words,), tables=(table,))
+
+
+def _leases(r: FullReport) -> Section:
+    rng, unit = r.rng("leases", r.year), r.company.unit
+    due = [
+        int(r.books[r.year]["Rent expense"] * share * rng.uniform(0.9, 1.1)) + 5
+        for share in (1, 0.9, 0.8, 0.6, 0.5, 1.4)
+    ]
+    years = (*(str(r.year + i) for i in range(1, 6)), "later")
+    table = Table(
+        heading=f"Operating leases {_in_unit(r)}",
+        columns=years,
+        rows=(Row(label="Minimum lease payments", cells=tuple(amount(v, unit) for v in due), unit=unit),),
+    )
+    rent = (f"${r.amount('Rent expense', year)} {unit} in {year}" for year in (r.year, r.year - 1))
+    words = f"Rent expense was {' and '.join(rent)}."
+    return Section(title="Note: Leases", paragraphs=(words,), tables=(table,))
+
+
+def _repurchases(r: FullReport) -> Section:
+    rng = r.rng("repurchases", r.year)
+    rows = tuple(
+        Row(
+            label=f"{quarter} quarter repurchases",
+            cells=(amount(rng.randint(110, 1890), "thousand"), cents(rng.randint(1100, 9000))),
+            unit="thousand",
+        )
+        for quarter in QUARTERS
+    )
+    columns = ("shares purchased (thousands)", "average price paid per share (dollars)")
+    table = Table(heading="Purchases of our own shares", columns=columns, rows=rows)
+    return Section(title="Note: Repurchases of common stock", tables=(table,))
+
+
+def _quarters(r: FullReport) -> Section:
+    unit = r.company.unit
+    rows = tuple(
+        Row(
+            label=f"Quarterly {line.lower()}",
+            cells=tuple(
+                amount(v, unit) for v in split(r.books[r.year][line], 4, r.rng("quarters", line, r.year), 0.15)
+            ),
+            unit=unit,
+        )
+        for line in ("Revenue", "Gross profit", "Selling, general and administrative")
+    )
+    table = Table(heading=f"Unaudited {_in_unit(r)}", columns=QUARTERS, rows=rows)
+    return Section(title="Note: Quarterly results", tables=(table,))
+
+
+def _commitments(r: FullReport) -> Section:
+    words = (
+        f"Purchase commitments were ${r.amount('Purchase commitments')} {r.company.unit} at December 31, {r.year} and "
+        f"${r.amount('Purchase commitments', r.year - 1)} {r.company.unit} at December 31, {r.year - 1}. "
+        "We are party to proceedings of the ordinary course of business, and expect no material loss from them."
+    )
+    return Section(title="Note: Commitments and contingencies", paragraphs=(words,))
+
+
+QUARTERS = ("First", "Second", "Third", "Fourth")
+SECTIONS: Mapping[str, Callable[[FullReport], Section]] = {
+    "business": _business,
+    "risks": _risks,
+    "selected": _selected,
+    "discussion": _discussion,
+    "income": _income,
+    "balance": _balance,
+    "cash": _cash,
+    "policies": _policies,
+    "segments": _segments,
+    "debt": _debt,
+    "pay": _pay,
+    "taxes": _taxes,
+    "leases": _leases,
+    "repurchases": _repurchases,
+    "quarters": _quarters,
+    "commitments": _commitments,
+}
+NOTES = ("segments", "debt", "pay", "taxes", "leases", "repurchases", "quarters", "commitments")
+"""The sections that not every company has."""

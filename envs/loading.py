@@ -1,0 +1,141 @@
+"""The user's own Python: found by its name in a config, and called without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from envs.errors import UserError
+
+TARGET_PATTERN = r"^[^:]+:[A-Za-z_][\w.]*$"
+_EXPECTED = "expected `package.module:Name` or `path/to/file.py:name`"
+# Of our own, as with tools: asyncio's pool has six threads on two cores, and graders that wait would fill it.
+_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="custom")
+
+
+def load_target(target: str, *, key: str) -> Any:
+    """What `target` names: `package.module:Name`, or `path/to/file.py:name` from the working directory.
+
+    A file is loaded once, whoever names it, and finds the modules in its own folder. Raises `UserError` that names the
+    key and what was expected: no such file or module, an error while it is imported (with its place), no such name.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise UserError(f"{key} {target!r}: {_EXPECTED}")
+    where = f"{key} {target!r}"
+    found: Any = _load_file(Path(place), where) if place.endswith(".py") else _load_module(place, where)
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            close = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{where}: {place} has no {part!r}{hint}") from None
+    return found
+
+
+def _load_file(path: Path, where: str) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise UserError(f"{where}: no file {path}")
+    name = f"{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    # Annotations and pickles look their module up there.
+    sys.modules[name] = module
+    _make_importable(path.parent)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        raise UserError(f"{where}: {_cause(e, path)}") from e
+    return module
+
+
+def _load_module(name: str, where: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(name)
+    except Exception as e:
+        raise UserError(f"{where}: {_cause(e, None)}") from e
+
+
+def _make_importable(folder: Path) -> None:
+    """Last in line, so that nothing there hides an installed package."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _cause(error: Exception, path: Path | None) -> str:
+    """What went wrong while the user's module was imported, and where in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if path and f.filename == str(path)] or [
+        f for f in frames if "importlib" not in f.filename and f.filename != __file__
+    ]
+    place = f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
+    return f"can't be imported: {type(error).__name__}: {error}{place}"
+
+
+def make(target: Any, kwargs: Mapping[str, Any], *, where: str) -> Any:
+    """Call the user's class or factory; its own errors pass through. Raises `UserError` where `kwargs` do not fit."""
+    try:
+        inspect.signature(target).bind(**kwargs)
+    except TypeError as e:
+        raise UserError(f"{where}: kwargs: {e}") from None
+    except ValueError:
+        # A class of C code without a signature: the call itself will tell.
+        pass
+    return target(**kwargs)
+
+
+def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `offered` the function takes by name: all of it where it has `**kwargs`."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(offered)
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in offered.items() if name in by_name}
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """The parameters that have to be given."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether a call gives a coroutine; partials and callable objects included."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def call_user(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call sync code in a worker thread, async code on this event loop.
+
+    Not covered: sync code that never returns keeps its thread.
+    """
+    if is_async(function):
+        return await function(*args, **kwargs)
+    in_context = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
+    value = await asyncio.get_running_loop().run_in_executor(_THREADS, in_context)
+    return await value if inspect.isawaitable(value) else value

@@ -1,36 +1,95 @@
-"""From settings to graders."""
+"""From settings to graders. Each grader's libraries are imported only where it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from envs.types import Task
-from graders.config import ExactConfig, GraderConfig, NumericConfig, PenaltiesConfig, check_penalties
+from graders.config import (
+    CustomConfig,
+    EndpointConfig,
+    ExactConfig,
+    GraderConfig,
+    LabelModelConfig,
+    MultiConfig,
+    NumericConfig,
+    PenaltiesConfig,
+    PythonConfig,
+    ScoreModelConfig,
+    SingleGraderConfig,
+    StringCheckConfig,
+    TextSimilarityConfig,
+    check_penalties,
+    has_continuous_scores,
+    pass_threshold,
+)
 from graders.exact import ExactGrader
+from graders.judge import Judge
 from graders.numeric import NumericGrader
 from graders.penalties import PenalisedGrader
 from graders.types import Grader
 
 
-def build_grader(config: GraderConfig, penalties: PenaltiesConfig) -> Grader:
-    """The grader that the config describes, its penalties taken off.
+def build_grader(
+    config: GraderConfig, penalties: PenaltiesConfig, *, judge: Judge | None = None, tasks: Iterable[Task] = ()
+) -> PenalisedGrader:
+    """The grader that the config describes, its penalties taken off; `judge` answers `score_model` and `label_model`.
 
-    Raises `UserError` for penalties that could lift a wrong answer over a right one.
+    Raises `UserError` for penalties that could lift a wrong answer over a right one, for a template, formula, source or
+    target that can't be read, and for the first of `tasks` that this grader can't grade.
     """
     check_penalties(config, penalties)
-    return PenalisedGrader(_scorer(config), penalties)
+    grader = build_scorer(config, judge=judge)
+    if check := getattr(grader, "check", None):
+        for task in tasks:
+            check(task)
+    threshold = pass_threshold(config)
+    return PenalisedGrader(
+        grader, penalties, threshold=threshold, floor=threshold if has_continuous_scores(config) else None
+    )
 
 
-def check_tasks(config: GraderConfig, tasks: Iterable[Task]) -> None:
-    """Raise `UserError` for the first task that this grader can't grade; called before any model is loaded."""
-    scorer = _scorer(config)
-    for task in tasks:
-        scorer.check(task)
-
-
-def _scorer(config: GraderConfig) -> ExactGrader | NumericGrader:
+def build_scorer(config: GraderConfig | SingleGraderConfig, *, judge: Judge | None = None) -> Grader:
+    """The bare grader, without penalties."""
     match config:
         case ExactConfig():
             return ExactGrader(config)
         case NumericConfig():
             return NumericGrader(config)
+        case StringCheckConfig():
+            from graders.string_check import StringCheckGrader
+
+            return StringCheckGrader(config)
+        case TextSimilarityConfig():
+            from graders.similarity import TextSimilarityGrader
+
+            return TextSimilarityGrader(config)
+        case ScoreModelConfig():
+            from graders.model_graders import ScoreModelGrader
+
+            return ScoreModelGrader(config, _needed(judge))
+        case LabelModelConfig():
+            from graders.model_graders import LabelModelGrader
+
+            return LabelModelGrader(config, _needed(judge))
+        case PythonConfig():
+            from graders.python import PythonGrader
+
+            return PythonGrader(config)
+        case EndpointConfig():
+            from graders.endpoint import EndpointGrader
+
+            return EndpointGrader(config)
+        case CustomConfig():
+            from graders.custom import load_custom_grader
+
+            return load_custom_grader(config)
+        case MultiConfig():
+            from graders.multi import MultiGrader
+
+            return MultiGrader(config, {name: build_scorer(c, judge=judge) for name, c in config.graders.items()})
+
+
+def _needed(judge: Judge | None) -> Judge:
+    assert judge is not None, "score_model and label_model need a judge"
+    return judge

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from envs.types import Episode, Task
+
+
+class GraderErrorKind(StrEnum):
+    """What went wrong while an episode was graded; the hosted service counts the same kinds."""
+
+    FORMULA_PARSE = "formula_parse"
+    """A `multi` formula had no value: division by zero, the logarithm of a negative number."""
+    SAMPLE_PARSE = "sample_parse"
+    """The grader needs JSON and the answer is none."""
+    INVALID_VARIABLE = "invalid_variable"
+    """A template names something that this sample does not have."""
+    TRUNCATED_OBSERVATION = "truncated_observation"
+    """The sample was too large for the grader and was cut."""
+    UNRESPONSIVE_REWARD = "unresponsive_reward"
+    """An endpoint did not answer after its retries; the rollout is masked."""
+    PYTHON_GRADER_SERVER = "python_grader_server"
+    """The sandbox itself failed; the rollout is masked."""
+    PYTHON_GRADER_RUNTIME = "python_grader_runtime"
+    """The user's source raised, ran out of its limits, or returned no number."""
+    MODEL_GRADER_SERVER = "model_grader_server"
+    """The judge did not answer after its retries; the rollout is masked."""
+    MODEL_GRADER_REFUSAL = "model_grader_refusal"
+    """The judge refused."""
+    MODEL_GRADER_PARSE = "model_grader_parse"
+    """The judge's answer holds no result."""
+    OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +46,30 @@ class Grade:
     """The grader's own score under its name, then each penalty (negative or zero) under its name."""
     explanation: str = ""
     """Why, in words for the person who reads the transcript."""
+    passed: bool | None = None
+    """Whether the score reaches the grader's threshold; None where it has none."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """What the graders inside a `multi` gave, by name; not added to the reward by themselves."""
+    errors: tuple[GraderErrorKind, ...] = ()
+    """What went wrong: scored 0, but for TRUNCATED_OBSERVATION."""
+    judge_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Prompt and completion tokens together that judges used, by model."""
+    latency_s: float = 0.0
 
 
 class Grader(Protocol):
-    """Scores an episode. Raises `WorldError` when a judge cannot be reached: the rollout is then masked."""
+    """Scores an episode.
+
+    Raises `WorldError` when a judge or endpoint cannot be reached: the rollout is then masked. A grader may also have
+    `check(task)`, which raises `UserError` for a task that it can't grade and is called before any model is loaded;
+    `take_metrics()`, its own figures since the last call; and `async aclose()`, which is called once at the end.
+    """
 
     async def grade(self, task: Task, episode: Episode) -> Grade: ...
+
+
+def taken_metrics(grader: object) -> dict[str, float]:
+    """The figures of a grader that has any."""
+    take = getattr(grader, "take_metrics", None)
+    taken: dict[str, float] = take() if take else {}
+    return taken

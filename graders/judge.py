@@ -1,0 +1,346 @@
+"""Judges: models that `score_model` and `label_model` ask."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import json
+import os
+import re
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from envs.errors import UserError, WorldError
+from graders.config import JudgeConfig, JudgeSampling
+
+_OPENAI_HOST = "api.openai.com"
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_BACK_OFF_S = 8.0
+_MAX_ECHO = 200
+_TOO_LONG = re.compile(
+    r"context[ _](length|window|size)|maximum (model|input) length|maximum number of tokens|prompt is too long"
+)
+"""How servers say it; few give it a code of its own."""
+_CONTENT_FILTER = "content_filter"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeRequest:
+    """One question to a judge."""
+
+    model: str
+    messages: tuple[Mapping[str, str], ...]
+    """Chat Completions messages, `role` and `content`, rendered."""
+    schema: Mapping[str, Any]
+    """JSON schema that the answer must fit; the server enforces it."""
+    sampling: JudgeSampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeReply:
+    """What the judge answered."""
+
+    text: str
+    """JSON text, as a rule; cut off where the judge ran out of tokens."""
+    refusal: str = ""
+    num_tokens: int = 0
+    """Prompt and completion tokens; 0 where the answer came out of the cache."""
+
+
+class Judge(Protocol):
+    """Answers one request. Raises `WorldError` when it can't be reached after its retries.
+
+    A judge may also have `check(sampling)`, which raises `UserError` where it can't be asked at all or not so, and is
+    called by each grader that will ask it; and `take_metrics()`, its figures since the last call.
+    """
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply: ...
+
+    async def aclose(self) -> None: ...
+
+
+def build_judge(config: JudgeConfig) -> OpenAIJudge:
+    """The judge behind an HTTP server. The run's own engine (`engine`) is `trainer.engine_judge`'s."""
+    assert config.base_url != "engine", "the engine's judge is bound to the run's engine"
+    return OpenAIJudge(config)
+
+
+def check_judge(judge: Judge, sampling: JudgeSampling) -> None:
+    """Raise `UserError` where `judge` can't be asked so."""
+    if check := getattr(judge, "check", None):
+        check(sampling)
+
+
+class JudgeMeter:
+    """Counts what a judge was asked, from one `take` to the next."""
+
+    def __init__(self) -> None:
+        self._latencies_s: list[float] = []
+        self._counts: Counter[str] = Counter()
+
+    def answered(self, *, latency_s: float, num_tokens: int, num_retries: int = 0) -> None:
+        self._latencies_s.append(latency_s)
+        self._counts.update(requests=1, retries=num_retries, tokens=num_tokens)
+
+    def failed(self) -> None:
+        self._counts.update(requests=1, failures=1)
+
+    def take(self) -> dict[str, float]:
+        """Empty where nothing was asked. The latency is the mean of what was answered, retries included."""
+        counts, latencies_s = self._counts, self._latencies_s
+        self._counts, self._latencies_s = Counter(), []
+        if not counts:
+            return {}
+        taken: dict[str, float] = {f"judge/{n}": counts[n] for n in ("requests", "failures", "retries", "tokens")}
+        return taken | ({"judge/latency_s": fmean(latencies_s)} if latencies_s else {})
+
+
+class OpenAIJudge:
+    """Asks a server that speaks Chat Completions with `response_format: json_schema`.
+
+    What comes of each fault:
+        408, 409, 429, 5xx, no connection, time-out   retried with back-off by the openai package; then `WorldError`
+        an answer that is no chat completion          `WorldError`
+        401, 403, 404 (an unknown model too)          `UserError`: no rollout could be graded, the run stops
+        prompt longer than the judge's context, 413   `WorldError`: it says nothing about the answer, so it is no 0
+        prompt stopped by a content filter            a refusal
+        any other 4xx                                 `UserError` as long as this server has never answered: the request
+                                                      is wrong as such. Afterwards `WorldError`: this one prompt is
+                                                      at fault, and one odd rollout must not stop a run
+
+    Covered: at most `max_concurrency` requests in flight, back-off included; a server that never answers or sends one
+    byte at a time ends after (1 + max_retries) times `timeout_s`, plus the back-off. Not covered: servers that know
+    `max_tokens` only; bounds on the size of an answer; a bound over several processes (each has its own).
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._config = config
+        self._client: Any = None
+        self._slots = asyncio.Semaphore(config.max_concurrency)
+        self._meter = JudgeMeter()
+        self._has_answered = False
+
+    def check(self, sampling: JudgeSampling) -> None:
+        """Raise `UserError` where the key or the openai package is missing."""
+        del sampling  # The server knows what it takes.
+        try:
+            # Takes seconds, which the first question, and the rollouts beside it, need not wait for.
+            importlib.import_module("openai")
+        except ImportError as e:
+            raise UserError(f"judge: a model grader needs the package openai; pip install openai ({e})") from None
+        if not self._key() and urlsplit(self._config.base_url).hostname == _OPENAI_HOST:
+            raise UserError(
+                f"judge.api_key_env: the environment has no {self._config.api_key_env}; set it to your key, or set "
+                f"judge.base_url to another server or to 'engine'"
+            )
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        async with self._slots:
+            start = time.perf_counter()
+            try:
+                reply, num_retries = await self._ask(request)
+            except WorldError:
+                self._meter.failed()
+                raise
+            self._meter.answered(
+                latency_s=time.perf_counter() - start, num_tokens=reply.num_tokens, num_retries=num_retries
+            )
+            self._has_answered = True
+            return reply
+
+    def take_metrics(self) -> dict[str, float]:
+        return self._meter.take()
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    async def _ask(self, request: JudgeRequest) -> tuple[JudgeReply, int]:
+        """The reply, and how often it was asked for again."""
+        import openai
+
+        if self._client is None:
+            self._client = self._connect()
+        model = self._config.model or request.model
+        # The package's own limit is on each wait for bytes, which a server may stretch for ever.
+        limit_s = (1 + self._config.max_retries) * self._config.timeout_s + self._config.max_retries * _MAX_BACK_OFF_S
+        create = self._client.chat.completions.with_raw_response.create
+        try:
+            async with asyncio.timeout(limit_s):
+                raw = await create(model=model, messages=[dict(m) for m in request.messages], **_parameters(request))
+        except TimeoutError as e:
+            raise self._fault(model, f"no answer within {limit_s:g} s, retries included") from e
+        except openai.APIStatusError as e:
+            return self._refused(model, e), 0
+        except openai.APIError as e:
+            raise self._fault(model, _words(e, e.__cause__)) from e
+        try:
+            return _read_reply(json.loads(raw.content)), raw.retries_taken
+        except (ValueError, LookupError, TypeError, RecursionError) as e:
+            raise self._fault(model, f"its answer is no chat completion: {_words(e)}") from e
+
+    def _refused(self, model: str, e: Any) -> JudgeReply:
+        """What to make of a status of 400 and above, after the retries: see the class."""
+        # The package tells the status and a message; a body that is no JSON has to be looked up.
+        said = _words(e, e.body if isinstance(e.body, str) else None)
+        if e.status_code >= 500 or e.status_code in (408, 409, 429):
+            raise self._fault(model, said) from e
+        if e.code == _CONTENT_FILTER:
+            return JudgeReply(text="", refusal=f"the server's content filter stopped the prompt: {said}")
+        if e.status_code == 413 or e.code == "context_length_exceeded" or _TOO_LONG.search(said.lower()):
+            raise self._fault(model, f"the prompt is too long for the judge: {said}") from e
+        if e.status_code not in (401, 403, 404) and self._has_answered:
+            raise self._fault(model, said) from e
+        raise UserError(
+            f"judge: {self._config.base_url} refuses the model {model!r} or the request: {said}; check judge.base_url, "
+            f"judge.api_key_env ({self._config.api_key_env}), and the grader's model and sampling_params"
+        ) from e
+
+    def _fault(self, model: str, cause: str) -> WorldError:
+        return WorldError(f"the judge {model!r} at {self._config.base_url}: {cause}")
+
+    def _connect(self) -> Any:
+        import openai
+
+        config = self._config
+        return openai.AsyncOpenAI(
+            base_url=config.base_url,
+            # Other servers want some key all the same, and the package demands one.
+            api_key=self._key() or "none",
+            timeout=openai.Timeout(config.timeout_s, connect=min(config.timeout_s, _CONNECT_TIMEOUT_S)),
+            max_retries=config.max_retries,
+        )
+
+    def _key(self) -> str:
+        return os.environ.get(self._config.api_key_env, "").strip()
+
+
+class CachedJudge:
+    """Keeps the answers of another judge by content: model, messages, schema and sampling. `size` 0 keeps none.
+
+    Covered: the least recently used go first; the same question asked again while the judge still works on it waits for
+    that one answer, also when the one who asked first is cancelled; the judge's work is cancelled when nobody waits any
+    more. Faults are not kept. Not covered: answers are kept in memory only, and by each process for itself.
+    """
+
+    def __init__(self, judge: Judge, size: int) -> None:
+        self._judge = judge
+        self._size = size
+        self._replies: OrderedDict[bytes, JudgeReply] = OrderedDict()
+        self._calls: dict[bytes, _Call] = {}
+        self._num_hits = 0
+
+    def check(self, sampling: JudgeSampling) -> None:
+        check_judge(self._judge, sampling)
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        if not self._size:
+            return await self._judge.ask(request)
+        key = _content_key(request)
+        if (known := self._replies.get(key)) is not None:
+            self._replies.move_to_end(key)
+            self._num_hits += 1
+            return known
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = _Call(asyncio.create_task(self._fetch(key, request)))
+        call.num_waiting += 1
+        try:
+            reply = await asyncio.shield(call.task)
+        finally:
+            call.num_waiting -= 1
+            if not call.num_waiting:
+                call.task.cancel()
+                if self._calls.get(key) is call:
+                    del self._calls[key]
+        if not call.is_accounted:
+            call.is_accounted = True
+            return reply
+        self._num_hits += 1
+        return replace(reply, num_tokens=0)
+
+    def take_metrics(self) -> dict[str, float]:
+        """The judge's own figures, and how many questions it was spared."""
+        take = getattr(self._judge, "take_metrics", None)
+        taken: dict[str, float] = take() if take else {}
+        hits, self._num_hits = self._num_hits, 0
+        return taken | {"judge/cache_hits": hits} if taken or hits else {}
+
+    async def aclose(self) -> None:
+        running = [call.task for call in self._calls.values()]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await self._judge.aclose()
+
+    async def _fetch(self, key: bytes, request: JudgeRequest) -> JudgeReply:
+        reply = await self._judge.ask(request)
+        self._replies[key] = replace(reply, num_tokens=0)
+        if len(self._replies) > self._size:
+            self._replies.popitem(last=False)
+        return reply
+
+
+@dataclass(slots=True)
+class _Call:
+    """A question that the judge works on."""
+
+    task: asyncio.Task[JudgeReply]
+    num_waiting: int = 0
+    is_accounted: bool = False
+    """The tokens were told to one who asked."""
+
+
+def _content_key(request: JudgeRequest) -> bytes:
+    content = [
+        request.model,
+        [dict(m) for m in request.messages],
+        dict(request.schema),
+        request.sampling.model_dump(),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
+
+def _parameters(request: JudgeRequest) -> dict[str, Any]:
+    """The structure to enforce, and of the sampling what is set: the server has its own defaults for the rest."""
+    sampling = request.sampling
+    chosen = {
+        "seed": sampling.seed,
+        "top_p": sampling.top_p,
+        "temperature": sampling.temperature,
+        "max_completion_tokens": sampling.max_completions_tokens,
+        "reasoning_effort": sampling.reasoning_effort,
+    }
+    schema = {"name": "grade", "strict": True, "schema": dict(request.schema)}
+    return {
+        "response_format": {"type": "json_schema", "json_schema": schema},
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
+
+
+def _read_reply(completion: Any) -> JudgeReply:
+    """Raises `LookupError`, `TypeError` or `ValueError` for what is no chat completion."""
+    choice = completion["choices"][0]
+    message = choice["message"]
+    if not isinstance(message, dict):
+        raise TypeError("its message is no object")
+    text, refusal = message.get("content") or "", message.get("refusal") or ""
+    if not isinstance(text, str) or not isinstance(refusal, str):
+        raise TypeError("its message is no text")
+    if choice.get("finish_reason") == _CONTENT_FILTER:
+        refusal = refusal or "the server's content filter stopped the answer"
+    num_tokens = (completion.get("usage") or {}).get("total_tokens") or 0
+    return JudgeReply(text=text, refusal=refusal, num_tokens=int(num_tokens))
+
+
+def _words(*causes: BaseException | str | None) -> str:
+    """What the causes say, on one line and not too long."""
+    text = " ".join(" ".join(str(cause) or type(cause).__name__ for cause in causes if cause is not None).split())
+    return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…"

@@ -1,0 +1,214 @@
+"""The hosted service's `score_model` and `label_model`: a judge model reads the sample, gives a number or a label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from envs.types import Episode, Task
+from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
+from graders.judge import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.sample import item_of, sample_of
+from graders.templates import MissingVariable, Template
+from graders.types import Grade, GraderErrorKind
+
+_MAX_WORDS = 300
+_MAX_ECHO = 120
+_STEP = {
+    "type": "object",
+    "properties": {"description": {"type": "string"}, "conclusion": {"type": "string"}},
+    "required": ["description", "conclusion"],
+    "additionalProperties": False,
+}
+
+
+class ScoreModelGrader:
+    """The judge's number, clamped to the range.
+
+    Covered, each scored 0 and named in `errors`: a judge that refuses (MODEL_GRADER_REFUSAL), whose answer is cut off
+    or holds no finite number (MODEL_GRADER_PARSE), a variable that this sample does not have (INVALID_VARIABLE, or
+    SAMPLE_PARSE under `sample.output_json`). It is 0 also where the range does not hold 0, [1, 5] say: the lowest
+    score that a judge gave stays above that of an answer that could not be judged. A judge that can't be reached is no
+    score at all: `WorldError`. Not covered: judges that can be talked into a high score by what they read.
+    """
+
+    def __init__(self, config: ScoreModelConfig, judge: Judge) -> None:
+        self._config = config
+        self._question = _Question(
+            judge,
+            where=f"grader {config.name!r}",
+            model=config.model,
+            messages=config.input,
+            sampling=config.sampling_params,
+            schema=_answer_schema({"type": "number"}),
+        )
+
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        try:
+            reply = await self._question.ask(task, episode)
+        except MissingVariable as e:
+            return _failed(self._config.name, e.kind, str(e))
+        tokens = {self._config.model: reply.num_tokens}
+        try:
+            answer = _read_answer(reply)
+            result = answer["result"]
+            is_number = isinstance(result, int | float) and not isinstance(result, bool)
+            # A whole number may be too long for a float: `isfinite` takes none of those, the clamp does.
+            if not is_number or (isinstance(result, float) and not math.isfinite(result)):
+                raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
+        except _NoResult as e:
+            return _failed(self._config.name, e.kind, str(e), tokens)
+        low, high = self._config.range
+        score = float(min(max(result, low), high))
+        clamped = "" if score == result else f", clamped from {_cut(str(result), _MAX_ECHO)}"
+        return Grade(
+            reward=score,
+            parts={self._config.name: score},
+            explanation=f"{self._config.model} gives {score:g}{clamped}{_reasons(answer)}",
+            judge_tokens=tokens,
+        )
+
+    def check(self, task: Task) -> None:
+        self._question.check(task)
+
+
+class LabelModelGrader:
+    """1 where the judge chooses a passing label, 0 for any other. What fails is scored as by `score_model`."""
+
+    def __init__(self, config: LabelModelConfig, judge: Judge) -> None:
+        self._config = config
+        self._question = _Question(
+            judge,
+            where=f"grader {config.name!r}",
+            model=config.model,
+            messages=config.input,
+            sampling=config.sampling_params,
+            schema=_answer_schema({"type": "string", "enum": list(config.labels)}),
+        )
+
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        try:
+            reply = await self._question.ask(task, episode)
+        except MissingVariable as e:
+            return _failed(self._config.name, e.kind, str(e))
+        tokens = {self._config.model: reply.num_tokens}
+        try:
+            answer = _read_answer(reply)
+            label = answer["result"]
+            if label not in self._config.labels:
+                raise _NoResult(f"result {_cut(repr(label), _MAX_ECHO)} is none of the labels")
+        except _NoResult as e:
+            return _failed(self._config.name, e.kind, str(e), tokens)
+        score = float(label in self._config.passing_labels)
+        return Grade(
+            reward=score,
+            parts={self._config.name: score},
+            explanation=f"{self._config.model} chooses {label!r}{_reasons(answer)}",
+            judge_tokens=tokens,
+        )
+
+    def check(self, task: Task) -> None:
+        self._question.check(task)
+
+
+class _Question:
+    """The judge's prompt as templates, and what its answer must fit."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        where: str,
+        model: str,
+        messages: list[JudgeMessage],
+        sampling: JudgeSampling,
+        schema: Mapping[str, Any],
+    ) -> None:
+        check_judge(judge, sampling)
+        self._judge = judge
+        self._model = model
+        self._sampling = sampling
+        self._schema = schema
+        # Many chat templates pass over the role `developer` without a word; to those who know it, it is the system's.
+        self._messages = [
+            ("system" if m.role == "developer" else m.role, Template(m.text, where=f"{where}: input[{i}].content"))
+            for i, m in enumerate(messages)
+        ]
+
+    async def ask(self, task: Task, episode: Episode) -> JudgeReply:
+        """Raises `MissingVariable`, and `WorldError` as the judge does."""
+        item, sample = item_of(task), sample_of(episode)
+        messages = tuple({"role": role, "content": text.render(item, sample)} for role, text in self._messages)
+        return await self._judge.ask(
+            JudgeRequest(model=self._model, messages=messages, schema=self._schema, sampling=self._sampling)
+        )
+
+    def check(self, task: Task) -> None:
+        for _, text in self._messages:
+            text.check(task)
+
+
+class _NoResult(Exception):
+    """The judge's answer gives no result."""
+
+    def __init__(self, cause: str, kind: GraderErrorKind = GraderErrorKind.MODEL_GRADER_PARSE) -> None:
+        super().__init__(cause)
+        self.kind = kind
+
+
+def _answer_schema(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The hosted service's structure. The steps come first: a judge that has written its result no longer thinks."""
+    return {
+        "type": "object",
+        "properties": {"steps": {"type": "array", "items": _STEP}, "result": dict(result)},
+        "required": ["steps", "result"],
+        "additionalProperties": False,
+    }
+
+
+def _read_answer(reply: JudgeReply) -> dict[str, Any]:
+    """The answer's JSON object, which has a `result`. Raises `_NoResult`.
+
+    Where a server did not enforce the schema the object may stand in a fenced block at the end, behind reasoning.
+    Anywhere else it may be a quotation: the text that is judged could hold `{"result": 1}`.
+    """
+    if reply.refusal:
+        raise _NoResult(f"the judge refused: {_cut(reply.refusal, _MAX_ECHO)}", GraderErrorKind.MODEL_GRADER_REFUSAL)
+    text = reply.text.strip()
+    answer = _object(text)
+    if answer is None and text.endswith("```"):
+        block = text.removesuffix("```").rpartition("```")[2]
+        answer = _object(block.removeprefix("json"))
+    if answer is None:
+        shown = _cut(text, _MAX_ECHO) or "nothing"
+        raise _NoResult(f"the judge's answer is no JSON object (cut off, perhaps): {shown}")
+    if "result" not in answer:
+        raise _NoResult(f"the judge's answer has no result: {_cut(text, _MAX_ECHO)}")
+    return answer
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _reasons(answer: Mapping[str, Any]) -> str:
+    """What the judge concluded at each step, in at most `_MAX_WORDS` characters; nothing without steps."""
+    steps = answer.get("steps")
+    said = [step.get("conclusion") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    words = "; ".join(text.strip() for text in said if isinstance(text, str) and text.strip())
+    return f": {_cut(words, _MAX_WORDS)}" if words else ""
+
+
+def _failed(name: str, kind: GraderErrorKind, cause: str, judge_tokens: Mapping[str, int] | None = None) -> Grade:
+    return Grade(reward=0.0, parts={name: 0.0}, explanation=cause, errors=(kind,), judge_tokens=judge_tokens or {})
+
+
+def _cut(text: str, length: int) -> str:
+    joined = " ".join(text.split())
+    return joined if len(joined) <= length else joined[:length] + "…"

@@ -1,0 +1,339 @@
+"""What graders see of an episode: the hosted service's `sample` and `item`, and the way back.
+
+The hosted keys speak of one answer, where an episode has many turns:
+
+    output_text               the final answer; "" where the episode ended without one, whatever its last turn says
+    output_json               the answer parsed, where it is a JSON object or list; None otherwise
+    output_tools              the tool calls of the last assistant message that made any: that is where a grader written
+                              for one turn looks for them; `tool_calls` has all
+    choices                   the last assistant message, as the model wrote it
+    output_reasoning_summary  the reasoning of all turns, a blank line between them
+
+The other keys are ours; they carry the whole episode.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from envs.errors import UserError
+from envs.types import Episode, Message, Role, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from graders.answers import final_answer
+
+SAMPLE_KEYS = (
+    "output_text",
+    "output_json",
+    "output_tools",
+    "choices",
+    "output_reasoning_summary",
+    "messages",
+    "tool_calls",
+    "stop_reason",
+    "num_tokens",
+    "num_reasoning_tokens",
+    "num_tool_calls",
+    "num_invalid_calls",
+    "num_turns",
+    "latency_s",
+    "rollout_id",
+    "trace_id",
+)
+"""The keys of every sample."""
+
+_CUT_OFF = (StopReason.MAX_TURN_TOKENS, StopReason.MAX_EPISODE_TOKENS)
+_MAX_NUMBER = 1e15
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+_NO_TURN = Message(role="assistant")
+
+
+# The graders inside a `multi` ask for the same episode one after the other.
+@functools.lru_cache(maxsize=64)
+def sample_of(episode: Episode) -> dict[str, Any]:
+    """The episode as JSON values, under `SAMPLE_KEYS`. Shared by all who ask for this episode: do not change it.
+
+    Raises `ValueError` for an episode that the world broke off.
+    """
+    text = final_answer(episode) or ""
+    last = episode.turns[-1].message if episode.turns else _NO_TURN
+    callers = [turn.message for turn in episode.turns if turn.message.tool_calls]
+    finish_reason = "length" if episode.stop_reason in _CUT_OFF else "tool_calls" if last.tool_calls else "stop"
+    choice = {"role": "assistant", "content": last.content, "tool_calls": _hosted_calls(last)}
+    return {
+        "output_text": text,
+        "output_json": _parsed(text),
+        "output_tools": _hosted_calls(callers[-1]) if callers else [],
+        "choices": [{"index": 0, "message": choice, "finish_reason": finish_reason}],
+        "output_reasoning_summary": "\n\n".join(t.message.reasoning for t in episode.turns if t.message.reasoning),
+        "messages": [message.to_openai() for message in episode.messages],
+        "tool_calls": [call for number, turn in enumerate(episode.turns) for call in _calls_of(turn, number)],
+        "stop_reason": episode.stop_reason.value,
+        "num_tokens": episode.num_tokens,
+        "num_reasoning_tokens": episode.num_reasoning_tokens,
+        "num_tool_calls": episode.num_tool_calls,
+        "num_invalid_calls": episode.num_invalid_calls,
+        "num_turns": len(episode.turns),
+        "latency_s": episode.latency_s,
+        "rollout_id": episode.rollout_id,
+        "trace_id": episode.rollout_id,
+    }
+
+
+def item_of(task: Task) -> dict[str, Any]:
+    """The row's data: every key but `messages` and `tools`."""
+    return dict(task.item)
+
+
+def _hosted_calls(message: Message) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = message.to_openai().get("tool_calls", [])
+    return calls
+
+
+def _calls_of(turn: Turn, number: int) -> list[dict[str, Any]]:
+    """Calls that had not come back when the episode ended have `output` None."""
+    results = {result.call_id: result for result in turn.results}
+    return [
+        {
+            "call_id": call.call_id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "output": result.output if (result := results.get(call.call_id)) else None,
+            "error": result.error.value if result and result.error else None,
+            "latency_s": result.latency_s if result else 0.0,
+            "turn": number,
+        }
+        for call in turn.message.tool_calls
+    ]
+
+
+def _parsed(text: str) -> dict[str, Any] | list[Any] | None:
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict | list) else None
+
+
+def _refuse(constant: str) -> float:
+    """Python reads NaN and Infinity, which are not JSON: an endpoint could not read the sample."""
+    raise ValueError(constant)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse(number)
+
+
+def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episode:
+    """An episode from a sample in the hosted form; `output_text` alone suffices.
+
+    With `messages` the trajectory is theirs: the last `num_turns` assistant messages, or those after the last user
+    message where that key is missing. Without, it is made of `tool_calls` (or `output_tools`, or the message in
+    `choices`) and `output_text`. Its `task_id` is empty.
+
+    Covered: `sample_of` gives the same sample again for one that it made. Not covered: tokens by turn (the totals stand
+    on the last), the times of generation. Raises `UserError` naming the key for a sample that can't be read.
+    """
+    read = _Reader(sample, "sample")
+    messages = read.items("messages")
+    if messages is not None:
+        turns, everything = _turns_of_messages(read, [_message(m) for m in messages])
+    else:
+        turns = _turns_of_outputs(read)
+        everything = tuple(_history(turns))
+    turns = [replace(turn, results=_results(turn, read)) for turn in turns]
+    num_tokens, num_reasoning_tokens = int(read.number("num_tokens")), int(read.number("num_reasoning_tokens"))
+    if turns:
+        turns[-1] = replace(turns[-1], num_tokens=num_tokens, num_reasoning_tokens=num_reasoning_tokens)
+    text, stop = read.text("output_text"), _stop_reason(read, turns)
+    answer = turns[-1].message.content.strip() if turns and stop is StopReason.ANSWERED else ""
+    if text is not None and text.strip() != answer:
+        raise UserError("sample.output_text: expected the text of the last assistant message, or '' without an answer")
+    return Episode(
+        rollout_id=rollout_id,
+        task_id="",
+        messages=everything,
+        turns=tuple(turns),
+        stop_reason=stop,
+        latency_s=read.number("latency_s"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Typed access to a mapping that a user wrote; None, like a missing key, gives the default."""
+
+    value: Any
+    where: str
+
+    def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        if not isinstance(self.value, Mapping):
+            raise UserError(f"{self.where}: expected an object, got {type(self.value).__name__}")
+        found = self.value.get(key)
+        if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
+            raise UserError(f"{self.where}.{key}: expected {expected}, got {type(found).__name__}")
+        return found
+
+    def text(self, key: str) -> str | None:
+        found: str | None = self.get(key, str, "text")
+        return found
+
+    def number(self, key: str) -> float:
+        found: float = self.get(key, (int, float), "a number") or 0.0
+        if not 0 <= found <= _MAX_NUMBER:
+            raise UserError(f"{self.where}.{key}: expected a number from 0 to {_MAX_NUMBER:g}")
+        return found
+
+    def items(self, key: str) -> list[_Reader] | None:
+        found: list[Any] | None = self.get(key, list, "a list")
+        return None if found is None else [_Reader(x, f"{self.where}.{key}[{i}]") for i, x in enumerate(found)]
+
+    def inner(self, key: str) -> _Reader:
+        return _Reader(self.get(key, Mapping, "an object") or {}, f"{self.where}.{key}")
+
+
+def _required(read: _Reader, key: str) -> str:
+    text = read.text(key)
+    if text is None:
+        raise UserError(f"{read.where}.{key}: expected text, but it is missing")
+    return text
+
+
+def _message(read: _Reader) -> Message:
+    role = _required(read, "role")
+    if role not in _ROLES:
+        raise UserError(f"{read.where}.role: expected {', '.join(_ROLES)}, got {role!r}")
+    content = read.get("content", (str, list), "text or a list of text parts") or ""
+    if isinstance(content, list):
+        content = "".join(_required(part, "text") for part in read.items("content") or ())
+    return Message(
+        role=_ROLES[role],
+        content=content,
+        reasoning=read.text("reasoning_content") or "",
+        tool_calls=tuple(_hosted_call(c) for c in read.items("tool_calls") or ()),
+        call_id=read.text("tool_call_id") or "",
+        name=read.text("name") or "",
+    )
+
+
+def _hosted_call(read: _Reader) -> ToolCall:
+    function = read.inner("function")
+    return ToolCall(
+        call_id=_required(read, "id"), name=_required(function, "name"), arguments=_required(function, "arguments")
+    )
+
+
+def _own_call(read: _Reader) -> ToolCall:
+    return ToolCall(
+        call_id=_required(read, "call_id"), name=_required(read, "name"), arguments=_required(read, "arguments")
+    )
+
+
+def _turns_of_messages(read: _Reader, messages: list[Message]) -> tuple[list[Turn], tuple[Message, ...]]:
+    places = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if read.get("num_turns", int, "a whole number") is not None:
+        num_turns = int(read.number("num_turns"))
+        if num_turns > len(places):
+            raise UserError(f"sample.num_turns: expected at most the {len(places)} assistant messages of messages")
+        places = places[len(places) - num_turns :]
+    else:
+        last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+        places = [i for i in places if i > last_user]
+    turns: list[Turn] = []
+    for place, end in itertools.pairwise([*places, len(messages)]):
+        answers = messages[place + 1 : end]
+        results = tuple(
+            ToolResult(call_id=m.call_id, name=m.name, output=m.content) for m in answers if m.role == "tool"
+        )
+        # A turn that could not be parsed is answered by a message of the user's.
+        malformed = any(m.role == "user" for m in answers)
+        turns.append(Turn(message=messages[place], results=results, malformed=malformed))
+    return turns, tuple(messages)
+
+
+def _turns_of_outputs(read: _Reader) -> list[Turn]:
+    choices = read.items("choices")
+    message = _message(choices[0].inner("message")) if choices else None
+    text = read.text("output_text")
+    if text is None and message is None:
+        raise UserError("sample.output_text: expected text; without it, messages or choices are needed")
+    if text is None:
+        assert message is not None
+        text = message.content
+    reasoning = read.text("output_reasoning_summary") or ""
+    own = read.items("tool_calls")
+    if own is None:
+        hosted = read.items("output_tools")
+        calls = tuple(_hosted_call(c) for c in hosted) if hosted is not None else message.tool_calls if message else ()
+        return [Turn(message=Message(role="assistant", content=text, reasoning=reasoning, tool_calls=calls))]
+    by_turn: dict[int, list[ToolCall]] = {}
+    for entry in own:
+        by_turn.setdefault(int(entry.number("turn")), []).append(_own_call(entry))
+    turns = [Turn(message=Message(role="assistant", tool_calls=tuple(by_turn[n]))) for n in sorted(by_turn)]
+    return [*turns, Turn(message=Message(role="assistant", content=text, reasoning=reasoning))]
+
+
+def _results(turn: Turn, read: _Reader) -> tuple[ToolResult, ...]:
+    """The turn's results with what `tool_calls` knows of them."""
+    known = {_required(entry, "call_id"): entry for entry in read.items("tool_calls") or ()}
+    shown = {result.call_id: result for result in turn.results}
+    results: list[ToolResult] = []
+    for call in turn.message.tool_calls:
+        entry, result = known.get(call.call_id), shown.get(call.call_id)
+        output = entry.text("output") if entry else None
+        if output is None and result is not None:
+            output = result.output
+        if output is None:
+            continue
+        results.append(
+            ToolResult(
+                call_id=call.call_id,
+                name=call.name,
+                output=output,
+                error=_error(entry) if entry else None,
+                latency_s=entry.number("latency_s") if entry else 0.0,
+            )
+        )
+    return tuple(results)
+
+
+def _error(entry: _Reader) -> ToolErrorKind | None:
+    text = entry.text("error")
+    if text is not None and text not in tuple(ToolErrorKind):
+        raise UserError(f"{entry.where}.error: expected one of {', '.join(ToolErrorKind)}, got {text!r}")
+    return None if text is None else ToolErrorKind(text)
+
+
+def _stop_reason(read: _Reader, turns: Sequence[Turn]) -> StopReason:
+    text = read.text("stop_reason")
+    gradable = [reason for reason in StopReason if reason is not StopReason.WORLD_FAULT]
+    if text is not None and text not in gradable:
+        raise UserError(f"sample.stop_reason: expected one of {', '.join(gradable)}, got {text!r}")
+    if text is not None:
+        reason = StopReason(text)
+    else:
+        has_messages = read.get("messages", list, "a list") is not None
+        waits = has_messages and bool(turns and turns[-1].message.tool_calls) and not read.text("output_text")
+        reason = StopReason.MAX_TURNS if waits else StopReason.ANSWERED
+    if reason is StopReason.ANSWERED and not turns:
+        raise UserError("sample.messages: expected an assistant message after the last of the user's")
+    return reason
+
+
+def _history(turns: Sequence[Turn]) -> list[Message]:
+    messages: list[Message] = []
+    for turn in turns:
+        messages.append(turn.message)
+        messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in turn.results]
+    return messages

@@ -1,0 +1,102 @@
+"""Samples in a file, one a line: the hosted service's `item` and `sample`, or the rollouts that a run writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from envs.errors import UserError
+from envs.types import Episode, Task
+from graders.sample import episode_from_sample
+
+_EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)
+_MOST_LINES = 20
+"""Of one error message: it has to fit on a screen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the samples."""
+
+    line: int
+    task: Task
+    episode: Episode
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Raises `UserError` that names file and line."""
+    try:
+        # Not splitlines: a JSON string may hold line separators of Unicode.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as e:
+        raise UserError(f"samples {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"samples {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    is_empty = True
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = _read_row(json.loads(line), number)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
+        except ValidationError as e:
+            raise UserError(on_one_screen(where, e)) from None
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+        is_empty = False
+        yield row
+    if is_empty:
+        raise UserError(f"samples {path}: no rows")
+
+
+def _read_row(data: Any, number: int) -> Row:
+    if not isinstance(data, dict):
+        raise UserError(f"expected an object, got {type(data).__name__}")
+    if "episode" in data and "task" in data:
+        task, episode = _TASK.validate_python(data["task"]), _EPISODE.validate_python(data["episode"])
+        return Row(line=number, task=task, episode=episode)
+    item = data.get("item", {})
+    if not isinstance(item, dict):
+        raise UserError(f"item: expected an object, got {type(item).__name__}")
+    sample = data.get("sample")
+    if isinstance(data.get("model_sample"), str):
+        sample = {"output_text": data["model_sample"]}
+    if not isinstance(sample, dict):
+        raise UserError("expected item and sample, item and model_sample (text), or task and episode")
+    rollout_id = sample.get("rollout_id") or sample.get("trace_id") or f"line-{number}"
+    task = Task(task_id=str(item.get("task_id", f"line-{number}")), messages=(), item=item)
+    return Row(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
+
+
+def on_one_screen(what: str, error: ValidationError) -> str:
+    """The faults of a grader's settings or of a row, each with its key."""
+    lines = [f"{what}: {error.error_count()} problem{'s' * (error.error_count() > 1)}"]
+    for fault in error.errors():
+        key = _key(fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key")
+        elif fault["type"] == "missing":
+            lines.append(f"  {key}: required, but not given")
+        else:
+            got = "" if isinstance(fault["input"], dict) else f" (got {str(fault['input'])[:200]!r})"
+            lines.append(f"  {key or 'file'}: {fault['msg'].removeprefix('Value error, ')}{got}")
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
+    return "\n".join(lines)
+
+
+def _key(location: Sequence[str | int]) -> str:
+    """The key as it stands in the file: pydantic's location also names the type of grader that it chose."""
+    parts = list(location)
+    if parts[:1] == ["grader"] and len(parts) > 1:
+        del parts[1]
+        if parts[1:2] == ["graders"] and len(parts) > 3:
+            del parts[3]
+    return ".".join(str(part) for part in parts)

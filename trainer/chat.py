@@ -234,6 +234,9 @@ class Chat:
             raise UserError(f"model.chat_template: it refuses the conversation: {e}") from e
         return str(text)
 
+    def num_tokens(self, text: str) -> int:
+        return len(self._encode(text))
+
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError, WorldError
+from graders.types import GraderErrorKind
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
 from trainer.progress import Progress
@@ -106,6 +107,9 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
     if lost := sum(r.grade is None for r in rollouts):
         causes = Counter(r.episode.error or "the grader's judge" for r in rollouts if r.grade is None)
         progress.warn(f"{lost} of {len(rollouts)} rollouts lost to faults of the world: {causes.most_common(1)[0][0]}")
+    graded = [r.grade for r in rollouts if r.grade is not None]
+    if all(set(grade.errors) - {GraderErrorKind.TRUNCATED_OBSERVATION} for grade in graded):
+        raise UserError(f"the grader failed on every rollout of the step: {graded[-1].explanation}")
     if not any(turn.message.tool_calls for r in rollouts for turn in r.episode.turns):
         progress.warn(
             "no rollout of this step made a tool call that parsed; check model.tool_parser and the chat template, "

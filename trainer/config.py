@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from envs.custom import CustomEnvConfig
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
-from graders.config import GraderConfig, PenaltiesConfig, check_penalties
+from envs.remote.config import RemoteConfig
+from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
 
 _MOST_LINES = 20
 """Of one error message: it has to fit on a screen."""
@@ -125,6 +137,9 @@ class OptimConfig(Section):
 class WarmstartConfig(Section):
     """Supervised fine-tuning on expert episodes before the first rollout (trl's SFTTrainer)."""
 
+    data: Path | None = Field(
+        None, description="JSONL of conversations (messages, tools) to imitate; without it the world's expert is"
+    )
     num_steps: int = Field(16, ge=1)
     episodes_per_step: int = Field(8, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -146,11 +161,46 @@ class DataConfig(Section):
     eval: Path = Field(description="JSONL of held-out rows")
 
 
+class CurriculumConfig(Section):
+    """Tasks by measured difficulty: those whose rewards do not vary come more rarely (see `trainer.difficulty`)."""
+
+    preflight: Path | None = Field(None, description="preflight.json with what is known of the tasks beforehand")
+    floor: float = Field(0.1, gt=0, le=1, description="how often a tied task comes, as a share of the others")
+    min_rollouts: int = Field(4, ge=2, description="graded rollouts that it takes to call a task tied")
+
+
 class CheckpointConfig(Section):
     """What is kept to resume and to serve."""
 
     every_steps: int = Field(1, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
+
+
+def _world_type(value: Any) -> str:
+    return str(value.get("type", "finance") if isinstance(value, dict) else getattr(value, "type", "finance"))
+
+
+WorldConfig = Annotated[
+    Annotated[FinanceConfig, Tag("finance")]
+    | Annotated[RemoteConfig, Tag("remote")]
+    | Annotated[CustomEnvConfig, Tag("custom")],
+    Discriminator(_world_type),
+]
+
+
+def _read_grader_file(value: Any) -> Any:
+    """A grader given as a path: its JSON (or YAML) as the hosted service takes it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ValueError(f"grader file {value}: {e.strerror or e}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"grader file {value}: neither JSON nor YAML: {e}") from None
+
+
+GraderOrFile = Annotated[GraderConfig, BeforeValidator(_read_grader_file)]
 
 
 class RunConfig(Section):
@@ -160,14 +210,19 @@ class RunConfig(Section):
     seed: int = 0
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
-    world: Annotated[FinanceConfig, Field(description="the environment")] = FinanceConfig()
+    world: Annotated[WorldConfig, Field(description="the environment")] = FinanceConfig()
     data: DataConfig | None = None
-    grader: GraderConfig
+    grader: Annotated[GraderOrFile, Field(description="the score: settings, or a file that holds them")]
     penalties: PenaltiesConfig = PenaltiesConfig()
+    watch_grader: Annotated[
+        GraderOrFile | None, Field(description="a second grader, never trained on: its divergence shows reward hacking")
+    ] = None
+    judge: JudgeConfig = JudgeConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     warmstart: WarmstartConfig | None = None
+    curriculum: CurriculumConfig | None = None
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
@@ -176,6 +231,14 @@ class RunConfig(Section):
     def _lengths_fit(self) -> RunConfig:
         if self.rollout.max_turn_tokens >= self.rollout.max_episode_tokens:
             raise ValueError("rollout.max_turn_tokens must be smaller than rollout.max_episode_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_has_a_base_model(self) -> RunConfig:
+        if self.judge.base_url == "engine" and self.engine.publish == "merged":
+            raise ValueError(
+                "judge.base_url: engine needs the base model beside the adapter; set engine.publish to lora"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,8 +318,7 @@ def _locate(location: Sequence[str | int]) -> tuple[str, type[BaseModel] | None]
         section, key = inner, parts.pop(0)
         keys.append(key)
         field = section.model_fields.get(key) if section else None
-        annotations = (field.annotation, *get_args(field.annotation)) if field else ()
-        by_tag = {_tag(a): a for a in annotations if _is_section(a)}
+        by_tag = {_tag(section): section for section in _sections_in(field.annotation if field else None)}
         tag = parts.pop(0) if len(by_tag) > 1 and parts else None
         inner = by_tag.get(tag) if tag else next(iter(by_tag.values()), None)
     return ".".join(keys), section
@@ -276,5 +338,10 @@ def _suggestion(key: str, section: type[BaseModel] | None) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known keys: {known}"
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section that a field holds, or the members of its union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for member in get_args(annotation):
+            yield from _sections_in(member)

@@ -1,6 +1,6 @@
 """The rollout engine: token ids in, token ids and log-probabilities out, new weights in between.
 
-`VllmEngine` runs vLLM's AsyncLLM in process. `trainer.scripted.ScriptedEngine` has the same interface and is exact.
+`VllmEngine` runs vLLM's AsyncLLM in process. The tests' scripted engine has the same interface and is exact.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,6 +161,43 @@ class VllmEngine:
         output = await self._request(token_ids, params)
         return [entry[t].logprob for t, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
 
+    async def generate_base(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        schema: Mapping[str, Any],
+    ) -> list[int]:
+        """Tokens of the base model, the adapter off, whose text fits the JSON schema; the stop token included.
+
+        Raises `WorldError` as `generate`, and for a prompt that leaves no room. Only where weights are published as an
+        adapter.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        assert not self._merged, "the base model has been merged with the adapter"
+        room = self._llm.vllm_config.model_config.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise WorldError(
+                f"a prompt of {len(prompt_ids)} tokens for the base model does not fit the engine, which is as long as "
+                "an episode (rollout.max_episode_tokens)"
+            )
+        params = SamplingParams(
+            max_tokens=min(max_tokens, room),
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=self._stop_token_ids,
+            detokenize=False,
+            structured_outputs=StructuredOutputsParams(json=dict(schema)),
+        )
+        output = await self._request(prompt_ids, params, base=True)
+        return list(output.outputs[0].token_ids)
+
     async def publish(self, weights: Path, version: int) -> None:
         if self._live_requests:
             raise PublishError(f"publish of policy-v{version} while {self._live_requests} requests are running")
@@ -178,15 +215,16 @@ class VllmEngine:
             raise PublishError(f"vLLM kept its prefix cache when policy-v{version} was published")
         self._version = version
 
-    async def _request(self, prompt_ids: Sequence[int], params: Any) -> Any:
+    async def _request(self, prompt_ids: Sequence[int], params: Any, *, base: bool = False) -> Any:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": f"policy-v{self._version}"}
+        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": "base" if base else f"policy-v{self._version}"}
         self._live_requests += 1
         try:
-            stream = self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=self._lora)
+            adapter = None if base else self._lora
+            stream = self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=adapter)
             (output,) = [output async for output in stream]
             return output
         except EngineGenerateError as e:

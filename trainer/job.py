@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from envs.base import World
+from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError
+from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
+from envs.remote.config import RemoteConfig
+from envs.remote.world import RemoteWorld
 from envs.types import Task
-from graders.build import build_grader, check_tasks
-from graders.types import Grader
+from graders.build import build_grader
+from graders.config import PenaltiesConfig
+from graders.judge import CachedJudge, Judge, build_judge
+from graders.types import Grader, taken_metrics
 from trainer.chat import Chat
-from trainer.config import RunConfig
+from trainer.config import RunConfig, WorldConfig
+from trainer.curriculum import load_preflight
+from trainer.difficulty import Visit
+from trainer.engine_judge import EngineJudge
 from trainer.model_cache import resolve_model
 from trainer.runs import RunFolder
-from trainer.tasks import load_tasks
+from trainer.tasks import load_demonstrations, load_tasks
+from trainer.warmstart import Demonstration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +37,34 @@ class Job:
     config: RunConfig
     world: World
     grader: Grader
+    watch_grader: Grader | None
+    judge: Judge
+    engine_judge: EngineJudge | None
+    """Where the run's own engine is the judge: it is bound to the engine when that has started."""
+    preflight: Mapping[str, Sequence[Visit]]
+    """What a preflight has shown of the tasks; empty without one."""
+    demonstrations: Sequence[Demonstration]
+    """What the warm start imitates; without any it is the world's expert."""
     train_tasks: Sequence[Task]
     eval_tasks: Sequence[Task]
     model_path: Path
     chat: Chat
+
+    def metrics(self) -> dict[str, float]:
+        """What world, graders and judge counted since the last call."""
+        taken: dict[str, float] = {}
+        for part in self._parts():
+            taken |= taken_metrics(part)
+        return taken
+
+    async def aclose(self) -> None:
+        """Release what world, graders and judge hold: connections, servers, sandboxes."""
+        for part in self._parts():
+            if close := getattr(part, "aclose", None):
+                await close()
+
+    def _parts(self) -> list[object]:
+        return [part for part in (self.world, self.grader, self.watch_grader, self.judge) if part is not None]
 
 
 def prepare(config: RunConfig) -> Job:
@@ -40,10 +74,17 @@ def prepare(config: RunConfig) -> Job:
     """
     RunFolder.check(config)
     _check_trackers(config)
-    world = FinanceWorld(config.world)
+    world = build_world(config.world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
-    check_tasks(config.grader, [*train_tasks, *eval_tasks])
-    grader = build_grader(config.grader, config.penalties)
+    tasks = [*train_tasks, *eval_tasks]
+    demonstrations = load_demonstrations(config)
+    preflight = load_preflight(config.curriculum)
+    engine_judge = EngineJudge() if config.judge.base_url == "engine" else None
+    judge = CachedJudge(engine_judge or build_judge(config.judge), config.judge.cache_size)
+    grader = build_grader(config.grader, config.penalties, judge=judge, tasks=tasks)
+    watch_grader = None
+    if config.watch_grader is not None:
+        watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
     model_path = resolve_model(config.model.name)
     chat = Chat(
         model_path,
@@ -56,11 +97,27 @@ def prepare(config: RunConfig) -> Job:
         config=config,
         world=world,
         grader=grader,
+        watch_grader=watch_grader,
+        judge=judge,
+        engine_judge=engine_judge,
+        preflight=preflight,
+        demonstrations=demonstrations,
         train_tasks=train_tasks,
         eval_tasks=eval_tasks,
         model_path=model_path,
         chat=chat,
     )
+
+
+def build_world(config: WorldConfig) -> World:
+    """Raises `UserError` for a world that can't be had, such as an MCP server that does not answer."""
+    match config:
+        case FinanceConfig():
+            return FinanceWorld(config)
+        case RemoteConfig():
+            return RemoteWorld(config)
+        case CustomEnvConfig():
+            return CustomWorld(config)
 
 
 def _check_trackers(config: RunConfig) -> None:

@@ -36,6 +36,8 @@ class _Work:
     """One microbatch and what its loss needs. Old and reference log-probabilities are filled in where they matter."""
 
     microbatch: Microbatch
+    rows: tuple[Sample, ...]
+    """The microbatch's, in its order."""
     advantages_N: Tensor
     weights_N: Tensor
     sampler_logprobs_N: Tensor
@@ -70,6 +72,9 @@ class Policy:
         """Optimizer updates that the adapter has seen: the policy version."""
         self.num_steps = 0
         """Calls of `update`; the learning-rate schedule goes by it."""
+        self.last_logprobs: list[list[float] | None] = []
+        """For each sample of the last `update`: what the trainer gave its trainable tokens before the first optimizer
+        step of that update; None where the row had no gradient and was not computed. The same on every process."""
         self._model_path = model_path
         self._optim = optim
         self._seed = seed
@@ -129,15 +134,20 @@ class Policy:
             for minibatch in minibatches
         ]
         parts: list[dict[str, Tensor]] = []
+        old: dict[int, Tensor] = {}
         norms: list[float] = []
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
                 if not any(_has_gradient(s, loss) for s in minibatch):
                     continue
                 scale = 2.0 ** round(math.log2(sum(s.num_trainable for s in minibatch)))
-                parts += [self._accumulate(w, loss, temperature, scale) for w in works]
+                for w in works:
+                    metrics, old_N = self._accumulate(w, loss, temperature, scale)
+                    parts.append(metrics)
+                    old |= _by_row(w, old_N)
                 norms.append(self._apply(scale))
         self.num_steps += 1
+        self.last_logprobs = self._of_all_processes(samples, old)
         local = [{name: float(value) for name, value in part.items()} for part in parts]
         return reduce_metrics(gather_object(local)) | {
             "grad_norm": sum(norms) / max(len(norms), 1),
@@ -168,6 +178,7 @@ class Policy:
                     ref_N = self._microbatch_logprobs(microbatch, temperature, adapter=False)
             yield _Work(
                 microbatch=microbatch,
+                rows=tuple(packed),
                 advantages_N=self._per_token(s.advantage for s in packed for _ in range(s.num_trainable)),
                 weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
                 sampler_logprobs_N=self._per_token(
@@ -191,8 +202,13 @@ class Policy:
         weight_VH = self.model.get_base_model().get_output_embeddings().weight
         return token_logprobs(hidden_NH, weight_VH, microbatch.targets_N, temperature)
 
-    def _accumulate(self, work: _Work, loss: LossConfig, temperature: float, scale: float) -> dict[str, Tensor]:
-        """Add one microbatch's gradient, times `scale`, to the parameters' gradients."""
+    def _accumulate(
+        self, work: _Work, loss: LossConfig, temperature: float, scale: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add one microbatch's gradient, times `scale`, to the parameters' gradients.
+
+        Returns the loss's metrics and the (N,) log-probabilities from before the step's first update.
+        """
         logprobs_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
         value, metrics = policy_loss(
@@ -208,7 +224,7 @@ class Policy:
             tis_cap=loss.tis_cap,
         )
         (value * scale).backward()  # type: ignore[no-untyped-call]
-        return metrics
+        return metrics, old_N
 
     def _apply(self, scale: float) -> float:
         """One optimizer update from the gradients of all processes; returns their norm before clipping.
@@ -229,6 +245,12 @@ class Policy:
         self._optimizer.zero_grad()
         self.num_updates += 1
         return norm
+
+    def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
+        """In the order of `samples`, the log-probabilities that each process noted of its own rows."""
+        mine = [(i, old[id(s)].tolist()) for i, s in enumerate(samples) if id(s) in old]
+        everyone = dict(gather_object(mine))
+        return [everyone.get(i) for i in range(len(samples))]
 
     def _assert_same_everywhere(self, samples: Sequence[Sample]) -> None:
         digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(s.advantage for s in samples))
@@ -270,6 +292,12 @@ class Policy:
 
 def _has_gradient(sample: Sample, loss: LossConfig) -> bool:
     return sample.advantage != 0.0 or loss.kl_coef > 0
+
+
+def _by_row(work: _Work, values_N: Tensor) -> dict[int, Tensor]:
+    """Values of a microbatch's trainable tokens by the identity of the sample they belong to."""
+    parts = torch.split(values_N, list(work.microbatch.num_trainable_B))
+    return {id(row): part for row, part in zip(work.rows, parts, strict=True)}
 
 
 def _minibatches(samples: Sequence[Sample], num_minibatches: int, *, seed: str) -> list[list[Sample]]:

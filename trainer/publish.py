@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Self
 
 from trainer.canary import Canary
 from trainer.engine import Engine
@@ -13,23 +11,13 @@ from trainer.policy import Policy
 
 
 class Publisher:
-    """Hands each policy version to one engine. A context manager: its scratch folder goes with it."""
+    """Hands each policy version to one engine, by way of the folder `scratch`."""
 
-    def __init__(self, policy: Policy, engine: Engine, canary: Canary) -> None:
+    def __init__(self, policy: Policy, engine: Engine, canary: Canary, scratch: Path) -> None:
         self._policy = policy
         self._engine = engine
         self._canary = canary
-        # Memory-backed where there is any: the weights are written and read once.
-        shared_memory = Path("/dev/shm")
-        self._scratch = Path(
-            tempfile.mkdtemp(prefix="agent-rft-", dir=shared_memory if shared_memory.is_dir() else None)
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch = scratch
 
     async def note_base(self) -> dict[str, float]:
         """Compare engine and trainer on the base model; call once, before the first publish."""
@@ -45,7 +33,7 @@ class Publisher:
             self._policy.save_adapter(folder)
         await self._engine.publish(folder, version)
         metrics = await self._canary.prove(self._engine, self._scores(adapter=True), version=version)
-        for old in self._scratch.iterdir():
+        for old in self._scratch.glob("policy-v*"):
             if old != folder:
                 shutil.rmtree(old)
         return metrics

@@ -24,6 +24,7 @@ from trainer.before_after import (
 )
 from trainer.charts import Series, line_chart, stacked_chart
 from trainer.run_data import RunData, Sample, read_run
+from trainer.transcripts import PAGE as TRANSCRIPTS
 
 _MAX_TEXT_CHARS = 4000
 """A longer message is cut in the report; the whole stands in the run folder's JSONL."""
@@ -34,7 +35,8 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     """Write `report.html` into the run folder from what lies there, and return its path.
 
     `serve_command` serves the adapter; without it `serve_command` of `run.json` is shown. Pieces that are missing are
-    left out. Raises `FileNotFoundError` where there is no such folder.
+    left out; a `transcripts.html` that lies there is linked to. Raises `FileNotFoundError` where there is no such
+    folder.
     """
     data = read_run(run_folder)
     templates = Environment(
@@ -50,6 +52,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
         title=str(data.info.get("run_id") or run_folder.resolve().name),
         facts=_facts(data),
         notes=_notes(data),
+        transcripts=TRANSCRIPTS if (run_folder / TRANSCRIPTS).exists() else "",
         headers=headers(data),
         rows=rows_of(data),
         caption=_caption(data),
@@ -63,7 +66,8 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     )
     path = run_folder / "report.html"
     partial = path.with_suffix(".html.partial")
-    partial.write_text(html, encoding="utf-8")
+    # JSON may carry half a surrogate pair, which is no UTF-8.
+    partial.write_text(html, encoding="utf-8", errors="replace")
     return partial.replace(path)
 
 
@@ -143,6 +147,8 @@ def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
         ("Learning curves", _learning_curves(data)),
         ("Where the reward comes from", _reward_charts(data)),
         ("Time of a step", _time_charts(data)),
+        ("Grader", _grader_charts(data)),
+        ("Servers", [c for p in ("http/", "grader/", "judge/", "sandbox/") for c in _generic_charts(data, p)]),
         ("Loss", _generic_charts(data, "loss/")),
         ("Groups, and engine against trainer", _generic_charts(data, "groups/") + _generic_charts(data, "canary/")),
     ]
@@ -193,7 +199,29 @@ def _reward_charts(data: RunData) -> list[Markup]:
         stacked_chart("How episodes end", _named(data, "train/stop/"), unit="share of rollouts", percent=True),
         line_chart("Calls by tool", _named(data, "train/tool/", "/calls"), unit="calls per rollout"),
         line_chart("Tool errors", _named(data, "train/tool/", "/errors"), unit="errors per rollout"),
+        line_chart("Tool latency", _named(data, "train/tool/", "/latency_s"), unit="seconds per call"),
+        line_chart("Tool outputs", _named(data, "train/tool/", "/tokens"), unit="tokens per call"),
     ]
+
+
+def _grader_charts(data: RunData) -> list[Markup]:
+    watch = [
+        Series(name="grader, trained on", points=_grader_score(data)),
+        Series(name="watching grader", points=data.series("train/watch/score")),
+    ]
+    return [
+        line_chart("The grader and the one that only watches", watch if watch[1].points else [], unit="mean score"),
+        line_chart("Scores inside the grader", _named(data, "train/score/"), unit="mean score"),
+        line_chart("Grader errors", _named(data, "train/grader_error/"), unit="errors per rollout"),
+        line_chart("Judge tokens", _named(data, "train/judge_tokens/"), unit="tokens per rollout"),
+        line_chart("Grader latency", _named(data, "train/grader_latency_s"), unit="seconds per rollout"),
+    ]
+
+
+def _grader_score(data: RunData) -> list[tuple[int, float]]:
+    """What the watching grader is compared with: its own score and the divergence add up to the grader's."""
+    divergence = dict(data.series("train/watch/divergence"))
+    return [(step, watch + divergence[step]) for step, watch in data.series("train/watch/score") if step in divergence]
 
 
 def _time_charts(data: RunData) -> list[Markup]:

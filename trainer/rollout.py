@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from envs.base import Env, World
-from envs.errors import WorldError
-from envs.tools import Tool, call_tool
+from envs.errors import WorldError, first_error
+from envs.tools import Tool, call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, Grader
 from trainer.chat import Chat
@@ -39,6 +40,8 @@ class Rollout:
     """Usually one training row; one more for every turn at which the template rewrote the earlier text."""
     grade: Grade | None
     """None where the world failed: masked out of the loss."""
+    watch: Grade | None = None
+    """What the grader that is never trained on gave; None without one, and where it failed."""
     num_drifted_turns: int = 0
     """Turns whose raw text differs from what serving would render for the parsed message."""
     num_attempts: int = 1
@@ -67,8 +70,18 @@ class _Live:
     turns: list[Turn] = field(default_factory=list)
     num_tool_calls: int = 0
     num_drifted_turns: int = 0
+    waiting_for: str = ""
+    """The remote tool whose server is being asked at the moment."""
     over_budget: bool = False
     """The model has been told that its call budget is used up."""
+
+
+class LiveRollouts(Protocol):
+    """Keeps on disk which rollouts are open, so that what a killed run left behind can be released."""
+
+    def opened(self, rollout_id: str) -> None: ...
+
+    def closed(self, rollout_id: str) -> None: ...
 
 
 def derive_seed(*parts: object) -> int:
@@ -77,26 +90,24 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-@contextlib.asynccontextmanager
-async def _first_error() -> AsyncIterator[None]:
-    """Of the errors that end a task group, raise one: ours before the world's, the first of its kind."""
-    try:
-        yield
-    except ExceptionGroup as e:
-        ours = [x for x in e.exceptions if not isinstance(x, WorldError)]
-        raise (ours or e.exceptions)[0] from None
-
-
-def _offered(task: Task, env: Env) -> Iterable[str]:
-    return env.tools if task.tools is None else task.tools
-
-
 class RolloutWorker:
     """Runs episodes of one world on one engine. Holds nothing of any single episode."""
 
-    def __init__(self, *, world: World, grader: Grader, chat: Chat, engine: Engine, config: RolloutConfig) -> None:
+    def __init__(
+        self,
+        *,
+        world: World,
+        grader: Grader,
+        chat: Chat,
+        engine: Engine,
+        config: RolloutConfig,
+        watch_grader: Grader | None = None,
+        live: LiveRollouts | None = None,
+    ) -> None:
         self._world = world
         self._grader = grader
+        self._watch_grader = watch_grader
+        self._live = live
         self._chat = chat
         self._engine = engine
         self._config = config
@@ -119,7 +130,7 @@ class RolloutWorker:
             on_rollout(rollout)
             return rollout
 
-        async with _first_error(), asyncio.TaskGroup() as group:
+        async with first_error(), asyncio.TaskGroup() as group:
             running = [group.create_task(one(r)) for r in requests]
         return [t.result() for t in running]
 
@@ -137,21 +148,11 @@ class RolloutWorker:
         start = time.perf_counter()
         episode: Episode | None = None
         grade: Grade | None = None
+        watch: Grade | None = None
+        if self._live:
+            self._live.opened(rollout_id)
         try:
-            try:
-                async with asyncio.timeout(self._config.episode_timeout_s) as limit:
-                    await env.open(request.task, rollout_id)
-                    tools = {name: env.tools[name] for name in _offered(request.task, env)}
-                    stop, error = await self._turns(live, request, tools, temperature), ""
-            except WorldError as e:
-                stop, error = StopReason.WORLD_FAULT, str(e)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
-                stop, error = StopReason.WALL_CLOCK, ""
-                if not live.turns:
-                    # The model never had its say: a slow world or engine, which must not be scored 0.
-                    stop, error = StopReason.WORLD_FAULT, f"no turn within {self._config.episode_timeout_s:g} s"
+            stop, error = await self._play(env, live, request, rollout_id, temperature)
             episode = Episode(
                 rollout_id=rollout_id,
                 task_id=request.task.task_id,
@@ -163,19 +164,50 @@ class RolloutWorker:
             )
             if stop is not StopReason.WORLD_FAULT:
                 try:
-                    grade = await self._grader.grade(request.task, episode)
+                    grade = await _timed_grade(self._grader, request.task, episode)
                 except WorldError as e:
                     episode = replace(episode, error=f"grader: {e}")
+                # What only watches must not cost a rollout.
+                with contextlib.suppress(WorldError):
+                    if self._watch_grader and grade:
+                        watch = await _timed_grade(self._watch_grader, request.task, episode)
         finally:
             await env.close(episode)
+            if self._live:
+                self._live.closed(rollout_id)
         return Rollout(
             episode=episode,
             task=request.task,
             ledgers=tuple(live.ledgers),
             grade=grade,
+            watch=watch,
             num_drifted_turns=live.num_drifted_turns,
             num_attempts=number,
         )
+
+    async def _play(
+        self, env: Env, live: _Live, request: RolloutRequest, rollout_id: str, temperature: float
+    ) -> tuple[StopReason, str]:
+        """The episode's turns in the opened environment: why they ended, and the world's fault where it was that."""
+        try:
+            async with asyncio.timeout(self._config.episode_timeout_s) as limit:
+                await env.open(request.task, rollout_id)
+                if observation := getattr(env, "observation", None):
+                    prompt = live.messages[-1]
+                    live.messages[-1] = replace(prompt, content=prompt.content + observation)
+                tools = offered_tools(request.task, env.tools)
+                return await self._turns(live, request, tools, temperature), ""
+        except WorldError as e:
+            return StopReason.WORLD_FAULT, str(e)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            # A slow world or engine must not be scored 0.
+            if not live.turns:
+                return StopReason.WORLD_FAULT, f"no turn within {self._config.episode_timeout_s:g} s"
+            if live.waiting_for:
+                return StopReason.WORLD_FAULT, f"{live.waiting_for} did not answer in the episode's time"
+            return StopReason.WALL_CLOCK, ""
 
     async def _turns(
         self, live: _Live, request: RolloutRequest, tools: dict[str, Tool], temperature: float
@@ -243,8 +275,10 @@ class RolloutWorker:
         allowed, refused = message.tool_calls[:budget_left], message.tool_calls[budget_left:]
         live.over_budget |= bool(refused)
         # Where one call fails for good, the others must not go on in an environment that is being closed.
-        async with _first_error(), asyncio.TaskGroup() as group:
+        async with first_error(), asyncio.TaskGroup() as group:
             running = [group.create_task(self._call_tool(tools, call)) for call in allowed]
+            live.waiting_for = next((c.name for c in allowed if c.name in tools and tools[c.name].is_remote), "")
+        live.waiting_for = ""
         done = [t.result() for t in running]
         over = [
             ToolResult(call_id=c.call_id, name=c.name, output=OVER_BUDGET_ANSWER, error=ToolErrorKind.OVER_BUDGET)
@@ -254,8 +288,13 @@ class RolloutWorker:
 
     async def _call_tool(self, tools: dict[str, Tool], call: ToolCall) -> ToolResult:
         result = await call_tool(tools, call, timeout_s=self._config.tool_timeout_s)
-        limit = self._config.max_tool_output_chars
-        if len(result.output) <= limit:
-            return result
-        cut = f"{result.output[:limit]}\n[cut: {len(result.output) - limit:,} more characters]"
-        return replace(result, output=cut)
+        output, limit = result.output, self._config.max_tool_output_chars
+        if len(output) > limit:
+            output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
+        return replace(result, output=output, num_tokens=self._chat.num_tokens(output))
+
+
+async def _timed_grade(grader: Grader, task: Task, episode: Episode) -> Grade:
+    start = time.perf_counter()
+    grade = await grader.grade(task, episode)
+    return replace(grade, latency_s=time.perf_counter() - start)

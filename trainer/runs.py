@@ -5,9 +5,12 @@ run.json                run id, versions, hardware
 metrics.jsonl           a line per step and per evaluation
 rollouts/step-000001.jsonl   every rollout of the step, written as it finishes
 evals/step-000000.jsonl      every rollout of an evaluation
+tokens/step-000001.jsonl     what the update knew of each token
 checkpoints/step-000001/     what resuming needs, and the adapter
 adapter/                the final adapter with its chat template
-report.html, run.log
+visits.jsonl            rewards by task and step, for a curriculum
+live.rank0.jsonl        which rollouts were opened and closed, should the run be killed
+report.html, transcripts.html, run.log
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import platform
 import re
 import shutil
 import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +110,11 @@ class RunFolder:
     def is_main(self) -> bool:
         return self._rank == 0
 
+    @property
+    def log_path(self) -> Path:
+        """Where this process's libraries write."""
+        return self.path / (f"run.rank{self._rank}.log" if self._rank else "run.log")
+
     def note(self, **values: Any) -> None:
         """Add to run.json."""
         if self.is_main:
@@ -137,6 +146,39 @@ class RunFolder:
         rollouts = [rollout_from_json(r) for r in records]
         return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
 
+    # ---- what the steps have shown of the tasks
+
+    def note_visits(self, step: int, rewards: Mapping[str, Sequence[float | None]]) -> None:
+        """The rewards of a step's groups by task."""
+        if self.is_main:
+            append_line(self.path / "visits.jsonl", {"step": step, "rewards": rewards})
+
+    def visits(self) -> list[tuple[int, dict[str, list[float | None]]]]:
+        """(step, rewards by task) of every step so far."""
+        return [(r["step"], r["rewards"]) for r in read_lines(self.path / "visits.jsonl")]
+
+    # ---- rollouts whose environments are open
+
+    def opened(self, rollout_id: str) -> None:
+        append_line(self._live_path, {"opened": rollout_id})
+
+    def closed(self, rollout_id: str) -> None:
+        append_line(self._live_path, {"closed": rollout_id})
+
+    @property
+    def _live_path(self) -> Path:
+        return self.path / f"live.rank{self._rank}.jsonl"
+
+    def left_open(self) -> list[str]:
+        """The rollouts that a killed run opened and did not close, of all its processes."""
+        records = [r for path in sorted(self.path.glob("live.rank*.jsonl")) for r in read_lines(path)]
+        closed = {r["closed"] for r in records if "closed" in r}
+        return [r["opened"] for r in records if "opened" in r and r["opened"] not in closed]
+
+    def forget_left_open(self) -> None:
+        for path in self.path.glob("live.rank*.jsonl"):
+            path.unlink()
+
     # ---- checkpoints
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
@@ -159,7 +201,9 @@ class RunFolder:
             return
         kept = [r for r in self.metrics() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        for kind, last in (("rollouts", step + 1), ("evals", step)):
+        visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
+        write_atomically(self.path / "visits.jsonl", "".join(json.dumps(v) + "\n" for v in visits))
+        for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
             for path in (self.path / kind).glob("step-*.jsonl"):
                 if int(path.name[5:11]) > last:
                     path.unlink()
@@ -194,6 +238,7 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
         "episode": _EPISODE.dump_python(rollout.episode, mode="json"),
         "task": _TASK.dump_python(rollout.task, mode="json"),
         "grade": None if rollout.grade is None else asdict(rollout.grade),
+        "watch": None if rollout.watch is None else asdict(rollout.watch),
         "ledgers": [ledger.to_json() for ledger in rollout.ledgers],
         "num_drifted_turns": rollout.num_drifted_turns,
         "num_attempts": rollout.num_attempts,
@@ -205,6 +250,7 @@ def rollout_from_json(record: dict[str, Any]) -> Rollout:
         episode=_EPISODE.validate_python(record["episode"]),
         task=_TASK.validate_python(record["task"]),
         grade=None if record["grade"] is None else _GRADE.validate_python(record["grade"]),
+        watch=None if record.get("watch") is None else _GRADE.validate_python(record["watch"]),
         ledgers=tuple(Ledger.from_json(row) for row in record["ledgers"]),
         num_drifted_turns=record["num_drifted_turns"],
         num_attempts=record["num_attempts"],

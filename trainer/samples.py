@@ -70,7 +70,7 @@ class Ledger:
         self._logprobs.append(logprob)
         self._versions.append(version)
 
-    def to_sample(self, *, advantage: float, rollout_id: str, task_id: str) -> Sample:
+    def to_sample(self, *, advantage: float, rollout_id: str, task_id: str, row: int = 0) -> Sample:
         return Sample(
             token_ids=tuple(self._token_ids),
             trainable=tuple(self._trainable),
@@ -79,6 +79,7 @@ class Ledger:
             advantage=advantage,
             rollout_id=rollout_id,
             task_id=task_id,
+            row=row,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +140,8 @@ class Sample:
     """Of the whole rollout."""
     rollout_id: str
     task_id: str
+    row: int = 0
+    """Which of the rollout's ledgers this is."""
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -154,5 +157,7 @@ class Sample:
 def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str, task_id: str) -> list[Sample]:
     """The samples of one rollout: a row per ledger that has anything to train on."""
     return [
-        row.to_sample(advantage=advantage, rollout_id=rollout_id, task_id=task_id) for row in rows if row.num_trainable
+        ledger.to_sample(advantage=advantage, rollout_id=rollout_id, task_id=task_id, row=row)
+        for row, ledger in enumerate(rows)
+        if ledger.num_trainable
     ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from envs.errors import UserError
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
 from trainer.engine import Engine, VllmEngine
+from trainer.engine_judge import BaseEngine
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
-from trainer.rollout import derive_seed
+from trainer.rollout import RolloutWorker, derive_seed
 from trainer.runs import RunFolder
 from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 StartEngine = Callable[..., Awaitable[Engine]]
 
-_NUM_CANARIES = 3
-_CANARY_TOKENS = 256
+_CANARY_TOKENS = 448
+_MOST_CANARIES = 8
 
 
 def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress) -> Policy:
@@ -38,7 +40,9 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
         progress.say(f"resumed after step {step} from {folder}")
     else:
         if (warmstart := config.warmstart) is not None:
-            ledgers = expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
+            ledgers = expert_ledgers(
+                config, job.train_tasks, world=job.world, chat=job.chat, demonstrations=job.demonstrations
+            )
             progress.phase("warm start", total=warmstart.num_steps)
             losses: list[float] = []
 
@@ -54,10 +58,21 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     return policy
 
 
+async def release_left_open(job: Job, run: RunFolder, progress: Progress) -> None:
+    """Let the world release what rollouts of this run hold that a kill left open."""
+    left_open = run.left_open() if run.is_main else []
+    sweep = getattr(job.world, "sweep", None)
+    if left_open and sweep:
+        progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
+        await sweep(left_open)
+    if run.is_main:
+        run.forget_left_open()
+
+
 async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None, *, first_step: int) -> Engine:
     """Start this process's engine on the base model."""
     start = start_engine or VllmEngine.start
-    return await start(
+    engine = await start(
         job.model_path,
         model=job.config.model,
         engine=job.config.engine,
@@ -69,17 +84,45 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(job.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
+    if job.engine_judge:
+        if engine.publishes_merged:
+            engine.shutdown()
+            raise UserError(
+                "judge.base_url: engine needs the base model beside the adapter, but this machine's engine gets merged "
+                "weights (no GPU); set engine.publish to lora"
+            )
+        job.engine_judge.bind(cast(BaseEngine, engine), job.chat)
+    return engine
+
+
+def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
+    return RolloutWorker(
+        world=job.world,
+        grader=job.grader,
+        watch_grader=job.watch_grader,
+        chat=job.chat,
+        engine=engine,
+        config=job.config.rollout,
+        # Two lines a rollout, of use only where something can be released.
+        live=run if hasattr(job.world, "sweep") else None,
+    )
 
 
 def canary_ids(job: Job) -> list[list[int]]:
-    """The token sequences that are scored after every publish: the first training tasks, solved where possible."""
+    """The token sequences that are scored after every publish: the first training tasks, solved where possible.
+
+    As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU.
+    """
 
     async def play() -> list[list[int]]:
-        rows = []
-        for task in job.train_tasks[:_NUM_CANARIES]:
+        rows: list[list[int]] = []
+        for task in job.train_tasks[:_MOST_CANARIES]:
             turns = job.world.expert_episode(task, 0)
             ledger = await expert_ledger(task, turns, world=job.world, chat=job.chat)
-            rows.append(ledger.prompt_ids[: min(_CANARY_TOKENS, job.config.rollout.max_episode_tokens)])
+            left = _CANARY_TOKENS - sum(map(len, rows))
+            if left <= 1:
+                break
+            rows.append(ledger.prompt_ids[: min(left, job.config.rollout.max_episode_tokens)])
         return rows
 
     return asyncio.run(play())

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from envs.types import StopReason
+from graders.types import Grade
 from trainer.rollout import Rollout
+from trainer.samples import Sample
 
 Metrics = dict[str, float]
 
@@ -18,7 +20,10 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
 
     Tokens are generated tokens: `completion_tokens` in all, of which `reasoning_tokens` by the reasoning parser and
     `answer_tokens` the others (tool calls and answers). Latencies are in seconds. `tool_calls` counts malformed calls
-    too. Keys `stop/…`, `tool/…` and `part/…` are shares, calls and errors by tool, and reward parts.
+    too. `correct` is the share that passed, where the grader says what passes. Keys `stop/…` are shares;
+    `tool/NAME/calls` and `errors` are per rollout, `latency_s` and `tokens` per call; `part/…` and `score/…` are reward
+    parts and the scores of a `multi`'s graders; `grader_error/…` and `judge_tokens/…` are per rollout;
+    `watch/divergence` is how much more the grader gives than the one that is never trained on.
     """
     graded = [r for r in rollouts if r.grade is not None]
     metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
@@ -28,7 +33,6 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     episodes = [r.episode for r in graded]
     metrics |= {
         "reward": fmean(r.grade.reward for r in graded if r.grade is not None),
-        "correct": fmean(_score(r) >= 1.0 for r in graded),
         "answered": fmean(e.stop_reason is StopReason.ANSWERED for e in episodes),
         "turns": fmean(len(e.turns) for e in episodes),
         "tool_calls": fmean(e.num_tool_calls for e in episodes),
@@ -42,19 +46,36 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
         "forks": fmean(len(r.ledgers) - 1 for r in graded),
         "drifted_turns": fmean(r.num_drifted_turns for r in graded),
     }
+    passed = [r.grade.passed for r in graded if r.grade is not None and r.grade.passed is not None]
+    if passed:
+        metrics["correct"] = fmean(passed)
     metrics |= {f"stop/{reason}": n / len(graded) for reason, n in Counter(e.stop_reason for e in episodes).items()}
     metrics |= _by_tool(graded)
-    parts: dict[str, list[float]] = defaultdict(list)
-    for rollout in graded:
-        for name, value in (rollout.grade.parts if rollout.grade else {}).items():
-            parts[name].append(value)
-    return metrics | {f"part/{name}": sum(values) / len(graded) for name, values in parts.items()}
+    return metrics | _by_grader(graded)
 
 
-def _score(rollout: Rollout) -> float:
+def _by_grader(graded: Sequence[Rollout]) -> Metrics:
+    """What the grader gave and used: parts, sub-scores, errors by kind, latency, judge tokens; and the watching one."""
+    grades = [r.grade for r in graded if r.grade is not None]
+    totals: dict[str, float] = defaultdict(float)
+    for grade in grades:
+        for group, values in (("part", grade.parts), ("score", grade.scores), ("judge_tokens", grade.judge_tokens)):
+            for name, value in values.items():
+                totals[f"{group}/{name}"] += value
+        for kind in grade.errors:
+            totals[f"grader_error/{kind}"] += 1
+    metrics = {name: total / len(grades) for name, total in totals.items()}
+    metrics["grader_latency_s"] = fmean(g.latency_s for g in grades)
+    watched = [(_score(r.grade), _score(r.watch)) for r in graded if r.grade is not None and r.watch is not None]
+    if watched:
+        metrics["watch/score"] = fmean(watch for _, watch in watched)
+        metrics["watch/divergence"] = fmean(score - watch for score, watch in watched)
+    return metrics
+
+
+def _score(grade: Grade) -> float:
     """The grader's own part: the first one; the others are penalties."""
-    assert rollout.grade is not None
-    return next(iter(rollout.grade.parts.values()), rollout.grade.reward)
+    return next(iter(grade.parts.values()), grade.reward)
 
 
 def _by_tool(graded: Sequence[Rollout]) -> Metrics:
@@ -67,6 +88,7 @@ def _by_tool(graded: Sequence[Rollout]) -> Metrics:
             f"tool/{name}/calls": len(mine) / len(graded),
             f"tool/{name}/errors": sum(r.error is not None for r in mine) / len(graded),
             f"tool/{name}/latency_s": fmean(r.latency_s for r in mine),
+            f"tool/{name}/tokens": fmean(r.num_tokens for r in mine),
         }
     return metrics
 
@@ -88,8 +110,13 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, *, num_sampled_tokens: float, num_trained_tokens: int) -> Metrics:
-        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second."""
+    def metrics(self, rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> Metrics:
+        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
+
+        Trained tokens are those of rows with an advantage: the others cost the trainer nothing.
+        """
+        num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
+        num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage)
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s["rollouts"] + self._laps_s["training"]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from envs.base import World
 from envs.errors import UserError
-from envs.types import Message, Role, Task
+from envs.tools import Tool, offered_tools
+from envs.types import Message, Task, ToolCall
 from trainer.config import RunConfig
 from trainer.rollout import RolloutRequest, derive_seed
+from trainer.warmstart import Demonstration
 
 
 class _Row(BaseModel):
@@ -25,18 +28,58 @@ class _Row(BaseModel):
     tools: list[_RowTool] | None = None
 
 
+class _RowText(BaseModel):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
 class _RowMessage(BaseModel):
-    role: Role
-    content: str
+    """A Chat Completions message. `developer` is the newer name of `system`, which open models' templates know."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_RowText] | None = None
+    tool_calls: list[_RowCall] = []
+    tool_call_id: str = ""
+    name: str = ""
+
+    @model_validator(mode="after")
+    def _has_content(self) -> _RowMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: Field required")
+        return self
+
+    def to_message(self) -> Message:
+        parts = self.content if isinstance(self.content, list) else []
+        return Message(
+            role="system" if self.role == "developer" else self.role,
+            content=self.content if isinstance(self.content, str) else "".join(part.text for part in parts),
+            tool_calls=tuple(
+                ToolCall(call_id=c.id, name=c.function.name, arguments=c.function.arguments) for c in self.tool_calls
+            ),
+            call_id=self.tool_call_id,
+            name=self.name,
+        )
+
+
+class _RowCall(BaseModel):
+    id: str
+    function: _CalledFunction
+
+
+class _CalledFunction(BaseModel):
+    name: str
+    arguments: str
 
 
 class _RowTool(BaseModel):
-    type: str
+    type: Literal["function"]
     function: _RowFunction
 
 
 class _RowFunction(BaseModel):
     name: str
+    description: str = ""
+    parameters: dict[str, Any] | None = None
 
 
 def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
@@ -45,36 +88,61 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
         return list(world.tasks(split))
     path = config.data.train if split == "train" else config.data.eval
     offered = world.make_env().tools
-    try:
-        # Not splitlines: a JSON string may hold line separators of Unicode.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as e:
-        raise UserError(f"data.{split} {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"data.{split} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
     tasks: dict[str, Task] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        task = _read_row(line, where=where, number=number, offered=list(offered))
+    for number, where, line in _lines(path, f"data.{split}"):
+        task = _task(*_read_row(line, where=where), where=where, number=number, offered=offered)
         if task.task_id in tasks:
             raise UserError(
                 f"{where}: task_id: {task.task_id!r} also stands in an earlier line; expected one of its own"
             )
         tasks[task.task_id] = task
-    if not tasks:
-        raise UserError(f"data.{split} {path}: no rows")
     return list(tasks.values())
 
 
-def _read_row(line: str, *, where: str, number: int, offered: Sequence[str]) -> Task:
+def load_demonstrations(config: RunConfig) -> list[Demonstration]:
+    """The conversations of `warmstart.data`; none without it. Raises `UserError` that names file and line."""
+    if config.warmstart is None or config.warmstart.data is None:
+        return []
+    demonstrations = []
+    for _, where, line in _lines(config.warmstart.data, "warmstart.data"):
+        row, _ = _read_row(line, where=where)
+        if row.messages[-1].role != "assistant":
+            raise UserError(
+                f"{where}: messages: the last message must be the assistant's, it is of role {row.messages[-1].role!r}"
+            )
+        demonstrations.append(
+            Demonstration(
+                messages=tuple(m.to_message() for m in row.messages),
+                tools=tuple(t.model_dump(exclude_none=True) for t in row.tools or ()),
+            )
+        )
+    return demonstrations
+
+
+def _lines(path: Path, key: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, where for error messages, text) of each line that is not empty."""
+    try:
+        # Not splitlines: a JSON string may hold line separators of Unicode.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as e:
+        raise UserError(f"{key} {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{key} {path}: no rows")
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, f"{path}, line {number}", line
+
+
+def _read_row(line: str, *, where: str) -> tuple[_Row, dict[str, Any]]:
+    """The row, and all its keys as they stand there."""
     try:
         data: Any = json.loads(line)
     except json.JSONDecodeError as e:
         raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
     try:
-        row = _Row.model_validate(data)
+        return _Row.model_validate(data), data
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(map(str, error["loc"])) or "row"
@@ -82,21 +150,33 @@ def _read_row(line: str, *, where: str, number: int, offered: Sequence[str]) -> 
             "required (a list of chat messages)" if key == "messages" and error["type"] == "missing" else error["msg"]
         )
         raise UserError(f"{where}: {key}: {expected}") from None
+
+
+def _task(row: _Row, data: dict[str, Any], *, where: str, number: int, offered: Mapping[str, Tool]) -> Task:
     if row.messages[-1].role != "user":
         raise UserError(
             f"{where}: messages: the last message must be the user's, it is of role {row.messages[-1].role!r}"
         )
-    names = None if row.tools is None else tuple(t.function.name for t in row.tools)
-    for name in names or ():
+    task = Task(
+        task_id=str(data.get("task_id", f"row-{number}")),
+        messages=tuple(m.to_message() for m in row.messages),
+        tools=None if row.tools is None else tuple(t.function.name for t in row.tools),
+        definitions={t.function.name: t.model_dump(exclude_none=True) for t in row.tools or ()},
+        item={key: value for key, value in data.items() if key not in ("messages", "tools")},
+    )
+    for name in task.tools or ():
         if name not in offered:
             raise UserError(f"{where}: tools: {name!r} is not offered by the world; it offers {', '.join(offered)}")
-    item = {key: value for key, value in data.items() if key not in ("messages", "tools", "task_id")}
-    return Task(
-        task_id=str(data.get("task_id", f"row-{number}")),
-        messages=tuple(Message(role=m.role, content=m.content) for m in row.messages),
-        tools=names,
-        item=item,
-    )
+    try:
+        tools = offered_tools(task, offered)
+    except UserError as e:
+        raise UserError(f"{where}: tools: {e}") from None
+    if unknown := [name for name, tool in tools.items() if not tool.parameters]:
+        raise UserError(
+            f"{where}: tools: the tool {unknown[0]!r} is remote and takes its schema from the rows; expected its "
+            "definition here"
+        )
+    return task
 
 
 def tasks_of_step(tasks: Sequence[Task], *, seed: int, step: int, num_tasks: int) -> list[Task]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from trainer.canary import Canary
 from trainer.collect import Collector, to_samples, watch_for_no_ops
 from trainer.config import RunConfig
+from trainer.curriculum import Curriculum
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
 from trainer.progress import Progress
-from trainer.rollout import RolloutWorker
 from trainer.runs import RunFolder
 from trainer.summary import Stopwatch, prefixed, summarise
-from trainer.tasks import tasks_of_step, train_requests
+from trainer.tasks import train_requests
 
 if TYPE_CHECKING:
     from trainer.setup import StartEngine
@@ -37,7 +37,9 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
     from trainer.export import export_adapter
     from trainer.publish import Publisher
     from trainer.report import write_report
-    from trainer.setup import canary_ids, load_policy, open_engine
+    from trainer.scratch import Scratch
+    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, release_left_open
+    from trainer.transcripts import write_token_figures, write_transcripts
 
     accelerator = Accelerator(log_with=list(config.trackers), project_dir=str(config.output_dir))
     if accelerator.is_main_process:
@@ -49,28 +51,29 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
 
     with contextlib.ExitStack() as stack:
         first_step = run.resume_step
-        log_path = run.path / ("run.log" if run.is_main else f"run.rank{accelerator.process_index}.log")
-        progress = stack.enter_context(Progress(log_path, num_steps, first_step=first_step, show=run.is_main))
+        progress = stack.enter_context(Progress(run.log_path, num_steps, first_step=first_step, show=run.is_main))
         loop = stack.enter_context(asyncio.Runner())
+        stack.callback(lambda: loop.run(job.aclose()))
+        loop.run(release_left_open(job, run, progress))
         policy = load_policy(job, run, accelerator, progress)
         progress.phase("starting the engine")
+        scratch = stack.enter_context(Scratch())
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=first_step))
         stack.callback(engine.shutdown)
+        scratch.note_children()
         canary = Canary(canary_ids(job), tolerance=config.engine.canary_mean_tolerance)
-        publisher = stack.enter_context(Publisher(policy, engine, canary))
-        worker = RolloutWorker(world=job.world, grader=job.grader, chat=job.chat, engine=engine, config=config.rollout)
+        publisher = Publisher(policy, engine, canary, scratch.path)
+        worker = make_worker(job, engine, run)
         progress.phase("publishing")
         loop.run(publisher.note_base())
         loop.run(publisher.publish())
         collector = Collector(run, worker, accelerator, progress, loop)
+        curriculum = Curriculum(config, job.train_tasks, run, job.preflight)
 
         evaluate_if_due(job, run, collector, progress, step=first_step)
         for step in range(first_step + 1, num_steps + 1):
             clock = Stopwatch()
-            tasks = tasks_of_step(
-                job.train_tasks, seed=config.seed, step=step - 1, num_tasks=config.rollout.tasks_per_step
-            )
-            requests = train_requests(config, tasks, run_id=run.run_id, step=step)
+            requests = train_requests(config, curriculum.choose(step), run_id=run.run_id, step=step)
             progress.phase("rollouts", total=len(requests))
             rollouts = collector.collect("rollouts", step, requests, temperature=config.rollout.temperature)
             clock.lap("rollouts")
@@ -90,6 +93,8 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
             canary_metrics = loop.run(publisher.publish())
             clock.lap("publish")
 
+            if run.is_main:
+                write_token_figures(run.path, step, samples, policy.last_logprobs)
             checkpoint = None
             if run.is_main and (step % config.checkpoint.every_steps == 0 or step == num_steps):
                 checkpoint = write_checkpoint(run, policy, step=step)
@@ -99,11 +104,9 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
                 **group_metrics,
                 **prefixed("loss", loss_metrics),
                 **canary_metrics,
-                **clock.metrics(
-                    num_sampled_tokens=sum(r.episode.num_tokens for r in rollouts),
-                    # Rows without an advantage cost the trainer nothing.
-                    num_trained_tokens=sum(len(s.token_ids) for s in samples if s.advantage),
-                ),
+                **job.metrics(),
+                **curriculum.learn(step, rollouts),
+                **clock.metrics(rollouts, samples),
             }
             run.log({"step": step, **metrics})
             if checkpoint is not None:
@@ -115,6 +118,7 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
         progress.phase("exporting")
         if run.is_main:
             export_adapter(job, run, policy)
+            write_transcripts(run.path, lambda token_id: job.chat.decode([token_id]))
             write_report(run.path)
             run.note(finished_steps=num_steps)
     accelerator.end_training()

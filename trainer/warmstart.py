@@ -6,16 +6,18 @@ For models that write no valid tool call by themselves, so that no reward would 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from envs.base import ExpertTurn, World
 from envs.errors import UserError
-from envs.tools import call_tool
+from envs.tools import Tool, call_tool, offered_tools
 from envs.types import Message, Task, ToolCall
 from trainer.chat import Chat
 from trainer.config import RunConfig
@@ -27,42 +29,85 @@ IGNORED = -100
 """The label of a token outside the loss, by the convention of transformers."""
 
 
-async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World, chat: Chat) -> Ledger:
-    """Play the scripted turns in a real environment; the expert's own tokens are the trainable ones."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A conversation to imitate: every assistant message of it is the expert's."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Definitions (Chat Completions JSON) of the tools that the expert was offered."""
+
+
+async def play_expert(task: Task, turns: Sequence[ExpertTurn], *, world: World) -> Demonstration:
+    """Play the scripted turns in a real environment. Without turns there is only the prompt, and none is opened."""
     env = world.make_env()
+    if not turns:
+        return Demonstration(messages=task.messages, tools=_schemas(offered_tools(task, env.tools)))
     await env.open(task, f"expert-{task.task_id}")
     try:
-        tools = {name: env.tools[name] for name in (env.tools if task.tools is None else task.tools)}
-        schemas = [t.schema() for t in tools.values()]
-        messages = list(task.messages)
-        ledger, num_calls = Ledger(), 0
-        ledger.append_context(chat.open(messages, schemas))
+        tools = offered_tools(task, env.tools)
+        messages, num_calls = list(task.messages), 0
         for turn in turns:
             if isinstance(turn, str):
-                message = Message(role="assistant", content=turn)
-            else:
-                calls = tuple(
-                    ToolCall(call_id=f"call{num_calls + i:05d}", name=name, arguments=json.dumps(dict(arguments)))
-                    for i, (name, arguments) in enumerate(turn)
-                )
-                message = Message(role="assistant", tool_calls=calls)
-                num_calls += len(calls)
-            token_ids = chat.encode_assistant(messages, message, schemas)
-            ledger.append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
-            answers = []
-            for call in message.tool_calls:
+                messages.append(Message(role="assistant", content=turn))
+                continue
+            calls = tuple(
+                ToolCall(call_id=f"call{num_calls + i:05d}", name=name, arguments=json.dumps(dict(arguments)))
+                for i, (name, arguments) in enumerate(turn)
+            )
+            messages.append(Message(role="assistant", tool_calls=calls))
+            num_calls += len(calls)
+            for call in calls:
                 result = await call_tool(tools, call, timeout_s=60)
-                answers.append(Message(role="tool", content=result.output, call_id=result.call_id, name=result.name))
-            if message.tool_calls:
-                ledger.append_context(chat.extend(messages, message, answers, schemas, token_ids).token_ids)
-            messages += [message, *answers]
-        return ledger
+                messages.append(Message(role="tool", content=result.output, call_id=result.call_id, name=result.name))
+        return Demonstration(messages=tuple(messages), tools=_schemas(tools))
     finally:
         await env.close(None)
 
 
-def expert_ledgers(config: RunConfig, tasks: Sequence[Task], *, world: World, chat: Chat) -> list[Ledger]:
-    """The demonstrations of the whole warm start, in training order. Raises `UserError` when there are none."""
+def _schemas(tools: Mapping[str, Tool]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(t.schema() for t in tools.values())
+
+
+def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
+    """The conversation as a training row; the expert's own tokens are the trainable ones.
+
+    Raises `UserError` where the template rewrites earlier turns, so that no single row holds them all.
+    """
+    messages, tools = demonstration.messages, demonstration.tools
+    own = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    ledger = Ledger()
+    ledger.append_context(chat.open(messages[: own[0]] if own else messages, tools))
+    for i, following in itertools.pairwise([*own, len(messages)]):
+        token_ids = chat.encode_assistant(messages[:i], messages[i], tools)
+        ledger.append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
+        answers = messages[i + 1 : following]
+        if not answers:
+            continue
+        continuation = chat.extend(messages[:i], messages[i], answers, tools, token_ids)
+        if continuation.forked:
+            raise UserError("warmstart: the chat template rewrites the earlier turns of a demonstration")
+        ledger.append_context(continuation.token_ids)
+    return ledger
+
+
+async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World, chat: Chat) -> Ledger:
+    """The training row of the scripted turns, played in a real environment."""
+    return demonstration_ledger(await play_expert(task, turns, world=world), chat=chat)
+
+
+def expert_ledgers(
+    config: RunConfig,
+    tasks: Sequence[Task],
+    *,
+    world: World,
+    chat: Chat,
+    demonstrations: Sequence[Demonstration] = (),
+) -> list[Ledger]:
+    """The rows of the whole warm start, in training order: of `demonstrations`, or of the world's expert.
+
+    Raises `UserError` when there are too few that fit into an episode.
+    """
     assert config.warmstart is not None
     needed = config.warmstart.num_steps * config.warmstart.episodes_per_step
 
@@ -70,17 +115,22 @@ def expert_ledgers(config: RunConfig, tasks: Sequence[Task], *, world: World, ch
         ledgers: list[Ledger] = []
         rng = random.Random(derive_seed(config.seed, "warmstart"))
         for attempt in range(4 * needed):
-            task = rng.choice(tasks)
-            turns = world.expert_episode(task, derive_seed(config.seed, "expert", attempt))
-            if turns:
+            if demonstrations:
+                ledger = demonstration_ledger(rng.choice(demonstrations), chat=chat)
+            else:
+                task = rng.choice(tasks)
+                turns = world.expert_episode(task, derive_seed(config.seed, "expert", attempt))
+                if not turns:
+                    continue
                 ledger = await expert_ledger(task, turns, world=world, chat=chat)
-                if len(ledger) <= config.rollout.max_episode_tokens:
-                    ledgers.append(ledger)
+            if len(ledger) <= config.rollout.max_episode_tokens:
+                ledgers.append(ledger)
             if len(ledgers) == needed:
                 return ledgers
         raise UserError(
             f"warmstart: only {len(ledgers)} of {needed} expert episodes fit into rollout.max_episode_tokens = "
-            f"{config.rollout.max_episode_tokens}, or the world has none; raise the limit or leave the section out"
+            f"{config.rollout.max_episode_tokens}, or the world has none; raise the limit, name a file of "
+            "demonstrations (warmstart.data), or leave the section out"
         )
 
     return asyncio.run(play())

@@ -1,0 +1,232 @@
+"""What the run that a config describes will need: memory by formula, time and cost from measured speeds.
+
+Legend of the formulas: P weights, L layers, H hidden size, I size of the MLP, Q and K widths of all query and all key
+heads, A query heads, r rank, b bytes of a base weight, T padded tokens of a microbatch (`optim.max_microbatch_tokens`).
+
+Covered: dense decoders of the Llama, Qwen and Mistral kind, one copy of the base for each process, SDPA attention. The
+activations' formula counts what autograd keeps for each token; adding up the saved tensors of small Llama and Qwen2
+models (transformers 5.17, on a CPU) gave the same bytes. Peak memory on a GPU was not measured. *Not covered:* mixtures
+of experts; the CUDA context (0.5 to 1 GiB a process), fragmentation and vLLM's own workspace; rollouts getting shorter
+or longer during training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.preflight_figures import Figures
+
+GIB = 2**30
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_HEAD_BYTES = 3 * 64 * 2**20
+"""Logits of one chunk, their exponentials and copies; see `trainer.head.CHUNK_BYTES`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The numbers of `config.json` that memory depends on."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of a layer's linear modules, under the names that Llama and Qwen give them."""
+        h, i, q, k = self.hidden, self.intermediate, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (h, q), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (q, h),
+            "gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h),
+        }  # fmt: skip
+
+    @property
+    def num_weights(self) -> int:
+        """Without biases, which are few."""
+        layer = sum(a * b for a, b in self.linears.values()) + 2 * self.hidden
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.num_layers * layer + embeddings + self.hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRow:
+    """One thing that lies in memory."""
+
+    where: str
+    """trainer or engine."""
+    name: str
+    num_bytes: float
+    formula: str
+
+
+def read_shape(model_path: Path) -> ModelShape | None:
+    """Of the model's config.json; None for a model that the formulas do not cover."""
+    raw: dict[str, Any] = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    raw = raw.get("text_config", raw)
+    if any("expert" in key and value for key, value in raw.items()):
+        return None
+    try:
+        heads = int(raw["num_attention_heads"])
+        return ModelShape(
+            num_layers=int(raw["num_hidden_layers"]),
+            hidden=int(raw["hidden_size"]),
+            intermediate=int(raw["intermediate_size"]),
+            num_heads=heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
+            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+            vocabulary=int(raw["vocab_size"]),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError):
+        return None
+
+
+def stored_weights(model_path: Path) -> int | None:
+    """How many weights the model's safetensors files hold; None where there are none. Reads their headers only."""
+    total = 0
+    for path in model_path.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(math.prod(t["shape"]) for name, t in header.items() if name != "__metadata__")
+    return total or None
+
+
+def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
+    """r · (inputs + outputs) of each adapted module; modules that `ModelShape.linears` does not know count 0."""
+    wanted = config.model.lora.target_modules
+    adapted = [size for name, size in shape.linears.items() if isinstance(wanted, str) or name in wanted]
+    return shape.num_layers * config.model.lora.r * sum(a + b for a, b in adapted)
+
+
+def activation_bytes(config: RunConfig, shape: ModelShape) -> float:
+    """What the backward pass of one microbatch needs of the forward pass, and the gradients in flight."""
+    b, r, tokens = _DTYPE_BYTES[config.model.dtype], config.model.lora.r, config.optim.max_microbatch_tokens
+    q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    layer = (
+        2 * (4 + b) * shape.hidden  # both norms: the float32 copy, and the output
+        + 2 * b * (q + k)  # queries, keys, values and attention's output
+        + 4 * b * shape.intermediate  # gate, its activation, up, their product
+        + 4 * shape.num_heads + 8 + 7 * b * r
+    )  # fmt: skip
+    kept = b * shape.hidden if config.model.gradient_checkpointing else layer
+    head = (4 + 2 * b) * shape.hidden
+    return tokens * (shape.num_layers * kept + 2 * layer + head) + _HEAD_BYTES
+
+
+def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool) -> list[MemoryRow]:
+    """By process: what the trainer holds, and what its engine holds."""
+    b = _DTYPE_BYTES[config.model.dtype]
+    lora = num_lora_weights(config, shape)
+    checkpointed = config.model.gradient_checkpointing
+    kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 4bI + 4A + 8 + 7br"
+    kv_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * b
+    together = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    longest = config.rollout.max_episode_tokens
+    rows = [
+        ("trainer", "base weights", num_weights * b, "P·b"),
+        ("trainer", "adapter and its optimizer", 24 * lora,
+         "24 bytes · r·Σ(inputs + outputs): weight 4, gradient 4, Adam 8, flattened gradients 8"),
+        ("trainer", "activations of a microbatch", activation_bytes(config, shape),
+         f"T · (L·[{kept}] + two whole layers + head), and {_HEAD_BYTES // 2**20} MiB of logits"),
+        ("engine", "base weights", num_weights * b, "P·b"),
+        ("engine", "adapter", lora * b, "b·r·Σ(inputs + outputs)"),
+    ]  # fmt: skip
+    if on_cpu:
+        rows.append(("engine", "KV cache", config.engine.kv_cache_gib * GIB, "engine.kv_cache_gib"))
+        rows.append(("engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"))
+    else:
+        formula = f"2·L·K·b = {kv_token:,} bytes a token · {together} sequences · {longest:,} tokens, at most"
+        rows.append(("engine", "KV cache", kv_token * together * longest, formula))
+    return [MemoryRow(where=w, name=n, num_bytes=float(size), formula=f) for w, n, size, f in rows]
+
+
+def memory_bytes(rows: Sequence[MemoryRow], where: str | None = None) -> float:
+    return math.fsum(row.num_bytes for row in rows if where in (None, row.where))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What the preflight has measured on this machine."""
+
+    sampled_tokens_per_s: float
+    """Generated tokens of all rollouts together."""
+    num_rollouts: int
+    """Rolled out at once; fewer than a step's leave the engine with room."""
+    trained_tokens_per_s: float | None
+    """Of rows, by a whole update (all its epochs) of one microbatch; None where it was not measured."""
+    publish_s: float
+    start_s: float
+    """Loading, warm start and the engine's start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeEstimate:
+    """Seconds of the whole run. Linear in the number of GPUs, which the parts that are not split do not profit of."""
+
+    start_s: float
+    rollouts_s: float
+    training_s: float | None
+    """None: not estimated."""
+    publish_s: float
+    evaluation_s: float
+    gpus: int
+    notes: Sequence[str]
+
+    @property
+    def total_s(self) -> float:
+        return self.start_s + self.rollouts_s + (self.training_s or 0.0) + self.publish_s + self.evaluation_s
+
+    def cost(self, gpu_hour_price: float) -> float:
+        return self.total_s / 3600 * self.gpus * gpu_hour_price
+
+
+def time_estimate(config: RunConfig, figures: Figures, speeds: Speeds, *, gpus: int) -> TimeEstimate:
+    """The configured run, should its rollouts stay as long as the preflight's.
+
+    rollouts     steps · rollouts a step · tokens a rollout / (sampled tokens/s · GPUs)
+    training     steps · rollouts a step · share of varied tasks · row tokens a rollout / (trained tokens/s · GPUs)
+    publishing   steps · seconds of one publish
+    evaluation   evaluations · tasks · samples · tokens a rollout / (sampled tokens/s · GPUs)
+    """
+    steps, num_graded = config.optim.num_steps, len(figures.tokens)
+    tokens, row_tokens = sum(figures.tokens) / num_graded, sum(figures.episode_tokens) / num_graded
+    per_step = config.rollout.tasks_per_step * config.rollout.group_size
+    every = config.eval.every_steps
+    evaluations = len({0, steps, *(range(every, steps + 1, every) if every else ())})
+    per_evaluation = config.eval.num_tasks * config.eval.samples_per_task
+    sampled_per_s = max(speeds.sampled_tokens_per_s, 1e-9) * gpus
+    training_s = None
+    if speeds.trained_tokens_per_s is not None:
+        trained = steps * per_step * figures.varied_share * row_tokens
+        training_s = trained / (speeds.trained_tokens_per_s * gpus)
+    notes = ["rollouts are taken to stay as long as now; where training shortens them, the run is faster"]
+    if speeds.num_rollouts < per_step:
+        notes.append(
+            f"measured with {speeds.num_rollouts} rollouts at once, a step has {per_step}: "
+            "a fuller engine samples faster, so rollouts may take less"
+        )
+    if training_s is None:
+        notes.append("training was not measured and is not in the total")
+    if gpus > 1:
+        notes.append(f"measured on one process; rollouts and training are taken to split evenly over {gpus}")
+    return TimeEstimate(
+        start_s=speeds.start_s,
+        rollouts_s=steps * per_step * tokens / sampled_per_s,
+        training_s=training_s,
+        publish_s=steps * speeds.publish_s,
+        evaluation_s=evaluations * per_evaluation * tokens / sampled_per_s,
+        gpus=gpus,
+        notes=notes,
+    )

@@ -1,0 +1,80 @@
+"""One-file HTML pages: no network, no server, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from envs.types import Message
+from trainer.rollout import Rollout
+
+_MAX_TEXT_CHARS = 4000
+"""A longer message is cut on the page; the whole stands in the JSONL file."""
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render `template`, which lies beside this file, and put the page in place at once."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        # Everything a model, a tool or a config wrote is untrusted text.
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    partial = path.with_suffix(".html.partial")
+    # Lone surrogates, which a model's text may hold, have no UTF-8.
+    partial.write_text(templates.get_template(template).render(**values), encoding="utf-8", errors="replace")
+    partial.replace(path)
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """One rollout as a page shows it."""
+
+    heading: str
+    facts: str
+    explanation: str
+    messages: Sequence[dict[str, Any]]
+    """Those after the prompt."""
+
+
+def shown(heading: str, rollout: Rollout) -> Shown:
+    """Of a graded rollout."""
+    assert rollout.grade is not None
+    episode = rollout.episode
+    parts = "  ".join(f"{name} {value:+.3f}" for name, value in rollout.grade.parts.items())
+    facts = [
+        f"reward {rollout.grade.reward:.3f}",
+        f"{episode.num_tool_calls} calls",
+        f"{episode.num_tokens:,} tokens",
+        str(episode.stop_reason),
+        parts,
+    ]
+    return Shown(
+        heading=heading,
+        facts=" · ".join(filter(None, facts)),
+        explanation=cut(rollout.grade.explanation),
+        messages=[message(m) for m in episode.messages[len(rollout.task.messages) :]],
+    )
+
+
+def message(m: Message) -> dict[str, Any]:
+    """What the page's macro `transcript` reads."""
+    return {
+        "role": m.role,
+        "name": m.name,
+        "reasoning": cut(m.reasoning),
+        "content": cut(m.content),
+        "calls": [cut(f"{c.name}({c.arguments})") for c in m.tool_calls],
+    }
+
+
+def cut(text: str, limit: int = _MAX_TEXT_CHARS) -> str:
+    whole = text.strip()
+    return whole if len(whole) <= limit else f"{whole[:limit]} … [{len(whole) - limit:,} more characters]"

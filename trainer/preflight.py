@@ -1,0 +1,326 @@
+"""Is this run worth its time? Some rollouts of the policy that training would start from, and what they say.
+
+They go through the very parts of the trainer: the job, the policy with its warm start, the engine, the published and
+proven adapter, the rollout worker. What is measured is what the first step would see.
+
+Writes into the folder `out`: preflight.html, preflight.json (`tasks` holds what the curriculum reads), rollouts.jsonl,
+preflight.log. *Not covered:* more than one process; the estimate takes a number of GPUs instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from envs.errors import UserError, WorldError
+from envs.types import Task
+from trainer.advice import Advice, advise, advise_memory, verdict
+from trainer.canary import Canary
+from trainer.config import RunConfig
+from trainer.estimate import (
+    GIB,
+    MemoryRow,
+    Speeds,
+    TimeEstimate,
+    memory_rows,
+    read_shape,
+    stored_weights,
+    time_estimate,
+)
+from trainer.job import Job, prepare
+from trainer.preflight_figures import Figures, figures_of
+from trainer.progress import Progress
+from trainer.rollout import Rollout, RolloutRequest, derive_seed
+from trainer.runs import RunFolder, append_line, rollout_to_json, write_atomically
+from trainer.samples import rollout_samples
+
+if TYPE_CHECKING:
+    from trainer.policy import Policy
+    from trainer.setup import StartEngine
+
+_LONG_UPDATE_S = 60.0
+"""An update that takes longer is not repeated without its warm-up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What `scripts/preflight.py` is given beside the config."""
+
+    out: Path
+    num_tasks: int = 32
+    samples: int | None = None
+    """Rollouts of each task; None: the config's group size, so that shares of varied tasks are those of a step."""
+    adapter: Path | None = None
+    """A trained adapter to measure instead of the policy that training would start from."""
+    gpu_hour_price: float | None = None
+    gpus: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """Everything found."""
+
+    policy: str
+    """In words: which policy was measured."""
+    config: RunConfig
+    figures: Figures
+    speeds: Speeds
+    time: TimeEstimate
+    gpu_hour_price: float | None
+    memory: Sequence[MemoryRow]
+    """Empty for a model that the formulas do not cover."""
+    advice: Sequence[Advice]
+
+    @property
+    def verdict(self) -> str:
+        return verdict(list(self.advice))
+
+    def to_json(self) -> dict[str, Any]:
+        figures = asdict(self.figures)
+        tasks = figures.pop("tasks")
+        cost = None if self.gpu_hour_price is None else self.time.cost(self.gpu_hour_price)
+        return {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "policy": self.policy,
+            "verdict": self.verdict,
+            "advice": [asdict(a) for a in self.advice],
+            "figures": figures,
+            "speeds": asdict(self.speeds),
+            "time": asdict(self.time) | {"total_s": self.time.total_s, "cost": cost},
+            "memory": [asdict(row) for row in self.memory],
+            "config": self.config.model_dump(mode="json"),
+            "tasks": tasks,
+        }
+
+
+def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine | None = None) -> Preflight:
+    """Roll out, measure, advise; write the files. Raises `UserError` before anything is loaded.
+
+    `WorldError` when every rollout was lost. `start_engine` as in `train`.
+    """
+    options = _checked(options)
+    measured = config.model_copy(update={"trackers": []} | ({"warmstart": None} if options.adapter else {}))
+    with tempfile.TemporaryDirectory(prefix="agent-rft-preflight-") as folder:
+        # The run's own folder stays untouched: training must find it empty.
+        job = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}))
+        options.out.mkdir(parents=True, exist_ok=True)
+        rollouts, speeds, machine = _measure(job, options, start_engine)
+    figures = figures_of(rollouts, samples_per_task=_samples(config, options))
+    memory = memory_of(config, job.model_path, on_cpu=machine.on_cpu)
+    advice = advise(figures, config, offers_tools=bool(job.world.make_env().tools))
+    if memory:
+        advice += advise_memory(memory, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu)
+    found = Preflight(
+        policy=_policy_in_words(measured, options),
+        config=config,
+        figures=figures,
+        speeds=speeds,
+        time=time_estimate(config, figures, speeds, gpus=options.gpus),
+        gpu_hour_price=options.gpu_hour_price,
+        memory=memory,
+        advice=advice,
+    )
+    write_atomically(options.out / "preflight.json", json.dumps(found.to_json(), indent=1))
+    return found
+
+
+def preflight_requests(config: RunConfig, tasks: Sequence[Task], options: Options) -> list[RolloutRequest]:
+    """A seeded draw of the training tasks, each with its samples. Other seeds than training's."""
+    drawn = random.Random(f"{config.seed}/preflight").sample(list(tasks), min(options.num_tasks, len(tasks)))
+    return [
+        RolloutRequest(
+            task=task,
+            rollout_id=f"preflight-{task.task_id}-{k}",
+            seed=derive_seed(config.seed, "preflight", task.task_id, k),
+        )
+        for task in drawn
+        for k in range(_samples(config, options))
+    ]
+
+
+def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[MemoryRow]:
+    """The memory estimate of the configured model; empty where the formulas do not cover it."""
+    shape = read_shape(model_path)
+    if shape is None:
+        return []
+    return memory_rows(config, shape, stored_weights(model_path) or shape.num_weights, on_cpu=on_cpu)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where it was measured."""
+
+    on_cpu: bool
+    memory_bytes: float
+    """Of one GPU, or of the machine."""
+
+
+def this_machine() -> Machine:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return Machine(on_cpu=False, memory_bytes=float(torch.cuda.get_device_properties(0).total_memory))
+    return Machine(on_cpu=True, memory_bytes=float(psutil.virtual_memory().total))
+
+
+def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
+    from accelerate import Accelerator
+
+    from trainer.publish import Publisher
+    from trainer.scratch import Scratch
+    from trainer.setup import canary_ids, load_policy, make_worker, open_engine
+
+    config = job.config
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("preflight runs on one process: start it with python, and give the run's GPUs as --gpus")
+    RunFolder.create(config)
+    run = RunFolder.open(config, rank=0)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(options.out / "preflight.log", 0))
+        loop = stack.enter_context(asyncio.Runner())
+        stack.callback(lambda: loop.run(job.aclose()))
+        start = time.perf_counter()
+        policy = load_policy(job, run, accelerator, progress)
+        if options.adapter is not None:
+            _load_adapter(policy, options.adapter)
+        progress.phase("starting the engine")
+        scratch = stack.enter_context(Scratch())
+        engine = loop.run(open_engine(job, accelerator, start_engine, first_step=0))
+        stack.callback(engine.shutdown)
+        scratch.note_children()
+        publisher = Publisher(
+            policy, engine, Canary(canary_ids(job), tolerance=config.engine.canary_mean_tolerance), scratch.path
+        )
+        worker = make_worker(job, engine, run)
+        progress.phase("publishing")
+        loop.run(publisher.note_base())
+        publish_start = time.perf_counter()
+        loop.run(publisher.publish())
+        publish_s = time.perf_counter() - publish_start
+        start_s = time.perf_counter() - start
+
+        requests = preflight_requests(config, job.train_tasks, options)
+        progress.phase("preflight's rollouts", total=len(requests))
+        path = options.out / "rollouts.jsonl"
+        path.write_text("")
+
+        def keep(rollout: Rollout) -> None:
+            append_line(path, rollout_to_json(rollout))
+            progress.advance(1, tokens=rollout.episode.num_tokens)
+
+        rollouts_start = time.perf_counter()
+        rollouts = loop.run(worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
+        rollouts_s = time.perf_counter() - rollouts_start
+        if all(r.grade is None for r in rollouts):
+            raise WorldError(f"every rollout was lost; the last: {rollouts[-1].episode.error or 'no grade'}")
+
+        progress.phase("one microbatch's update")
+        trained_tokens_per_s = _training_speed(policy, rollouts, config, progress)
+    speeds = Speeds(
+        sampled_tokens_per_s=sum(r.episode.num_tokens for r in rollouts) / rollouts_s,
+        num_rollouts=len(rollouts),
+        trained_tokens_per_s=trained_tokens_per_s,
+        publish_s=publish_s,
+        start_s=start_s,
+    )
+    return rollouts, speeds, this_machine()
+
+
+def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConfig, progress: Progress) -> float | None:
+    """Row tokens a second of an update of one microbatch of middling length; None where memory does not suffice.
+
+    It changes the policy, which nothing uses afterwards.
+    """
+    import torch
+
+    from trainer.packing import plan, used_length
+
+    rows = [
+        sample
+        for i, r in enumerate(rollouts)
+        if r.grade is not None
+        for sample in rollout_samples(
+            r.ledgers, advantage=(-1.0) ** i, rollout_id=r.episode.rollout_id, task_id=r.task.task_id
+        )
+    ]
+    if not rows:
+        return None
+    batches = plan([used_length(row) for row in rows], config.optim.max_microbatch_tokens)
+    batch = [rows[i] for i in batches[len(batches) // 2]]
+    tokens = sum(len(row.token_ids) for row in batch)
+    seconds = 0.0
+    try:
+        # The first update also allocates and compiles.
+        for _ in range(2):
+            start = time.perf_counter()
+            policy.update(
+                batch,
+                config.loss,
+                temperature=config.rollout.temperature,
+                constant_tokens=config.rollout.max_episode_tokens,
+            )
+            seconds = time.perf_counter() - start
+            if seconds > _LONG_UPDATE_S:
+                break
+    except torch.OutOfMemoryError as e:
+        progress.warn(f"an update of one microbatch runs out of memory: {e}")
+        return None
+    progress.advance(1, tokens=tokens)
+    return tokens / seconds
+
+
+def adapter_of(run: Path) -> Path:
+    """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`."""
+    for folder in (run / "adapter", *sorted(run.glob("checkpoints/step-*/adapter"), reverse=True)):
+        if (folder / "adapter_model.safetensors").is_file():
+            return folder
+    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
+
+
+def _load_adapter(policy: Policy, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    from trainer.adapter import load_adapter_state
+
+    load_adapter_state(policy.model, load_file(folder / "adapter_model.safetensors"))
+
+
+def _checked(options: Options) -> Options:
+    if options.num_tasks < 1:
+        raise UserError(f"--tasks {options.num_tasks}: expected at least 1")
+    if options.samples is not None and options.samples < 2:
+        raise UserError(f"--samples {options.samples}: expected at least 2, or no task's rewards could vary")
+    if options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus}: expected at least 1")
+    if options.adapter is not None and not (options.adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"--adapter {options.adapter}: holds no adapter_model.safetensors")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a file; expected a folder")
+    return options
+
+
+def _samples(config: RunConfig, options: Options) -> int:
+    return options.samples or config.rollout.group_size
+
+
+def _policy_in_words(config: RunConfig, options: Options) -> str:
+    if options.adapter is not None:
+        return f"{config.model.name} under the adapter {options.adapter}"
+    if config.warmstart is not None:
+        return f"{config.model.name} after the warm start of {config.warmstart.num_steps} steps"
+    return f"{config.model.name}, untrained"
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

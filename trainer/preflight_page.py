@@ -1,0 +1,195 @@
+"""The preflight as people read it: on the terminal, and as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from trainer.advice import Advice, Level
+from trainer.estimate import MemoryRow, memory_bytes
+from trainer.page import write_page
+from trainer.pictures import bars, curves, histogram, number
+from trainer.preflight import Preflight, gib
+
+_COLOURS = {Level.STOP: "red", Level.WARN: "yellow", Level.GOOD: "green"}
+
+
+def write_preflight_page(found: Preflight, path: Path) -> Path:
+    """Write the page to `path` and return it."""
+    return write_page(
+        path,
+        "preflight_template.html",
+        title="Preflight",
+        policy=found.policy,
+        verdict=found.verdict,
+        advice=found.advice,
+        facts=figure_rows(found),
+        sections=_sections(found),
+        time_rows=time_rows(found),
+        time_notes=found.time.notes,
+        memory_rows=[(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in found.memory],
+        memory_total=_memory_total(found.memory),
+        config=found.config.model_dump_json(indent=1),
+    )
+
+
+def render_preflight(found: Preflight) -> RenderableType:
+    """For the terminal."""
+    parts: list[RenderableType] = [Text(f"Preflight of {found.policy}", style="bold")]
+    parts += [_table(figure_rows(found)), Text("\nTime of the configured run", style="bold"), _table(time_rows(found))]
+    parts += [Text(f"  {note}", style="dim") for note in found.time.notes]
+    if found.memory:
+        parts += [Text(f"\nMemory: {_memory_total(found.memory)}", style="bold"), render_memory(found.memory)]
+    parts += [Text(""), *map(_panel, found.advice), Text(found.verdict, style="bold")]
+    return Group(*parts)
+
+
+def render_memory(rows: Sequence[MemoryRow]) -> Table:
+    table = _table([(f"{r.where}: {r.name}", gib(r.num_bytes)) for r in rows])
+    table.add_row("in all", gib(memory_bytes(rows)))
+    return table
+
+
+def render_advice(advice: Sequence[Advice]) -> Group:
+    return Group(*map(_panel, advice))
+
+
+def figure_rows(found: Preflight) -> list[tuple[str, str]]:
+    """(what, value), the most telling first."""
+    f = found.figures
+    k = f.samples_per_task
+    rows = [
+        ("tasks × rollouts", f"{len(f.tasks)} × {k}"),
+        ("mean reward", number(f.mean)),
+        (f"best of {k}", number(f.best)),
+        (f"worst of {k}", number(f.worst)),
+        ("tasks whose rewards vary", number(f.varied_share, percent=True)),
+    ]
+    if f.correct is not None and f.never_passed is not None and f.always_passed is not None:
+        rows += [
+            ("passed", number(f.correct, percent=True)),
+            ("tasks never passed", number(f.never_passed, percent=True)),
+            ("tasks always passed", number(f.always_passed, percent=True)),
+        ]
+    num_graded = len(f.tokens)
+    rows += [
+        ("tool calls per rollout", number(sum(f.tool_calls) / num_graded)),
+        ("generated tokens per rollout", number(sum(f.tokens) / num_graded)),
+        ("tool errors per call", number(f.tool_error_share, percent=True)),
+        ("rollouts with a malformed call", number(f.malformed_share, percent=True)),
+        ("grader errors per rollout", number(sum(f.grader_errors.values()))),
+        ("rollouts lost to the world", f"{f.num_masked} of {f.num_rollouts}"),
+    ]
+    return rows
+
+
+def time_rows(found: Preflight) -> list[tuple[str, str]]:
+    """(part, duration), the whole and its price last."""
+    t, s = found.time, found.speeds
+    measured = "not estimated" if s.trained_tokens_per_s is None else f"{s.trained_tokens_per_s:,.0f} tokens/s"
+    rows = [
+        ("start, with the warm start", _duration(t.start_s)),
+        (f"rollouts, at {s.sampled_tokens_per_s:,.0f} tokens/s measured", _duration(t.rollouts_s)),
+        (f"training, at {measured}", "–" if t.training_s is None else _duration(t.training_s)),
+        ("publishing", _duration(t.publish_s)),
+        ("evaluations", _duration(t.evaluation_s)),
+        ("in all", _duration(t.total_s)),
+    ]
+    if found.gpu_hour_price is not None:
+        price = f"{t.gpus} GPU{'s' * (t.gpus > 1)} at {found.gpu_hour_price:g} an hour"
+        rows.append((f"cost, {price}", f"{t.cost(found.gpu_hour_price):,.2f}"))
+    return rows
+
+
+def _sections(found: Preflight) -> list[tuple[str, list[Markup]]]:
+    f = found.figures
+    means = [stats.mean for stats in f.tasks.values()]
+    stops = list(f.stop_shares.items())
+    lost = [("lost to the world", f.num_masked / f.num_rollouts)] if f.num_masked else []
+    failures = [*((f"tool: {kind}", x) for kind, x in f.tool_errors.items()),
+                *((f"grader: {kind}", x) for kind, x in f.grader_errors.items()), *lost]  # fmt: skip
+    passes = {name: points for name, points in f.curves.items() if name == "pass@k"}
+    rewards = {name: points for name, points in f.curves.items() if name != "pass@k"}
+    taken = [(name, abs(value)) for name, value in f.parts.items()]
+    sections = [
+        (
+            "What the policy can do",
+            [
+                curves("pass@k: chance that one of k passes", passes, x_unit="k", unit="share of tasks", percent=True),
+                curves("Best, mean and worst reward of k", rewards, x_unit="k", unit="reward"),
+                histogram("Mean reward by task", {"tasks": means}, unit="mean reward", whole=False, of="tasks"),
+                bars("Tasks by what they teach", _kinds_of_tasks(found), show=lambda x: number(x, percent=True)),
+            ],
+        ),
+        (
+            "What a rollout costs",
+            [
+                histogram("Tool calls", {"rollouts": f.tool_calls}, unit="calls in a rollout"),
+                histogram("Generated tokens", {"rollouts": f.tokens}, unit="tokens of a rollout"),
+                histogram("Tokens that training reads", {"rollouts": f.episode_tokens}, unit="tokens, prompt included"),
+                bars("Parts of the reward, mean size", taken, show=number),
+            ],
+        ),
+        (
+            "How rollouts end, and what fails",
+            [
+                bars("Why rollouts end", stops, show=lambda x: number(x, percent=True)),
+                bars("Failures per rollout", failures, show=number),
+            ],
+        ),
+        ("The run", [bars("Where the time goes", _time_bars(found), show=_duration),
+                     bars("Memory", [(f"{r.where}: {r.name}", r.num_bytes) for r in found.memory], show=gib)]),
+    ]  # fmt: skip
+    return [(name, [p for p in pictures if p]) for name, pictures in sections]
+
+
+def _kinds_of_tasks(found: Preflight) -> list[tuple[str, float]]:
+    tasks = found.figures.tasks.values()
+    top = max(stats.best for stats in tasks)
+    tied = [stats for stats in tasks if stats.tied]
+    high = sum(stats.best == top for stats in tied)
+    kinds = [
+        ("rewards vary", len(tasks) - len(tied)),
+        (f"tied at the top, {top:.3g}", high),
+        ("tied below", len(tied) - high),
+    ]
+    return [(name, count / len(tasks)) for name, count in kinds]
+
+
+def _time_bars(found: Preflight) -> list[tuple[str, float]]:
+    t = found.time
+    rows = [("start", t.start_s), ("rollouts", t.rollouts_s), ("training", t.training_s or 0.0)]
+    return [*rows, ("publishing", t.publish_s), ("evaluations", t.evaluation_s)]
+
+
+def _memory_total(rows: Sequence[MemoryRow]) -> str:
+    trainer, engine = memory_bytes(rows, "trainer"), memory_bytes(rows, "engine")
+    return f"trainer {gib(trainer)}, engine {gib(engine)} per process" if rows else ""
+
+
+def _panel(advice: Advice) -> Panel:
+    text = Text(advice.finding)
+    if advice.what_to_do:
+        text.append(f"\n{advice.what_to_do}", style="dim")
+    return Panel(text, title=advice.level, title_align="left", border_style=_COLOURS[advice.level], expand=True)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(justify="left")
+    table.add_column(justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

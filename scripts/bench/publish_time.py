@@ -97,6 +97,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
 
     from trainer.canary import Canary
     from trainer.publish import Publisher
+    from trainer.scratch import Scratch
     from trainer.setup import canary_ids, open_engine
 
     accelerator = Accelerator()
@@ -108,7 +109,8 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
         engine = loop.run(open_engine(job, accelerator, None, first_step=0))
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")
         try:
-            with Publisher(policy, engine, canary) as publisher:
+            with Scratch() as scratch:
+                publisher = Publisher(policy, engine, canary, scratch.path)
                 loop.run(publisher.note_base())
                 parts = PartTimes()
                 parts.watch(policy, "save_merged" if way == "merged" else "save_adapter", "save")

@@ -189,11 +189,13 @@ def publish_adapter(job: Job, engine: VllmEngine, loop: asyncio.Runner, accelera
     """The weights reach the engine as in training, with proof."""
     from trainer.canary import Canary
     from trainer.publish import Publisher
+    from trainer.scratch import Scratch
     from trainer.setup import canary_ids
 
     policy = load_policy(job, accelerator, adapter)
     canary = Canary(canary_ids(job), tolerance=job.config.engine.canary_mean_tolerance)
-    with Publisher(policy, engine, canary) as publisher:
+    with Scratch() as scratch:
+        publisher = Publisher(policy, engine, canary, scratch.path)
         loop.run(publisher.note_base())
         loop.run(publisher.publish())
 

@@ -1,0 +1,237 @@
+"""Tool calls/s that one rollout worker sustains, against the limit that the tool's latency sets.
+
+    python scripts/bench/tool_calls.py [KEY=VALUE ...] [--rollouts 1000] [--calls 5] [--latency-ms 100] [--repeats 3]
+
+All rollouts are in flight at once, and each makes its calls one after the other, one a turn. The engine is a script: it
+answers at once with tokens made beforehand, so that all the time is the worker's own (chat template, parsing, schemas,
+ledger) and the tool's. With nothing but the tool's latency the rate would be rollouts / latency, the limit.
+
+in process   an async tool that sleeps.
+http         the same tool in another process, by the hosted protocol.
+http alone   the same requests without a worker: what client, server and the cores that they share allow.
+
+*Not covered*: a server on another machine, tools that run in threads, an engine that takes time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from common import Figure, bench_config, parser, ratio, report, run_main
+from sleeping_tool import raise_file_limit
+
+from envs.base import ExpertTurn, World
+from envs.errors import UserError
+from envs.remote.config import RemoteConfig
+from envs.remote.world import RemoteWorld
+from envs.tools import Tool, call_tool, offered_tools, tool
+from envs.types import Episode, Message, Task, ToolCall
+from graders.types import Grade
+from trainer.chat import Chat
+from trainer.config import RolloutConfig
+from trainer.engine import Completion, Sampling
+from trainer.job import prepare
+from trainer.rollout import RolloutRequest, RolloutWorker, derive_seed
+
+TEMPERATURE = 1.0
+SERVER = Path(__file__).with_name("sleeping_tool.py")
+
+
+def lookup_tool(latency_s: float) -> Tool:
+    @tool
+    async def lookup(key: str) -> str:
+        """Look a value up.
+
+        Args:
+            key: what to look for
+        """
+        await asyncio.sleep(latency_s)
+        return f"the value of {key} is 42"
+
+    return lookup
+
+
+class InProcess:
+    """A world of one tool; it is its own environment, for nothing is kept."""
+
+    def __init__(self, offered: Tool) -> None:
+        self.tools: Mapping[str, Tool] = {offered.name: offered}
+
+    def make_env(self) -> InProcess:
+        return self
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return ()
+
+    def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
+        return ()
+
+    async def open(self, task: Task, rollout_id: str) -> None: ...
+
+    async def close(self, episode: Episode | None) -> None: ...
+
+
+class ScriptEngine:
+    """An `Engine` that answers at once with the tokens made for the request's seed."""
+
+    publishes_merged = False
+
+    def __init__(self, token_ids_by_seed: Mapping[int, list[int]]) -> None:
+        self._token_ids_by_seed = token_ids_by_seed
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        token_ids = self._token_ids_by_seed[sampling.seed]
+        return Completion(token_ids=token_ids, logprobs=[-1.0] * len(token_ids), finished=True, policy_version=0)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+    async def publish(self, weights: Path, version: int) -> None:
+        raise NotImplementedError
+
+    def shutdown(self) -> None: ...
+
+
+class OneGrader:
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        return Grade(reward=1.0, parts={"one": 1.0})
+
+
+def task_of(number: int, offered: Tool) -> Task:
+    return Task(
+        task_id=f"task-{number}",
+        messages=(Message(role="user", content=f"Look up all the values of {number}."),),
+        tools=(offered.name,),
+        definitions={offered.name: offered.schema()},
+    )
+
+
+def call_of(number: int, turn: int) -> ToolCall:
+    return ToolCall(call_id=f"call-{turn}", name="lookup", arguments=f'{{"key": "{number}-{turn}"}}')
+
+
+def scripted_turns(
+    chat: Chat, requests: Sequence[RolloutRequest], offered: Tool, num_calls: int
+) -> dict[int, list[int]]:
+    """The token ids of every turn, by the seed that the worker derives for it."""
+    turns: dict[int, list[int]] = {}
+    for number, request in enumerate(requests):
+        for turn in range(num_calls + 1):
+            calls = (call_of(number, turn),) if turn < num_calls else ()
+            message = Message(role="assistant", content="" if calls else "They are all 42.", tool_calls=calls)
+            token_ids = chat.encode_assistant(request.task.messages, message, [offered.schema()])
+            turns[derive_seed(request.seed, turn)] = token_ids
+    return turns
+
+
+async def time_worker(
+    world: World, chat: Chat, engine: ScriptEngine, requests: Sequence[RolloutRequest], num_calls: int
+) -> float:
+    """Seconds for all rollouts. Raises `UserError` where one did not make its calls."""
+    config = RolloutConfig(
+        max_turns=num_calls + 1,
+        max_tool_calls=num_calls,
+        max_turn_tokens=4096,
+        max_episode_tokens=100_000,
+        world_retries=0,
+    )
+    worker = RolloutWorker(world=world, grader=OneGrader(), chat=chat, engine=engine, config=config)
+    start = time.perf_counter()
+    rollouts = await worker.run(requests, temperature=TEMPERATURE)
+    seconds = time.perf_counter() - start
+    for rollout in rollouts:
+        results = [result for turn in rollout.episode.turns for result in turn.results]
+        if len(results) != num_calls or any(r.error or "42" not in r.output for r in results) or rollout.grade is None:
+            raise UserError(f"a rollout did not make its calls: {rollout.episode.stop_reason} {rollout.episode.error}")
+    return seconds
+
+
+async def time_calls(world: RemoteWorld, requests: Sequence[RolloutRequest], num_calls: int) -> float:
+    """Seconds for the same calls without a worker."""
+
+    async def one(number: int, request: RolloutRequest) -> None:
+        env = world.make_env()
+        await env.open(request.task, request.rollout_id)
+        tools = offered_tools(request.task, env.tools)
+        for turn in range(num_calls):
+            result = await call_tool(tools, call_of(number, turn), timeout_s=60)
+            assert result.error is None, result.output
+        await env.close(None)
+
+    start = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for number, request in enumerate(requests):
+            group.create_task(one(number, request))
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def server_url(latency_s: float) -> Iterator[str]:
+    command = [sys.executable, str(SERVER), "--latency-ms", str(latency_s * 1000)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/call"
+        finally:
+            process.terminate()
+
+
+async def measure(chat: Chat, url: str, given: argparse.Namespace) -> dict[str, list[float]]:
+    """Calls/s of each arm, a list entry per repeat; the warm-up is left out."""
+    offered = lookup_tool(given.latency_ms / 1000)
+    requests = [
+        RolloutRequest(task=task_of(i, offered), rollout_id=f"bench-{i}", seed=i) for i in range(given.rollouts)
+    ]
+    engine = ScriptEngine(scripted_turns(chat, requests, offered, given.calls))
+    settings = {"name": "lookup", "server_url": url, "max_concurrency": given.rollouts}
+    remote = RemoteWorld(RemoteConfig.model_validate({"type": "remote", "tools": [settings]}))
+    rates: dict[str, list[float]] = {"in process": [], "http": [], "http alone": []}
+    num_calls = given.rollouts * given.calls
+    for repeat in range(1 + given.repeats):
+        seconds = {
+            "in process": await time_worker(InProcess(offered), chat, engine, requests, given.calls),
+            "http": await time_worker(remote, chat, engine, requests, given.calls),
+            "http alone": await time_calls(remote, requests, given.calls),
+        }
+        print(
+            f"{f'repeat {repeat}' if repeat else 'warm-up'}: "
+            + ", ".join(f"{k} {v:.2f} s" for k, v in seconds.items()),
+            flush=True,
+        )
+        if repeat:
+            for arm, values in rates.items():
+                values.append(num_calls / seconds[arm])
+    await remote.aclose()
+    return rates
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rollouts", type=int, default=1000, help="in flight at once (default 1000)")
+    arguments.add_argument("--calls", type=int, default=5, help="of each rollout (default 5)")
+    arguments.add_argument("--latency-ms", type=float, default=100.0, help="of the tool (default 100)")
+    given = arguments.parse_args()
+    raise_file_limit()
+    with bench_config(given) as config, server_url(given.latency_ms / 1000) as url:
+        rates = asyncio.run(measure(prepare(config).chat, url, given))
+    limit = given.rollouts / (given.latency_ms / 1000)
+    figures = [Figure(name=name, unit="calls/s", values=values) for name, values in rates.items()]
+    limits = Figure(name="limit of the latency", unit="calls/s", values=[limit] * given.repeats)
+    shares = [ratio(f"{f.name} / limit", f, limits) for f in figures]
+    about = {
+        "rollouts in flight": given.rollouts,
+        "calls each": given.calls,
+        "tool latency": f"{given.latency_ms:g} ms",
+    }
+    report("Tool calls of one worker", [*figures, limits, *shares], about=about, json_path=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,57 @@
+"""Policies side by side: `python scripts/compare.py before=runs/finance@0 after=runs/finance@60`.
+
+Each policy is a run folder, of which the last evaluation counts, or `FOLDER@STEP` for another one; `NAME=` before it
+names it. The first is the baseline. They are compared on the tasks that they share: reward, calls, tokens, latency,
+errors, with paired bootstrap intervals. Writes compare.html and compare.md into `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from envs.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policies", nargs="+", metavar="[NAME=]FOLDER[@STEP]")
+    parser.add_argument("--by", metavar="KEY", help="of a task's item: a table for each value (default: kind)")
+    parser.add_argument("--out", type=Path, default=Path("compare"), metavar="FOLDER", help="default: compare")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of the terminal's tables")
+    parser.add_argument("--demo", action="store_true", help="add the published demo's figures beside first and last")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    arguments = parser.parse_args()
+    try:
+        _compare(arguments)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from trainer.compare import compare
+    from trainer.compare_data import read_policies
+    from trainer.compare_page import render_markdown, render_terminal, write_compare_page
+
+    out: Path = arguments.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; expected a folder")
+    comparison = compare(read_policies(arguments.policies), by=arguments.by, seed=arguments.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    page = write_compare_page(comparison, out / "compare.html", demo=arguments.demo)
+    markdown = render_markdown(comparison, demo=arguments.demo)
+    (out / "compare.md").write_text(markdown, encoding="utf-8", errors="replace")
+    if arguments.markdown:
+        print(markdown)
+    else:
+        Console().print(render_terminal(comparison, demo=arguments.demo))
+        print(f"page  {page}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

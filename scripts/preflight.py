@@ -1,0 +1,112 @@
+"""Is it worth training? `python scripts/preflight.py --config configs/quickstart.yaml --tasks 32`.
+
+Rolls out some training tasks several times with the policy that training would start from (after the config's warm
+start; `warmstart=null` measures the bare model, `--adapter` or `--run` a trained one), and says what that means:
+rewards, variance, pass@k, calls, tokens, failures, time, memory and plain advice. Writes a page and a JSON file.
+Exit codes as `scripts/train.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from envs.errors import UserError
+from trainer.config import RunConfig, load_config
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive us and keep their memory.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # vLLM warns while it is imported, before there is a log to write to.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    try:
+        config = _config(arguments)
+        if arguments.memory_only:
+            _print_memory(config, arguments.gpu_memory_gib)
+        else:
+            _preflight(config, arguments)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file; with --run it defaults to the run's own")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, e.g. rollout.group_size=16")
+    parser.add_argument("--tasks", type=int, default=32, metavar="N", help="training tasks, drawn by seed (default 32)")
+    parser.add_argument("--samples", type=int, metavar="K", help="rollouts of each (default: rollout.group_size)")
+    policy = parser.add_mutually_exclusive_group()
+    policy.add_argument("--adapter", type=Path, metavar="FOLDER", help="measure this adapter")
+    policy.add_argument("--run", type=Path, help="measure this run's newest adapter")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run folder's name with -preflight")
+    parser.add_argument("--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU; gives the run's cost")
+    parser.add_argument("--gpus", type=int, default=1, help="that the run will have (default 1)")
+    parser.add_argument("--memory-only", action="store_true", help="print the memory estimate; load and run nothing")
+    parser.add_argument("--gpu-memory-gib", type=float, help="for --memory-only: of the GPU meant, not this machine's")
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    run: Path | None = arguments.run
+    if run is not None and not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: holds no config.yaml; expected the folder of a run")
+    path: Path | None = arguments.config or (run and run / "config.yaml")
+    if path is None:
+        raise UserError("--config: required, but for --run")
+    return load_config(path, arguments.overrides)
+
+
+def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from trainer.preflight import Options, adapter_of, preflight
+    from trainer.preflight_page import render_preflight, write_preflight_page
+
+    out = arguments.out or config.output_dir.with_name(f"{config.output_dir.name}-preflight")
+    options = Options(
+        out=out,
+        num_tasks=arguments.tasks,
+        samples=arguments.samples,
+        adapter=adapter_of(arguments.run) if arguments.run else arguments.adapter,
+        gpu_hour_price=arguments.gpu_hour_price,
+        gpus=arguments.gpus,
+    )
+    found = preflight(config, options)
+    page = write_preflight_page(found, out / "preflight.html")
+    console = Console()
+    console.print(render_preflight(found))
+    for name, path in (("page", page), ("figures", out / "preflight.json"), ("rollouts", out / "rollouts.jsonl")):
+        print(f"{name:<10}{path}")
+
+
+def _print_memory(config: RunConfig, gpu_memory_gib: float | None) -> None:
+    from rich.console import Console
+
+    from trainer.advice import advise_memory
+    from trainer.estimate import GIB
+    from trainer.model_cache import resolve_model
+    from trainer.preflight import Machine, memory_of, this_machine
+    from trainer.preflight_page import render_advice, render_memory
+
+    machine = Machine(on_cpu=False, memory_bytes=gpu_memory_gib * GIB) if gpu_memory_gib else this_machine()
+    rows = memory_of(config, resolve_model(config.model.name), on_cpu=machine.on_cpu)
+    if not rows:
+        raise UserError(f"model.name {config.model.name}: its config.json is of a kind that the formulas do not cover")
+    console = Console()
+    console.print(render_memory(rows))
+    advice = advise_memory(rows, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu)
+    console.print(render_advice(advice))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

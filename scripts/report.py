@@ -1,0 +1,37 @@
+"""Write a run's report and transcripts anew: `python scripts/report.py runs/quickstart`.
+
+It reads what lies in the run folder, also while the run goes on. Exit codes: 0 done, 2 something in the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from envs.errors import UserError
+from trainer.report import write_report
+from trainer.transcripts import run_decoder, write_transcripts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=Path, help="run folder")
+    run: Path = parser.parse_args().run
+    if not (run / "run.json").is_file():
+        print(f"error: {run}: holds no run.json; expected the folder of a run", file=sys.stderr)
+        return 2
+    try:
+        decode = run_decoder(run)
+    except UserError as e:
+        # The page is of use without it, and the run may stem from another machine.
+        print(f"tokens will be shown by their ids: {e}", file=sys.stderr)
+        decode = None
+    transcripts = write_transcripts(run, decode)
+    # After it: the report links to transcripts that are there.
+    print(f"report       {write_report(run)}\ntranscripts  {transcripts}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

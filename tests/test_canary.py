@@ -15,6 +15,7 @@ from trainer.canary import Canary
 from trainer.config import LoraConfig, ModelConfig, OptimConfig
 from trainer.policy import Policy
 from trainer.publish import Publisher
+from trainer.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = [random.Random(i).choices(range(20, 2000), k=40) for i in range(3)]
@@ -51,7 +52,8 @@ def start(model: Path, **faults: object) -> ScriptedEngine:
 
 async def published(policy: Policy, engine: ScriptedEngine, *sizes: float, tolerance: float = 0.15) -> dict[str, float]:
     """Publish the untouched adapter, then one update of each size; the last proof's figures."""
-    with Publisher(policy, engine, Canary(TOKENS, tolerance=tolerance)) as publisher:
+    with Scratch() as scratch:
+        publisher = Publisher(policy, engine, Canary(TOKENS, tolerance=tolerance), scratch.path)
         await publisher.note_base()
         metrics = await publisher.publish()
         for seed, size in enumerate(sizes):

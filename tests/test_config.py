@@ -1,5 +1,6 @@
 """The run's config: what loads, what is refused and in which words."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,82 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 def test_bad_overrides(tmp_path, override, expected):
     with pytest.raises(UserError, match=expected):
         load_config(write(tmp_path, MINIMAL), [override])
+
+
+SAY = {"role": "user", "content": "x"}
+MULTI = {
+    "type": "multi",
+    "graders": {
+        "near": {
+            "type": "text_similarity",
+            "name": "near",
+            "input": "{{sample.output_text}}",
+            "reference": "{{item.answer}}",
+            "evaluation_metric": "fuzzy_match",
+        },
+        "tone": {
+            "type": "label_model",
+            "name": "tone",
+            "model": "judge",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Is it polite? {{sample.output_text}}"}]}
+            ],
+            "labels": ["polite", "rude"],
+            "passing_labels": ["polite"],
+        },
+    },
+    "calculate_output": "0.5 * near + 0.5 * tone",
+}
+
+
+@pytest.mark.parametrize(
+    "graders",
+    [MULTI["graders"], list(MULTI["graders"].values()), MULTI["graders"]["near"]],
+    ids=["dict", "list", "one"],
+)
+def test_the_graders_inside_a_multi_come_as_mapping_list_or_one(graders):
+    config = validate_config(MINIMAL | {"grader": MULTI | {"graders": graders}}, source="c.yaml")
+    assert "near" in config.grader.graders
+
+
+def test_a_grader_is_read_from_the_hosted_services_json(tmp_path):
+    (tmp_path / "grader.json").write_text(json.dumps(MULTI))
+    config = validate_config(MINIMAL | {"grader": str(tmp_path / "grader.json")}, source="c.yaml")
+    assert config.grader.calculate_output == MULTI["calculate_output"]
+    # The run folder keeps the settings, not the path.
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("grader", "expected"),
+    [
+        ("nowhere.json", "grader: grader file nowhere.json: No such file"),
+        (MULTI | {"graders": {"inner": MULTI}}, "'multi'"),
+        (MULTI["graders"]["tone"], "'label_model'"),
+        (MULTI["graders"]["near"] | {"evaluation_metric": "rouge_9"}, "grader.evaluation_metric: "),
+        (MULTI["graders"]["near"] | {"metric": "bleu"}, "grader.metric: unknown key"),
+        ({"type": "score_model", "model": "m", "input": [SAY], "range": [1, 0]}, "low below high"),
+        ({"type": "python", "source": "x" * 256_000}, "less than 256 kB"),
+    ],
+)  # fmt: skip
+def test_a_bad_hosted_grader_is_named_by_its_key(grader, expected):
+    assert expected in refusal(grader=grader)
+
+
+@pytest.mark.parametrize(
+    ("world", "expected"),
+    [
+        ({"type": "remote"}, "world"),
+        ({"type": "remote", "tools": [{"name": "a", "server_url": "http://x", "url": "y"}]}, "url"),
+        ({"type": "finance", "companies": 3}, "world.companies: unknown key"),
+        ({"companies": 3}, "world.companies: unknown key"),
+        ({"type": "finanze"}, "world"),
+    ],
+)
+def test_a_bad_world_is_named_by_its_key(world, expected):
+    assert expected in refusal(world=world)
+
+
+def test_the_engine_can_judge_only_beside_an_adapter():
+    message = refusal(judge={"base_url": "engine"}, engine={"publish": "merged"})
+    assert "set engine.publish to lora" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Literal
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from envs.errors import PublishError
+from envs.errors import PublishError, WorldError
 from trainer.canary import Canary
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
 from trainer.engine import Completion, Sampling, VllmEngine
 from trainer.policy import Policy
 from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
+from trainer.scratch import Scratch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420), pytest.mark.filterwarnings("ignore")]
 
@@ -33,6 +36,7 @@ class Rig:
     engine: VllmEngine
     policy: Policy
     publisher: Publisher
+    scratch: Path
 
 
 @contextlib.contextmanager
@@ -55,9 +59,10 @@ def start_rig(smollm2: Path, publish: Literal["merged", "lora"]) -> Iterator[Rig
             )
         )
         try:
-            with Publisher(policy, engine, Canary(CANARIES, tolerance=TOLERANCE)) as publisher:
+            with Scratch() as scratch:
+                publisher = Publisher(policy, engine, Canary(CANARIES, tolerance=TOLERANCE), scratch.path)
                 loop.run(publisher.note_base())
-                yield Rig(loop=loop, engine=engine, policy=policy, publisher=publisher)
+                yield Rig(loop=loop, engine=engine, policy=policy, publisher=publisher, scratch=scratch.path)
         finally:
             engine.shutdown()
 
@@ -180,6 +185,34 @@ def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None
     assert metrics["canary/applied_since_version"] == pytest.approx(1, abs=0.25)
     assert lora.engine._lora.lora_name == f"policy-v{lora.policy.num_updates}"
     assert set(lora.loop.run(lora.engine._llm.list_loras())) == {lora.engine._lora.lora_int_id}
+
+
+def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig, smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    question = [{"role": "user", "content": "Is 2 + 2 = 4? Answer with JSON."}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    schema = {"type": "object", "properties": {"result": {"enum": [0, 1]}}, "required": ["result"]}
+
+    def judged() -> list[int]:
+        asked = lora.engine.generate_base(prompt, max_tokens=40, temperature=0, top_p=1, seed=None, schema=schema)
+        return lora.loop.run(asked)
+
+    before = judged()
+    # An adapter as large as this one turns the policy into another model.
+    change_adapter(lora.policy, size=0.5, seed=8)
+    lora.loop.run(lora.engine.publish(_saved(lora), lora.policy.num_updates))
+    assert judged() == before
+    with pytest.raises(WorldError, match="does not fit the engine"):
+        prompt[:] = prompt * 40
+        judged()
+    prompt[:] = prompt[: len(prompt) // 40]
+    assert json.loads(tokenizer.decode(before, skip_special_tokens=True))["result"] in (0, 1)
+
+
+def _saved(rig: Rig) -> Path:
+    folder = rig.scratch / "saved"
+    rig.policy.save_adapter(folder)
+    return folder
 
 
 def test_an_engine_that_never_loads_the_adapter_is_caught(lora: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

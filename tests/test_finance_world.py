@@ -6,29 +6,25 @@ import asyncio
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
 from decimal import Decimal
 
 import pytest
+from finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score, use
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from envs.base import ExpertTurn, World
 from envs.errors import ToolError, UserError
 from envs.finance.calculate import calculate, format_number
 from envs.finance.config import FinanceConfig
-from envs.finance.corpus import TABLE_METRICS, generate_corpus
+from envs.finance.corpus import TABLE_METRICS, Corpus, generate_corpus
 from envs.finance.expert import MAX_CALLS
 from envs.finance.world import FinanceWorld, task_row
-from envs.tools import call_tool
-from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.build import build_grader, check_tasks
-from graders.config import NumericConfig, PenaltiesConfig
+from envs.types import ToolErrorKind
+from graders.build import build_grader
+from graders.config import PenaltiesConfig
 
 ALL_KINDS = {"value": 1.0, "change": 1.0, "percentage": 1.0, "comparison": 1.0}
-NUMERIC = NumericConfig(type="numeric")
-GRADER = build_grader(NUMERIC, PenaltiesConfig())
 
 
 @pytest.fixture(scope="module")
@@ -36,54 +32,15 @@ def world() -> FinanceWorld:
     return FinanceWorld(FinanceConfig())
 
 
-def all_tasks(world: FinanceWorld) -> list[Task]:
-    return [*world.tasks("train"), *world.tasks("eval")]
-
-
-async def use(world: FinanceWorld, name: str, **arguments: str) -> ToolResult:
-    request = ToolCall(call_id="c", name=name, arguments=json.dumps(arguments))
-    return await call_tool(world.make_env().tools, request, timeout_s=10)
-
-
-async def replay(world: World, task: Task, script: Sequence[ExpertTurn]) -> Episode:
-    """Run scripted turns through a real environment."""
-    env = world.make_env()
-    await env.open(task, "r")
-    turns: list[Turn] = []
-    messages = list(task.messages)
-    for i, scripted in enumerate(script):
-        if isinstance(scripted, str):
-            message, results = Message(role="assistant", content=scripted), []
-        else:
-            calls = [
-                ToolCall(call_id=f"{i}.{j}", name=name, arguments=json.dumps(arguments))
-                for j, (name, arguments) in enumerate(scripted)
-            ]
-            message = Message(role="assistant", tool_calls=tuple(calls))
-            results = await asyncio.gather(*(call_tool(env.tools, c, timeout_s=10) for c in calls))
-        turns.append(Turn(message=message, results=tuple(results)))
-        messages += [message, *(Message(role="tool", content=r.output, call_id=r.call_id) for r in results)]
-    episode = Episode(
-        rollout_id="r",
-        task_id=task.task_id,
-        messages=tuple(messages),
-        turns=tuple(turns),
-        stop_reason=StopReason.ANSWERED,
-    )
-    await env.close(episode)
-    return episode
-
-
-async def score(task: Task, answer: str) -> float:
-    turn = Turn(message=Message(role="assistant", content=answer))
-    episode = Episode(rollout_id="r", task_id=task.task_id, messages=(), turns=(turn,), stop_reason=StopReason.ANSWERED)
-    return (await GRADER.grade(task, episode)).reward
+@pytest.fixture(scope="module")
+def corpus(world: FinanceWorld) -> Corpus:
+    return generate_corpus(world.config)
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 async def test_the_grader_proves_every_gold_answer_and_rejects_junk(world: FinanceWorld, split: str) -> None:
     tasks = world.tasks(split)
-    check_tasks(NUMERIC, tasks)
+    build_grader(NUMERIC, PenaltiesConfig(), tasks=tasks)
     for task in tasks:
         gold = task.item["answer"]
         assert await score(task, gold) == 1.0, task
@@ -124,10 +81,6 @@ async def test_nearly_every_path_that_the_expert_reads_was_found_by_its_searches
         hits = "\n".join(r.output for t in episode.turns for r in t.results if r.name == "search").split("\n")
         seen += set(task.item["paths"]) <= set(hits)
     assert seen / len(all_tasks(world)) == 1.0
-
-
-def num_calls(script: Sequence[ExpertTurn]) -> int:
-    return sum(len(turn) for turn in script if not isinstance(turn, str))
 
 
 def test_expert_episodes_are_a_pure_function_of_task_and_seed(world: FinanceWorld) -> None:
@@ -181,8 +134,8 @@ def test_a_company_keeps_its_figures_when_the_corpus_grows() -> None:
     assert all(large.reports[path].text() == report.text() for path, report in small.reports.items())
 
 
-def test_no_company_nor_its_sister_is_asked_about_in_both_splits(world: FinanceWorld) -> None:
-    family = {c.name: c.family for c in world.corpus.companies}
+def test_no_company_nor_its_sister_is_asked_about_in_both_splits(world: FinanceWorld, corpus: Corpus) -> None:
+    family = {c.name: c.family for c in corpus.companies}
     families = {
         split: {family[name] for task in world.tasks(split) for name in task.item["companies"]}
         for split in ("train", "eval")
@@ -200,8 +153,8 @@ def test_tasks_are_all_different_and_of_the_configured_number_and_mix(world: Fin
     assert kinds == {"value": 179, "change": 26, "percentage": 26, "comparison": 25}
 
 
-def test_the_corpus_holds_distractors_of_every_kind(world: FinanceWorld) -> None:
-    companies, reports = world.corpus.companies, world.corpus.reports
+def test_the_corpus_holds_distractors_of_every_kind(world: FinanceWorld, corpus: Corpus) -> None:
+    companies, reports = corpus.companies, corpus.reports
     sisters = [c for c in companies if c.name != c.family]
     assert len(sisters) > 10
     assert all(c.family in {x.name for x in companies} for c in sisters)
@@ -211,15 +164,15 @@ def test_the_corpus_holds_distractors_of_every_kind(world: FinanceWorld) -> None
     assert len(restated) > 20
     for report in restated:
         assert report.restated is not None
-        first_reported = world.corpus.report(report.company, report.year - 1)
+        first_reported = corpus.report(report.company, report.year - 1)
         for metric in TABLE_METRICS:
             differs = report.figures[metric][1] != first_reported.figures[metric][0]
             assert differs == (metric == report.restated)
         assert f"The {report.year - 1} {report.restated} is restated." in report.text()
 
 
-def test_amounts_are_short_plausible_and_never_look_like_a_year(world: FinanceWorld) -> None:
-    for report in world.corpus.reports.values():
+def test_amounts_are_short_plausible_and_never_look_like_a_year(world: FinanceWorld, corpus: Corpus) -> None:
+    for report in corpus.reports.values():
         for amount in itertools.chain(*report.figures.values()):
             assert len(str(amount).replace(".", "")) <= 4
             assert not 1900 <= amount < 2100
@@ -258,8 +211,9 @@ def test_prompts_tools_and_reports_are_short_enough_for_a_small_model(world: Fin
 
 async def test_the_obvious_query_usually_finds_the_report_first_and_a_vague_one_often_does_not(
     world: FinanceWorld,
+    corpus: Corpus,
 ) -> None:
-    reports = list(world.corpus.reports.values())
+    reports = list(corpus.reports.values())
     full, vague = 0, 0
     for report in reports:
         name = report.company.name
@@ -280,8 +234,8 @@ async def test_search_gives_the_configured_number_of_paths_and_says_when_nothing
     assert len((await use(many, "search", query="2014")).output.split("\n")) == 10
 
 
-async def test_listing_shows_folders_and_files_and_a_cut_list_says_so(world: FinanceWorld) -> None:
-    company = world.corpus.companies[0].folder
+async def test_listing_shows_folders_and_files_and_a_cut_list_says_so(world: FinanceWorld, corpus: Corpus) -> None:
+    company = corpus.companies[0].folder
     for path in (company, f"/{company}/", f" {company} "):
         assert (await use(world, "list", path=path)).output == "2012.txt 2013.txt 2014.txt 2015.txt"
     for path in ("", "/", "."):
@@ -337,7 +291,7 @@ def test_a_task_becomes_a_row_of_the_hosted_format(world: FinanceWorld) -> None:
     [
         ({"num_company": 9}, "Extra inputs"),
         ({"num_companies": 1}, "greater than or equal to 8"),
-        ({"question_mix": {"valu": 1}}, "'value', 'change', 'percentage' or 'comparison'"),
+        ({"question_mix": {"valu": 1}}, "'value', 'change', 'percentage', 'comparison'"),
         ({"question_mix": {"value": 0}}, "at least one of them above 0"),
         ({"question_mix": {}}, "at least one of them above 0"),
         ({"question_mix": {"value": -1, "change": 2}}, "not negative"),

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.build import build_grader, check_tasks
-from graders.config import GraderConfig, PenaltiesConfig, PenaltyConfig
+from graders.build import build_grader
+from graders.config import GraderConfig, PenaltiesConfig, PenaltyConfig, check_penalties
 from graders.numbers import find_numbers
-from graders.penalties import penalty
+from graders.penalties import PenalisedGrader, penalty
 from graders.types import Grade, Grader
 
 
@@ -195,7 +195,7 @@ def test_a_task_that_cannot_be_graded_is_named_before_the_run(
 ) -> None:
     bad = Task(task_id="row-9", messages=(), item={"question": "?", **item})
     with pytest.raises(UserError, match=message) as caught:
-        check_tasks(CONFIG.validate_python({"type": score}), [task("7"), bad])
+        build_grader(CONFIG.validate_python({"type": score}), PenaltiesConfig(), tasks=[task("7"), bad])
     assert "row-9" in str(caught.value)
 
 
@@ -326,6 +326,58 @@ async def test_no_penalty_that_validates_lifts_a_worse_answer_over_a_better_one(
     assert all(p <= 0 for g in grades for name, p in g.parts.items() if name != score["type"])
     if first.parts[score["type"]] < second.parts[score["type"]]:
         assert first.reward < second.reward
+
+
+SIMILARITY = {
+    "type": "text_similarity",
+    "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}",
+    "evaluation_metric": "fuzzy_match",
+}
+
+
+def test_penalties_on_continuous_scores_need_a_threshold() -> None:
+    config = CONFIG.validate_python(SIMILARITY)
+    penalties = PenaltiesConfig.model_validate({"tool_calls": {"slope": 0.1, "floor": -0.2}})
+    with pytest.raises(UserError, match=r"set grader\.pass_threshold"):
+        check_penalties(config, penalties)
+    check_penalties(config, PenaltiesConfig())
+    check_penalties(CONFIG.validate_python(SIMILARITY | {"pass_threshold": 0.8}), penalties)
+
+
+@given(
+    threshold=st.floats(0.05, 0.95),
+    scores=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    penalties=st.fixed_dictionaries(dict.fromkeys(("tool_calls", "invalid_calls", "reasoning_tokens"), PENALTY)),
+    costs=st.tuples(COST, COST),
+)
+async def test_no_penalty_takes_a_right_answer_of_a_continuous_score_below_a_wrong_one(
+    threshold: float,
+    scores: tuple[float, float],
+    penalties: dict[str, Any],
+    costs: tuple[dict[str, int], dict[str, int]],
+) -> None:
+    class Fixed:
+        def __init__(self, score: float) -> None:
+            self._score = score
+
+        async def grade(self, task: Task, episode: Episode) -> Grade:
+            return Grade(reward=self._score, parts={"fixed": self._score})
+
+    settings = PenaltiesConfig.model_validate(penalties)
+    grades = [
+        await PenalisedGrader(Fixed(score), settings, threshold=threshold, floor=threshold).grade(
+            task(), episode("7", **cost)
+        )
+        for score, cost in zip(scores, costs, strict=True)
+    ]
+    for score, given_ in zip(scores, grades, strict=True):
+        assert given_.passed == (score >= threshold)
+        assert given_.reward <= score
+        assert not given_.passed or given_.reward >= threshold - 1e-9
+    wrong, right = sorted(grades, key=lambda g: g.passed or False)
+    if right.passed and not wrong.passed:
+        assert wrong.reward < right.reward + 1e-9
 
 
 AMOUNTS = st.decimals(min_value=0, max_value=10**9, places=2, allow_nan=False, allow_infinity=False)

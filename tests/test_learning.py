@@ -23,4 +23,4 @@ def test_the_quickstart_raises_the_reward_and_saves_calls_and_tokens_on_held_out
     assert after["eval/reward"] >= before["eval/reward"] + 0.30
     assert after["eval/tool_calls"] <= 0.70 * before["eval/tool_calls"]
     assert after["eval/completion_tokens"] <= 0.70 * before["eval/completion_tokens"]
-    assert all(r["canary/applied_since_version"] > 0.5 for r in records if "canary/applied_since_version" in r)
+    assert all(r["canary/applied_since_model"] > 0.9 for r in records if "canary/applied_since_model" in r)

@@ -76,6 +76,7 @@ def write_config(folder: Path, model: Path, num_steps: int) -> Path:
         optim={"num_steps": num_steps},
         checkpoint={"every_steps": 2},
         eval={"every_steps": 3},
+        curriculum={"floor": 0.2},
     )
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))

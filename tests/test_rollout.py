@@ -12,8 +12,8 @@ from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
 
 from envs.errors import ToolError, WorldError
-from envs.tools import Tool, tool
-from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
+from envs.tools import Tool, schema_tool, tool
+from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind
 from graders.types import Grade
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
@@ -117,6 +117,17 @@ class LengthGrader:
         return Grade(reward=1.0, parts={"length": 1.0})
 
 
+class LiveIds:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+
+    def opened(self, rollout_id: str) -> None:
+        self.events.append(("opened", rollout_id))
+
+    def closed(self, rollout_id: str) -> None:
+        self.events.append(("closed", rollout_id))
+
+
 executed: list[str] = []
 
 
@@ -179,13 +190,17 @@ async def play(
     task: Task = TASK,
     num_rollouts: int = 1,
     set_up: Callable[[Writer, LengthGrader], None] = lambda engine, grader: None,
+    watch_grader: LengthGrader | None = None,
+    live: LiveIds | None = None,
     **settings: Any,
 ) -> Played:
     world = world or World(dict(TOOLS))
     engine, grader = Writer(chat, turns), LengthGrader()
     set_up(engine, grader)
     config = CONFIG.model_copy(update=settings)
-    worker = RolloutWorker(world=world, grader=grader, chat=chat, engine=engine, config=config)
+    worker = RolloutWorker(
+        world=world, grader=grader, watch_grader=watch_grader, chat=chat, engine=engine, config=config, live=live
+    )
     requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(num_rollouts)]
     played = Played([], world, engine, grader)
     try:
@@ -515,6 +530,71 @@ async def test_a_judge_that_comes_back_grades_the_retry(chat):
 
     played = await play(chat, lambda prompt, seed: "42", set_up=set_up)
     assert played.rollout.reward == 1.0 and played.rollout.num_attempts == 2
+
+
+async def test_a_watching_grader_grades_the_same_episodes_and_costs_none_when_it_fails(chat):
+    watch = LengthGrader()
+    played = await play(chat, lambda prompt, seed: "42", num_rollouts=3, watch_grader=watch)
+    assert [r.watch and r.watch.reward for r in played.rollouts] == [1.0] * 3
+    assert {e.rollout_id for e in watch.graded} == {"r0", "r1", "r2"}
+    watch.failures = 2
+    played = await play(chat, lambda prompt, seed: "42", num_rollouts=3, watch_grader=watch)
+    assert [r.reward for r in played.rollouts] == [1.0] * 3 and len(played.grader.graded) == 3
+    assert sum(r.watch is None for r in played.rollouts) == 2
+
+
+async def test_open_rollouts_are_noted_before_they_are_opened_and_after_they_are_closed(chat):
+    live, world = LiveIds(), World(dict(TOOLS))
+
+    def on_open(rollout_id: str) -> None:
+        assert live.events[-1] == ("opened", rollout_id)
+        if rollout_id == "r0":
+            raise WorldError("not yet")
+
+    world.on_open = on_open
+    await play(chat, ["42"], world=world, live=live)
+    assert live.events == [("opened", "r0"), ("closed", "r0"), ("opened", "r0-retry1"), ("closed", "r0-retry1")]
+
+
+async def test_what_an_environment_observes_at_its_opening_ends_the_prompt(chat):
+    class Observed(Env):
+        observation = " The door is red."
+
+    world = World(dict(TOOLS))
+    world.make_env = lambda: Observed(world)
+    played = await play(chat, ["42"], world=world)
+    assert played.episode.messages[0].content == "How much? The door is red."
+    assert "How much? The door is red.<|im_end|>" in chat.decode(played.engine.requests[0][0])
+    assert TASK.messages[0].content == "How much?"
+
+
+def slow_remote(name: str) -> Tool:
+    async def ask(asked: ToolCall) -> str:
+        await asyncio.sleep(30)
+        return asked.arguments
+
+    parameters = {"type": "object", "properties": {"text": {"type": "string"}}}
+    return schema_tool({"type": "function", "function": {"name": name, "parameters": parameters}}, ask, is_remote=True)
+
+
+async def test_a_remote_tool_that_outlasts_the_episode_masks_it(chat):
+    world = World({"far": slow_remote("far")})
+    played = await play(
+        chat,
+        lambda prompt, seed: call("far", text="a"),
+        world=world,
+        episode_timeout_s=0.5,
+        tool_timeout_s=0.1,
+        world_retries=0,
+    )
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT and "far did not answer" in played.episode.error
+    assert played.rollout.grade is None and played.grader.graded == []
+
+
+async def test_tool_outputs_are_counted_in_tokens(chat):
+    played = await play(chat, [call("echo", text="a b c"), "42"])
+    (result,) = played.episode.turns[0].results
+    assert result.num_tokens == len(chat._encode("heard a b c")) > 3
 
 
 async def test_a_call_that_fails_for_good_stops_the_calls_beside_it(chat):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.types import Grade
+from graders.types import Grade, GraderErrorKind
 from trainer.config import RunConfig
 from trainer.rollout import Rollout
 from trainer.runs import RunFolder, append_line, read_lines, rollout_from_json, rollout_to_json
@@ -53,12 +53,24 @@ def rollouts(draw: st.DrawFn) -> Rollout:
         error=draw(TEXT),
         latency_s=draw(st.floats(0, 1e4)),
     )
-    grade = Grade(reward=draw(FLOATS), parts={"exact": draw(FLOATS)}, explanation=draw(TEXT))
+    grade, watch = (
+        Grade(
+            reward=draw(FLOATS),
+            parts={"exact": draw(FLOATS)},
+            explanation=draw(TEXT),
+            passed=draw(st.none() | st.booleans()),
+            scores={"a": draw(FLOATS)},
+            errors=tuple(draw(st.lists(st.sampled_from(GraderErrorKind), max_size=2))),
+            judge_tokens={draw(TEXT): 3},
+        )
+        for _ in range(2)
+    )
     return Rollout(
         episode=episode,
         task=task,
         ledgers=tuple(draw(st.lists(ledgers(), max_size=2))),
         grade=draw(st.none() | st.just(grade)),
+        watch=draw(st.none() | st.just(watch)),
         num_drifted_turns=draw(st.integers(0, 3)),
         num_attempts=draw(st.integers(1, 3)),
     )
@@ -208,3 +220,16 @@ def test_notes_are_added_to_what_is_known_of_the_run(config, run):
     about = json.loads((run.path / "run.json").read_text())
     assert about["adapter"] == "a" and about["serve_command"] == "b" and about["run_id"] == run.run_id
     assert {"python", "torch", "transformers"} <= about["versions"].keys()
+
+
+def test_rollouts_that_a_kill_left_open_are_known_of_all_processes(tmp_path):
+    ranks = [RunFolder(tmp_path, run_id="run-1", rank=rank) for rank in (0, 1)]
+    for run in ranks:
+        run.opened(f"done-{run.is_main}")
+        run.opened(f"open-{run.is_main}")
+        run.closed(f"done-{run.is_main}")
+    with (tmp_path / "live.rank1.jsonl").open("a") as file:
+        file.write('{"closed": "open-Fal')  # cut off by the kill
+    assert ranks[0].left_open() == ["open-True", "open-False"]
+    ranks[0].forget_left_open()
+    assert ranks[0].left_open() == []

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld, task_row
-from envs.types import Message, Task
+from envs.remote.config import RemoteConfig
+from envs.remote.world import RemoteWorld
+from envs.tools import offered_tools
+from envs.types import Message, Task, ToolCall
 from trainer.config import RunConfig
 from trainer.tasks import load_tasks, tasks_of_step, train_requests
 
@@ -52,7 +55,7 @@ def test_tasks_written_in_the_hosted_format_are_read_back(tmp_path):
     assert [(t.task_id, t.messages) for t in read] == [(t.task_id, t.messages) for t in tasks]
     for before, after in zip(tasks, read, strict=True):
         assert after.tools == tuple(WORLD.tools)
-        assert after.item == json.loads(json.dumps(before.item))
+        assert after.item == json.loads(json.dumps(before.item)) | {"task_id": before.task_id}
 
 
 def test_a_minimal_row_offers_all_tools_and_is_named_by_its_line(tmp_path):
@@ -71,6 +74,55 @@ def test_a_row_with_no_tools_offers_none(tmp_path):
     assert task.tools == ()
 
 
+def test_a_history_with_tool_calls_is_kept_and_the_developer_speaks_as_the_system(tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "cat", "arguments": '{"path": "a"}'}}
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "input_text", "text": "brief."}]},
+        {"role": "user", "content": "Read it."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "name": "cat", "content": "42"},
+        {"role": "user", "content": "How much?"},
+    ]
+    (task,) = load_tasks(make_config(tmp_path, {"messages": messages}), WORLD, "train")
+    assert task.messages == (
+        Message(role="system", content="Be brief."),
+        Message(role="user", content="Read it."),
+        Message(role="assistant", tool_calls=(ToolCall(call_id="c1", name="cat", arguments='{"path": "a"}'),)),
+        Message(role="tool", content="42", call_id="c1", name="cat"),
+        Message(role="user", content="How much?"),
+    )
+
+
+REMOTE = {"type": "remote", "tools": [{"name": "stock", "server_url": "http://127.0.0.1:1/tools"}]}
+STOCK = {
+    "type": "function",
+    "function": {
+        "name": "stock",
+        "description": "Pieces in store.",
+        "parameters": {"type": "object", "properties": {"sku": {"type": "string"}}, "required": ["sku"]},
+    },
+}
+
+
+def test_a_remote_tool_takes_its_schema_from_the_row(tmp_path):
+    world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
+    (task,) = load_tasks(make_config(tmp_path, GOOD | {"tools": [STOCK]}), world, "train")
+    assert offered_tools(task, world.make_env().tools)["stock"].schema() == STOCK
+
+
+@pytest.mark.parametrize(
+    ("tools", "expected"),
+    [
+        (None, "the tool 'stock' is remote and takes its schema from the rows"),
+        ([STOCK | {"function": {"name": "stock", "parameters": {"type": "thing"}}}], "parameters: not a JSON schema"),
+    ],
+)
+def test_a_remote_tool_without_a_usable_schema_is_refused(tmp_path, tools, expected):
+    world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 1: tools: .*{expected}"):
+        load_tasks(make_config(tmp_path, GOOD | {"tools": tools}), world, "train")
+
+
 def test_line_separators_of_unicode_do_not_split_a_row(tmp_path):
     row = GOOD | {"note": "a\u2028b\u0085c"}
     (task,) = load_tasks(make_config(tmp_path, row), WORLD, "train")
@@ -85,7 +137,7 @@ def test_line_separators_of_unicode_do_not_split_a_row(tmp_path):
         ({"prompt": "hi"}, "line 2: messages: required (a list of chat messages)"),
         ({"messages": []}, "line 2: messages: List should have at least 1 item"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "line 2: messages.0.role: Input should be 'system'"),
-        ({"messages": [{"role": "user"}]}, "line 2: messages.0.content: Field required"),
+        ({"messages": [{"role": "user"}]}, "line 2: messages.0: Value error, content: Field required"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: messages: the last message must be"),
         (GOOD | {"tools": [{"type": "function", "function": {"name": "browse"}}]}, "line 2: tools: 'browse' is not"),
         (GOOD | {"tools": ["search"]}, "line 2: tools.0: Input should be"),

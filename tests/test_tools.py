@@ -7,6 +7,7 @@ import functools
 import json
 import threading
 import time
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -254,7 +255,7 @@ async def test_async_functions_async_callables_and_partials_are_awaited() -> Non
     made = tool(answer)
     variants = [answer, Answerer(), functools.partial(answer), lambda x: answer(x)]
     for function in variants:
-        variant = Tool(name="answer", description="", function=function, arguments=made.arguments)
+        variant = replace(made, function=function)
         assert (await call(variant, {"x": "yes"})).output == "yes"
 
 

@@ -12,7 +12,7 @@ from conftest import scripted_config
 from envs.errors import UserError
 from trainer.config import ModelConfig, RunConfig
 from trainer.job import Job, prepare
-from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
+from trainer.warmstart import demonstration_ledger, expert_ledger, expert_ledgers, play_expert, warm_start
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -70,6 +70,48 @@ def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_p
     assert len(ids) == 2 and "profit of Acme" in own.chat.decode(ids[0])
     with pytest.raises(UserError, match="the world has none"):
         expert_ledgers(own.config, own.train_tasks, world=own.world, chat=own.chat)
+
+
+def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
+    job: Job, tiny_model: Path, tmp_path: Path
+) -> None:
+    import asyncio
+
+    played = [
+        asyncio.run(play_expert(task, job.world.expert_episode(task, 0), world=job.world))
+        for task in job.train_tasks[:3]
+    ]
+    file = tmp_path / "demonstrations.jsonl"
+    rows = [{"messages": [m.to_openai() for m in d.messages], "tools": list(d.tools)} for d in played]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART | {"data": str(file)})
+    own = prepare(RunConfig.model_validate(config))
+    ledgers = expert_ledgers(
+        own.config, own.train_tasks, world=own.world, chat=own.chat, demonstrations=own.demonstrations
+    )
+    assert len(ledgers) == 24
+    expected = [demonstration_ledger(d, chat=job.chat) for d in played]
+    assert all(ledger in expected for ledger in ledgers) and all(ledger in ledgers for ledger in expected)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "x"}]},
+            "line 1: messages: the last message must be the assistant's",
+        ),
+        ("{", "line 1: not valid JSON"),
+    ],
+)
+def test_a_bad_demonstration_is_named_by_file_and_line(
+    tiny_model: Path, tmp_path: Path, row: object, expected: str
+) -> None:
+    file = tmp_path / "demonstrations.jsonl"
+    file.write_text(row if isinstance(row, str) else json.dumps(row))
+    config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART | {"data": str(file)})
+    with pytest.raises(UserError, match=expected):
+        prepare(RunConfig.model_validate(config))
 
 
 def test_the_loss_falls_and_starts_at_the_mean_over_the_experts_tokens(job: Job, tmp_path: Path) -> None:

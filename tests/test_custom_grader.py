@@ -1,0 +1,397 @@
+"""The user's own graders: classes, and TRL-style reward functions held against trl's own trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from envs.custom import CustomEnvConfig, CustomWorld
+from envs.errors import UserError, WorldError
+from envs.loading import load_target
+from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from graders.build import build_grader
+from graders.config import CustomConfig, PenaltiesConfig, PenaltyConfig
+from graders.custom import conversation, load_custom_grader
+from graders.types import Grade, GraderErrorKind
+
+PROMPT = (Message(role="system", content="Be brief."), Message(role="user", content="What is in the drawer?"))
+TASK = Task(task_id="t", messages=PROMPT, item={"code": 7, "answer": "gold"})
+
+
+def played(answer: str | None = "gold", *, rollout_id: str = "r", output: str = "it opens") -> Episode:
+    """Two calls of one turn, one of the next, then the answer."""
+    calls = [
+        Message(
+            role="assistant",
+            content="Let me see.",
+            tool_calls=(
+                ToolCall(call_id="c1", name="turn", arguments='{"code": 7}'),
+                ToolCall(call_id="c2", name="look", arguments="{}"),
+            ),
+        ),
+        Message(role="assistant", tool_calls=(ToolCall(call_id="c3", name="look", arguments="{}"),)),
+    ]
+    outputs = [(("c1", "turn", output), ("c2", "look", "something shines")), (("c3", "look", "something shines"),)]
+    turns, messages = [], list(PROMPT)
+    for message, given in zip(calls, outputs, strict=True):
+        results = tuple(ToolResult(call_id=c, name=n, output=o) for c, n, o in given)
+        turns.append(Turn(message=message, results=results))
+        messages.append(message)
+        messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
+    if answer is not None:
+        turns.append(Turn(message=Message(role="assistant", content=answer)))
+        messages.append(turns[-1].message)
+    stop = StopReason.MAX_TURNS if answer is None else StopReason.ANSWERED
+    return Episode(rollout_id=rollout_id, task_id="t", messages=tuple(messages), turns=tuple(turns), stop_reason=stop)
+
+
+# ---- what users write; loaded by name from this file
+
+
+class Drawer:
+    """A TRL-style environment."""
+
+    def reset(self, code: int, **row: Any) -> str:
+        self.code, self.reward = code, 0.0
+        return " It is locked."
+
+    def turn(self, code: int) -> str:
+        """Turn the lock.
+
+        Args:
+            code: what to dial
+        """
+        self.reward = float(code == self.code)
+        return "it opens"
+
+    def look(self) -> str:
+        """Look into it."""
+        return "something shines"
+
+    async def get_reward(self) -> float:
+        return self.reward
+
+
+class Checks:
+    def __init__(self, bonus: float = 0.0) -> None:
+        self.bonus = bonus
+        self.closed = False
+
+    def grade(self, task: Task, episode: Episode) -> float:
+        self.thread = threading.current_thread().name
+        return float(episode.answer == task.item["answer"]) + self.bonus
+
+    def check(self, task: Task) -> None:
+        if "answer" not in task.item:
+            raise UserError(f"task {task.task_id!r}: no answer")
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Grades:
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        return Grade(reward=0.75, explanation="nearly", errors=(GraderErrorKind.OTHER,))
+
+
+class Parts:
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        return Grade(reward=0.75, parts={"style": 0.5, "fact": 0.25 if episode.answer == "gold" else 0.0})
+
+
+class Callable_:
+    async def __call__(self, completions: list[Any], **kwargs: Any) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+
+seen: dict[str, Any] = {}
+
+
+def record(**kwargs: Any) -> list[float]:
+    seen.update(kwargs)
+    return [0.5]
+
+
+def by_name(completions: list[Any], answer: list[str]) -> list[float]:
+    return [float(c[-1]["content"] == a) for c, a in zip(completions, answer, strict=True)]
+
+
+async def in_time(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float]:
+    await asyncio.sleep(0)
+    return [float(len(prompts))]
+
+
+def logs(completions: list[Any], log_extra: Any, log_metric: Any, **kwargs: Any) -> list[bool]:
+    log_extra("extracted", [c[-1]["content"] for c in completions])
+    log_metric("num_messages", len(completions[0]))
+    return [True]
+
+
+def none_at_all(completions: list[Any], **kwargs: Any) -> list[float | None]:
+    return [None]
+
+
+def not_finite(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [float("nan")]
+
+
+def too_many(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [1.0, 2.0]
+
+
+def no_list(completions: list[Any], **kwargs: Any) -> float:
+    return 1.0
+
+
+def fails(completions: list[Any], **kwargs: Any) -> list[float]:
+    raise KeyError("gold")
+
+
+def unreachable(completions: list[Any], **kwargs: Any) -> list[float]:
+    raise WorldError("the judge is gone")
+
+
+def wants_tokens(completions: list[Any], completion_ids: list[Any], **kwargs: Any) -> list[float]:
+    return [1.0]
+
+
+def of_numbers(x: float) -> float:
+    return x
+
+
+def grader(name: str, **kwargs: Any) -> Any:
+    return load_custom_grader(CustomConfig(type="custom", name="mine", target=f"{__file__}:{name}", kwargs=kwargs))
+
+
+def of_file(name: str) -> Any:
+    return load_target(f"{__file__}:{name}", key="test")
+
+
+# ---- classes
+
+
+async def test_a_class_grades_with_its_kwargs_off_the_event_loop() -> None:
+    checks = grader("Checks", bonus=0.25)
+    grade = await checks.grade(TASK, played())
+    assert (grade.reward, grade.parts) == (1.25, {"mine": 1.25})
+    assert (await checks.grade(TASK, played("lead"))).reward == 0.25
+    with pytest.raises(UserError, match="no answer"):
+        checks.check(Task(task_id="t", messages=PROMPT))
+    await checks.aclose()
+    assert not hasattr(grader("Grades"), "check")
+
+
+async def test_a_class_may_give_a_whole_grade() -> None:
+    grade = await grader("Grades").grade(TASK, played())
+    assert (grade.reward, grade.parts, grade.explanation) == (0.75, {"mine": 0.75}, "nearly")
+    assert grade.errors == (GraderErrorKind.OTHER,)
+    assert (await grader("Parts").grade(TASK, played())).parts == {"style": 0.5, "fact": 0.25}
+    with pytest.raises(ValueError, match=r"reward 0.75 is not the sum of parts"):
+        await grader("Parts").grade(TASK, played("lead"))
+
+
+async def test_penalties_are_taken_off_a_custom_score() -> None:
+    config = CustomConfig(type="custom", name="mine", target=f"{__file__}:by_name", pass_threshold=1.0)
+    penalties = PenaltiesConfig(tool_calls=PenaltyConfig(free=1, slope=0.1, floor=-0.5))
+    built = build_grader(config, penalties, tasks=[TASK])
+    assert (await built.grade(TASK, played("lead"))).reward == pytest.approx(-0.2)
+    assert (await built.grade(TASK, played("gold"))).reward == 1.0
+
+
+# ---- reward functions
+
+
+async def test_reward_functions_get_what_they_name_and_are_sync_or_async() -> None:
+    assert (await grader("by_name").grade(TASK, played("gold"))).parts == {"mine": 1.0}
+    assert (await grader("by_name").grade(TASK, played("lead"))).reward == 0.0
+    assert (await grader("in_time").grade(TASK, played())).reward == 1.0
+    written = TASK.messages
+    assert len(played().messages) - len(written) == 6
+    callable_object = load_custom_grader(CustomConfig(type="custom", target=f"{__file__}:Callable_"))
+    assert (await callable_object.grade(TASK, played())).reward == 6.0
+
+
+async def test_what_a_function_logs_is_kept() -> None:
+    logging = grader("logs")
+    assert (await logging.grade(TASK, played("gold"))).explanation == "extracted: gold"
+    await logging.grade(TASK, played(None))
+    assert logging.take_metrics() == {"num_messages": 5.5}
+    assert logging.take_metrics() == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("none_at_all", "grader 'mine' gave None: with one grader no score is left"),
+        ("not_finite", "grader 'mine' gave nan; expected a finite number"),
+        ("too_many", "reward function 'mine': expected one reward for one completion, got 2"),
+        ("no_list", "reward function 'mine': expected a list with one reward, got float"),
+    ],
+)
+async def test_no_reward_is_never_taken_for_one(name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        await grader(name).grade(TASK, played())
+    assert not isinstance(caught.value, WorldError)
+
+
+async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> None:
+    with pytest.raises(KeyError) as caught:
+        await grader("fails").grade(TASK, played())
+    assert caught.value.__notes__ == ["raised by the grader 'mine'"]
+    with pytest.raises(WorldError, match="the judge is gone"):
+        await grader("unreachable").grade(TASK, played())
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "told"),
+    [
+        ("wants_tokens", {}, "'completion_ids' can't be given"),
+        ("of_numbers", {}, r"expected a function f\(prompts, completions, \*\*columns\)"),
+        ("seen", {}, r"expected a class with grade\(task, episode\) or a function .*, got dict"),
+        ("by_name", {"x": 1}, "kwargs: a class is made with them, but this is function"),
+        ("Checks", {"x": 1}, "kwargs: got an unexpected keyword argument 'x'"),
+    ],
+)
+def test_a_target_that_is_no_grader_is_named(name: str, kwargs: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        grader(name, **kwargs)
+
+
+def test_a_row_without_a_column_that_the_function_needs_is_told_before_the_run() -> None:
+    row = Task(task_id="t9", messages=PROMPT, item={"gold": 1})
+    config = CustomConfig(type="custom", target=f"{__file__}:by_name")
+    with pytest.raises(UserError, match=r"task 't9' has no key 'answer', which the function needs"):
+        build_grader(config, PenaltiesConfig(), tasks=[TASK, row])
+
+
+# ---- environments that own the reward
+
+
+async def test_the_environment_gives_the_reward_while_its_rollout_is_open(tmp_path: Path) -> None:
+    env = CustomWorld(CustomEnvConfig(type="custom", target=f"{__file__}:Drawer")).make_env()
+    owned = load_custom_grader(CustomConfig(type="custom", name="env", target="graders.custom:EnvReward"))
+    await env.open(TASK, "r-1")
+    assert (await owned.grade(TASK, played(rollout_id="r-1"))).reward == 0.0
+    await env.tools["turn"].function(code=7)
+    assert (await owned.grade(TASK, played(rollout_id="r-1"))).parts == {"env": 1.0}
+    await env.close(None)
+    with pytest.raises(UserError, match=r"EnvReward': expected a world of type custom .* rollout 'r-1' has none"):
+        await owned.grade(TASK, played(rollout_id="r-1"))
+
+
+# ---- the contract with trl
+
+
+def test_malformed_turns_and_odd_arguments_keep_their_place() -> None:
+    bad = Message(role="assistant", tool_calls=(ToolCall(call_id="c", name="turn", arguments="{code"),))
+    error = ToolResult(call_id="c", name="turn", output="Error: not JSON", error=ToolErrorKind.BAD_ARGUMENTS)
+    told = Message(role="user", content="Error: could not be parsed")
+    garbled = Message(role="assistant", content="<tool_call>{")
+    episode = Episode(
+        rollout_id="r",
+        task_id="t",
+        messages=(
+            *PROMPT,
+            bad,
+            Message(role="tool", content=error.output, call_id="c", name="turn"),
+            garbled,
+            told,
+        ),
+        turns=(Turn(message=bad, results=(error,)), Turn(message=garbled, malformed=True)),
+        stop_reason=StopReason.MAX_TURNS,
+    )
+    prompt, completion = conversation(TASK, episode)
+    assert prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT[1].content}]
+    assert [message["role"] for message in completion] == ["assistant", "tool", "assistant", "user"]
+    assert completion[0]["tool_calls"][0]["function"] == {"name": "turn", "arguments": "{code"}
+
+
+class _Parsed:
+    """A tokenizer whose token n stands for the n-th parsed message."""
+
+    response_template = None
+    response_schema = "given"
+    eos_token = "</s>"
+
+    def __init__(self, messages: list[dict[str, Any]]) -> None:
+        self._messages = messages
+
+    def parse_response(self, ids: list[int]) -> dict[str, Any]:
+        return json.loads(json.dumps(self._messages[ids[0]]))
+
+
+def trl_trainer(written: list[dict[str, Any]], environment: Any, reward: Any) -> Any:
+    """What trl's methods need of a trainer, without a model."""
+    turns = iter(range(1, len(written)))
+    tools = {"turn": environment.turn, "look": environment.look}
+    return SimpleNamespace(
+        max_tool_calling_iterations=10,
+        max_completion_length=10_000,
+        use_vllm=False,
+        _is_vlm=False,
+        model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10_000)),
+        tools=list(tools.values()),
+        environment_factories=None,
+        environments=[environment],
+        _sync_tool_dicts=[tools],
+        _async_tool_dicts=[{}],
+        _tokenizer=_Parsed(written),
+        _get_tool_suffix_ids=lambda messages: [0],
+        _generate_single_turn=lambda *args, **kwargs: ([[next(turns)]], None),
+        accelerator=SimpleNamespace(device="cpu", is_main_process=True),
+        args=SimpleNamespace(report_to=[]),
+        state=SimpleNamespace(global_step=1),
+        reward_funcs=[reward],
+        reward_func_names=["record"],
+        reward_processing_classes=[None],
+        _log_completion_extra=lambda column, values: None,
+        _log_metric=lambda name, value: None,
+    )
+
+
+async def test_a_reward_function_is_called_as_trl_calls_it() -> None:
+    """trl's own tool loop and reward code on one side, ours on the other; the same function records what it gets."""
+    from accelerate import PartialState
+    from trl import GRPOTrainer
+
+    PartialState(cpu=True)
+    env = CustomWorld(CustomEnvConfig(type="custom", target=f"{__file__}:Drawer")).make_env()
+    await env.open(TASK, "r-1")
+    recorder, recorded = grader("record"), of_file("seen")
+    recorded.clear()
+    assert (await recorder.grade(TASK, played(rollout_id="r-1"))).reward == 0.5
+    ours = dict(recorded)
+    await env.close(None)
+
+    def asks(content: str, *calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        functions = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+        return {"role": "assistant", "content": content, "tool_calls": functions}
+
+    written = [
+        asks("Let me see.", ("turn", {"code": 7}), ("look", {})),
+        asks("", ("look", {})),
+        {"role": "assistant", "content": "gold"},
+    ]
+    prompt = [{"role": m.role, "content": m.content} for m in PROMPT]
+    drawer = of_file("Drawer")()
+    assert drawer.reset(prompt=prompt, **TASK.item) == getattr(env, "observation")  # noqa: B009
+    trainer = trl_trainer(written, drawer, of_file("record"))
+    completions = GRPOTrainer._tool_call_loop(
+        trainer, [list(prompt)], [[9]], [[0]], [[_Parsed(written).parse_response([0])]], None, None, {}
+    )[1]
+    recorded.clear()
+    rewards = GRPOTrainer._calculate_rewards(trainer, [{"prompt": prompt, **TASK.item}], [prompt], completions, [[0]])
+    theirs = dict(recorded)
+
+    assert rewards.tolist() == [[0.5]]
+    assert set(theirs) - set(ours) == {"completion_ids", "trainer_state"}
+    assert set(ours) <= set(theirs)
+    for key in ("prompts", "completions", "code", "answer"):
+        assert ours[key] == theirs[key], key
+    assert [type(e).__name__ for e in ours["environments"]] == ["Drawer"]

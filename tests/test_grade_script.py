@@ -1,0 +1,345 @@
+"""scripts/grade.py: graders run and validated over samples from the shell."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import web
+from openai.types.fine_tuning.alpha import GraderRunResponse
+from pydantic import TypeAdapter
+
+from envs.loading import load_target
+from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "grade.py"
+EXACT = {
+    "type": "string_check",
+    "name": "same",
+    "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}",
+    "operation": "eq",
+}
+JUDGED = {
+    "type": "score_model",
+    "name": "judged",
+    "model": "wise",
+    "input": [{"role": "user", "content": "Is {{sample.output_text}} the same as {{item.answer}}?"}],
+}
+SAMPLES = [
+    {"item": {"answer": "gold"}, "model_sample": "gold"},
+    {"item": {"answer": "gold"}, "sample": {"output_text": "lead [bold]"}},
+    {"item": {"answer": "iron"}, "sample": {"output_text": "iron", "output_tools": [], "choices": []}},
+]
+
+Files = Callable[..., Path]
+Shell = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    """Writes a file: JSON or YAML by its ending, JSONL of a list, text as it is."""
+
+    def write(name: str, content: Any) -> Path:
+        path = tmp_path / name
+        if not isinstance(content, str):
+            if path.suffix == ".jsonl":
+                content = "".join(json.dumps(row) + "\n" for row in content)
+            else:
+                content = json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content)
+        path.write_text(content, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Runs the script's main function: exit code, standard output, standard error."""
+
+    def run(command: str, **options: object) -> tuple[int, str, str]:
+        words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["grade.py", command, *words])
+        monkeypatch.setenv("COLUMNS", "120")
+        code: int = load_target(f"{SCRIPT}:main", key="script")()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def judge() -> Iterator[str]:
+    """A server that speaks Chat Completions and always scores 0.25; in a thread, for the script has its own loop."""
+    loop = asyncio.new_event_loop()
+    started: list[int] = []
+    ready = threading.Event()
+
+    async def answer(request: web.Request) -> web.Response:
+        asked = await request.json()
+        message = {"role": "assistant", "content": json.dumps({"steps": [], "result": 0.25})}
+        return web.json_response(
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": asked["model"],
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42},
+            }
+        )
+
+    async def serve() -> web.AppRunner:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        started.append(runner.addresses[0][1])
+        return runner
+
+    def work() -> None:
+        runner = loop.run_until_complete(serve())
+        ready.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    yield f"http://127.0.0.1:{started[0]}/v1"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+def rollout(answer: str, *, stop: StopReason = StopReason.ANSWERED) -> dict[str, Any]:
+    """A line of a run's rollouts file, without what grading does not need."""
+    calls = Message(role="assistant", tool_calls=(ToolCall(call_id="c", name="look", arguments="{}"),))
+    result = ToolResult(call_id="c", name="look", output="it shines")
+    last = Message(role="assistant", content=answer)
+    prompt = Message(role="user", content="What is it?")
+    tool_message = Message(role="tool", content="it shines", call_id="c", name="look")
+    episode = Episode(
+        rollout_id="run-1-step1-0",
+        task_id="t1",
+        messages=(prompt, calls, tool_message, last),
+        turns=(Turn(message=calls, results=(result,)), Turn(message=last)),
+        stop_reason=stop,
+        error="the store is down" if stop is StopReason.WORLD_FAULT else "",
+    )
+    task = Task(task_id="t1", messages=(prompt,), item={"answer": "gold"})
+    return {
+        "episode": TypeAdapter(Episode).dump_python(episode, mode="json"),
+        "task": TypeAdapter(Task).dump_python(task, mode="json"),
+        "grade": None,
+        "ledgers": [],
+    }
+
+
+def test_a_hosted_grader_runs_over_samples_in_both_hosted_forms(files: Files, shell: Shell, tmp_path: Path) -> None:
+    out = tmp_path / "grades.jsonl"
+    samples = files("samples.jsonl", SAMPLES)
+    code, told, errors = shell("run", grader=files("grader.json", EXACT), samples=samples, json=out)
+    assert (code, errors) == (0, "")
+    reward = next(line for line in told.splitlines() if line.startswith("reward"))
+    assert reward.split() == ["reward", "3", "0.667", "0.471", "0.000", "0.500", "1.000", "1.000", "1.000"]
+    assert "passed 2 of 3 (66.7%)" in told
+    worst = told[told.index("why") :].splitlines()[1]
+    assert worst.split()[:2] == ["2", "0.000"]
+    assert "lead [bold]" in worst, "brackets are no markup"
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["line"], row["reward"], row["passed"]) for row in rows] == [
+        (1, 1.0, True),
+        (2, 0.0, False),
+        (3, 1.0, True),
+    ]
+    for row in rows:
+        response = GraderRunResponse.model_validate(row)
+        assert (response.metadata.name, response.metadata.type) == ("same", "string_check")
+        assert response.metadata.scores == {"same": row["reward"]}
+        assert not response.metadata.errors.other_error
+
+
+def test_sub_graders_and_penalties_have_their_own_lines(files: Files, shell: Shell, tmp_path: Path) -> None:
+    similar = {**EXACT, "type": "text_similarity", "name": "near", "evaluation_metric": "fuzzy_match"}
+    del similar["operation"]
+    both = {"type": "multi", "name": "both", "graders": [EXACT, similar], "calculate_output": "(same + near) / 2"}
+    grader = files("grader.json", {"grader": {**both, "pass_threshold": 1.0}})
+    penalties = files("penalties.yaml", {"tool_calls": {"slope": 0.1, "floor": -0.3}})
+    out = tmp_path / "grades.jsonl"
+    samples = files("rollouts.jsonl", [rollout("lead"), rollout("gold")])
+    code, told, _ = shell("run", grader=grader, samples=samples, penalties=penalties, json=out)
+    assert code == 0
+    means = {line.split()[0]: line.split()[2] for line in told.splitlines() if line.split()[1:2] == ["2"]}
+    assert set(means) == {"reward", "both", "tool_calls", "same", "near"}
+    assert means["same"] == "0.500"
+    assert means["tool_calls"] == "-0.050", "a right answer is held at the threshold"
+    first = json.loads(out.read_text().splitlines()[0])
+    assert set(first["sub_rewards"]) == {"same", "near"}
+    assert first["task_id"] == "t1"
+
+
+def test_a_run_config_gives_grader_and_penalties_and_broken_rollouts_are_counted(files: Files, shell: Shell) -> None:
+    config = files(
+        "run.yaml",
+        {
+            "output_dir": "runs/x",
+            "grader": str(files("grader.json", EXACT)),
+            "penalties": {"tool_calls": {"slope": 0.1, "floor": -0.3}},
+            "rollout": {"group_size": 4},
+        },
+    )
+    rows = [rollout("gold"), rollout("", stop=StopReason.WORLD_FAULT)]
+    code, told, _ = shell("run", grader=config, samples=files("rollouts.jsonl", rows))
+    assert code == 0
+    assert "0.900" in told
+    assert "not graded 1 of 2: in training these rollouts are masked" in told
+    assert "the world broke it off: the store is down" in told
+
+
+def test_a_judge_is_asked_at_the_url_and_its_tokens_are_counted(
+    files: Files, shell: Shell, judge: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "grades.jsonl"
+    samples = files("samples.jsonl", SAMPLES[:2])
+    code, told, _ = shell("run", grader=files("g.json", JUDGED), samples=samples, judge_url=judge, json=out)
+    assert code == 0
+    assert "wise" in told
+    assert "84" in told
+    row = json.loads(out.read_text().splitlines()[0])
+    assert row["reward"] == 0.25
+    assert row["metadata"]["token_usage"] == 42
+    assert row["metadata"]["sampled_model_name"] == "wise"
+    assert row["model_grader_token_usage_per_model"] == {"wise": 42}
+    engine = files("run.yaml", {"grader": JUDGED, "judge": {"base_url": "engine"}})
+    code, _, errors = shell("run", grader=engine, samples=samples)
+    assert (code, "--judge-url" in errors) == (2, True)
+
+
+def test_rows_are_graded_side_by_side_but_no_more_than_asked(files: Files, shell: Shell) -> None:
+    files(
+        "mine.py",
+        "import asyncio\n"
+        "running = most = 0\n"
+        "async def reward(completions, **columns):\n"
+        "    global running, most\n"
+        "    running += 1\n"
+        "    most = max(most, running)\n"
+        "    await asyncio.sleep(0.05)\n"
+        "    running -= 1\n"
+        "    return [1.0]\n",
+    )
+    target = files("g.json", "").with_name("mine.py")
+    grader = files("g.json", {"type": "custom", "target": f"{target}:reward"})
+    code, _, _ = shell("run", grader=grader, samples=files("s.jsonl", SAMPLES * 5), concurrency=4)
+    assert code == 0
+    assert load_target(f"{target}:most", key="test") == 4
+
+
+def test_what_a_custom_grader_raises_is_told_with_its_line_and_place(files: Files, shell: Shell) -> None:
+    mine = files(
+        "mine.py",
+        "from envs.errors import WorldError\n"
+        "def broken(answer, **columns):\n"
+        "    return [float(answer[0] == 'gold') / (answer[0] != 'iron')]\n"
+        "def away(**columns):\n"
+        "    raise WorldError('nobody answers')\n",
+    )
+    samples = files("s.jsonl", SAMPLES)
+    broken = files("g.json", {"type": "custom", "target": f"{mine}:broken"})
+    code, _, errors = shell("run", grader=broken, samples=samples)
+    assert code == 2
+    assert f"{samples}, line 3: the grader raised ZeroDivisionError: float division by zero" in errors
+    assert f"({mine}, line 3)" in errors
+    away = files("g.json", {"type": "custom", "target": f"{mine}:away"})
+    code, told, _ = shell("run", grader=away, samples=samples, limit=2)
+    assert code == 0
+    assert "not graded 2 of 2" in told
+    assert "other" in told
+    assert "nobody answers" in told
+
+
+def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shell: Shell) -> None:
+    code, told, _ = shell("validate", grader=files("grader.json", EXACT))
+    assert code == 0
+    assert json.loads(told) == {"grader": EXACT}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("g.json", '{"type":\n "string_check",\n}', "g.json, line 3: not valid JSON"),
+        ("g.json", {**EXACT, "operation": "equal"}, "grader.operation: Input should be 'eq', 'ne', 'like' or 'ilike'"),
+        ("g.json", {**EXACT, "inputs": 1}, "grader.inputs: unknown key"),
+        ("g.json", {"type": "string_check"}, "grader.input: required, but not given"),
+        (
+            "g.json",
+            {"type": "multi", "graders": {"a": {**EXACT, "operation": "x"}}, "calculate_output": "a"},
+            "grader.graders.a.operation: Input should be",
+        ),
+        ("g.json", {"type": "multi", "graders": {"a": EXACT}, "calculate_output": "a + b"}, "b"),
+        ("g.json", {**EXACT, "input": "{{sample.output}}"}, "sample.output"),
+        ("g.json", {"type": "custom", "target": "no_such_module:f"}, "No module named 'no_such_module'"),
+        ("g.json", {"type": "guess"}, "grader: Input tag 'guess'"),
+        ("g.json", [], "problem"),
+        ("g.yaml", {"output_dir": "x"}, "grader: required, but not given"),
+        ("g.yaml", "a: [", "g.yaml: not valid YAML"),
+        ("g.txt", "x", "expected a file that ends in .json, .yaml or .yml"),
+    ],
+)
+def test_a_grader_that_cannot_be_read_is_told_on_one_screen(
+    files: Files, shell: Shell, name: str, content: Any, told: str
+) -> None:
+    code, out, errors = shell("validate", grader=files(name, content))
+    assert (code, out) == (2, "")
+    assert errors.startswith("error: ")
+    assert told in errors
+    assert len(errors.splitlines()) <= 21
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"model_sample": "a", "item": {"answer": "b"}}\n\n{"model_sample": ', "s.jsonl, line 3: not valid JSON"),
+        ('{"item": {"answer": "b"}}\n', "line 1: expected item and sample, item and model_sample (text), or task"),
+        ('{"item": 3, "model_sample": "a"}\n', "line 1: item: expected an object, got int"),
+        (
+            '{"item": {}, "model_sample": "a"}\n',
+            "line 1: grader 'same': reference: task line-1 has no {{ item.answer }}",
+        ),
+        ('{"item": {}, "sample": {"output_text": 3}}\n', "line 1: sample.output_text: expected text"),
+        ('{"task": {"task_id": "t"}, "episode": {}}\n', "line 1: 1 problem"),
+        ("[]\n", "line 1: expected an object, got list"),
+        ("\n", "no rows"),
+    ],
+)
+def test_a_sample_that_cannot_be_read_is_named_by_file_and_line(
+    files: Files, shell: Shell, content: str, told: str
+) -> None:
+    code, _, errors = shell("run", grader=files("g.json", EXACT), samples=files("s.jsonl", content))
+    assert code == 2
+    assert told in errors
+
+
+def test_the_command_starts_without_the_training_stack(files: Files) -> None:
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as e:\n    assert e.code == 0, e.code\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'trl', 'datasets', 'trainer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    options = ["--grader", str(files("g.json", EXACT)), "--samples", str(files("s.jsonl", [rollout("gold")]))]
+    wrapped = f"import sys; sys.argv = {[str(SCRIPT), 'run', *options]!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "passed 1 of 1" in done.stdout

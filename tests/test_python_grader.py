@@ -1,0 +1,224 @@
+"""The `python` grader: what it scores, what it refuses, and what it says went wrong. It runs in the real sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import textwrap
+from collections.abc import Iterator
+
+import pytest
+
+from envs.errors import UserError, WorldError
+from envs.types import Episode, Message, StopReason, Task, Turn
+from graders import python
+from graders.build import build_scorer
+from graders.config import PythonConfig
+from graders.python import PythonGrader
+from graders.sandbox import isolation
+from graders.sandbox.isolation import Isolation
+from graders.sandbox.limits import Limits
+from graders.types import Grade, GraderErrorKind
+
+TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),), item={"answer": 42, "mode": "honest"})
+HAS_WALLS = any(isolation.try_out(way) is None for way in Isolation if way is not Isolation.NONE)
+needs_walls = pytest.mark.skipif(not HAS_WALLS, reason="this machine offers no isolation at all")
+SOURCE = """
+import json, math, sys, time
+import numpy as np
+
+def grade(sample, item):
+    return BEHAVIOURS[item["mode"]](sample, item)
+
+def fails(sample, item):
+    print("on the way")
+    raise KeyError("gold")
+
+def deep(sample, item):
+    return deep(sample, item)
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+def unprintable(sample, item):
+    raise Unprintable
+
+BEHAVIOURS = {
+    "honest": lambda sample, item: float(sample["output_text"] == str(item["answer"])),
+    "half": lambda sample, item: 0.5,
+    "one": lambda sample, item: 1,
+    "numpy": lambda sample, item: np.float32(0.25) * np.ones((300, 300)).mean(dtype=np.float32),
+    "negative": lambda sample, item: -3.5,
+    "fails": fails,
+    "deep": deep,
+    "unprintable": unprintable,
+    "none": lambda sample, item: None,
+    "nan": lambda sample, item: math.nan,
+    "inf": lambda sample, item: math.inf,
+    "true": lambda sample, item: True,
+    "text": lambda sample, item: "1.0",
+    "array": lambda sample, item: np.ones(2),
+    "huge": lambda sample, item: 10**400,
+    "exit": lambda sample, item: sys.exit(3),
+    "sleeps": lambda sample, item: time.sleep(60),
+}
+"""
+LIMITS = Limits(wall_s=10)
+
+
+def episode(answer: str) -> Episode:
+    message = Message(role="assistant", content=answer)
+    return Episode(
+        rollout_id="r", task_id="t", messages=(*TASK.messages, message), turns=(Turn(message=message),),
+        stop_reason=StopReason.ANSWERED,
+    )  # fmt: skip
+
+
+def config(source: str, **settings: object) -> PythonConfig:
+    return PythonConfig.model_validate({"type": "python", "source": textwrap.dedent(source), **settings})
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One for the whole file, since workers belong to a loop. Never the current one: that is pytest-asyncio's."""
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def grader(loop: asyncio.AbstractEventLoop) -> object:
+    if not HAS_WALLS:
+        pytest.skip("this machine offers no isolation at all")
+    made = PythonGrader(config(SOURCE, name="mine"), limits=LIMITS, num_workers=1)
+    yield made
+    loop.run_until_complete(made.aclose())
+
+
+def graded(loop: asyncio.AbstractEventLoop, grader: PythonGrader, mode: str, answer: str = "42") -> Grade:
+    task = Task(task_id="t", messages=TASK.messages, item={"answer": 42, "mode": mode})
+    return loop.run_until_complete(grader.grade(task, episode(answer)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "answer", "score"),
+    [("honest", "42", 1.0), ("honest", "41", 0.0), ("half", "", 0.5), ("one", "", 1.0), ("numpy", "", 0.25),
+     ("negative", "", -3.5)],
+)  # fmt: skip
+def test_it_scores_what_the_source_returns(loop, grader, mode, answer, score):
+    grade = graded(loop, grader, mode, answer)
+    assert (grade.reward, grade.parts, grade.errors) == (score, {"mine": score}, ())
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("fails", "KeyError: 'gold'"),
+        ("fails", 'raise KeyError("gold")'),
+        ("fails", "printed: on the way"),
+        ("deep", "RecursionError"),
+        ("unprintable", "Unprintable"),
+        ("none", "must return a number, not NoneType"),
+        ("nan", "finite number, not nan"),
+        ("inf", "finite number, not inf"),
+        ("true", "a number, not bool"),
+        ("text", "a number, not str"),
+        ("array", "a number, not ndarray"),
+        ("huge", "OverflowError"),
+        ("exit", "SystemExit: 3"),
+    ],
+)
+def test_an_exception_or_a_bad_value_gives_0_and_says_why(loop, grader, mode, says):
+    grade = graded(loop, grader, mode)
+    assert (grade.reward, grade.parts) == (0.0, {"mine": 0.0})
+    assert grade.errors == (GraderErrorKind.PYTHON_GRADER_RUNTIME,)
+    assert says in grade.explanation and len(grade.explanation) < 8_000
+
+
+@needs_walls
+async def test_a_source_that_takes_too_long_gives_0_and_names_the_limit():
+    grader = PythonGrader(config(SOURCE), limits=Limits(wall_s=0.5), num_workers=1)
+    try:
+        task = Task(task_id="t", messages=TASK.messages, item={"mode": "sleeps"})
+        grade = await grader.grade(task, episode(""))
+    finally:
+        await grader.aclose()
+    assert grade.reward == 0 and grade.errors == (GraderErrorKind.PYTHON_GRADER_RUNTIME,)
+    assert "longer than 0.5 s" in grade.explanation
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def grade(sample, item):\n  return (", r"grader\.source, line 2"),
+        ("x = 1\n\ny = 2", r"line 3: expected a function grade\(sample, item\)"),
+        ("class A:\n  def grade(self, item): pass", "line 2 is not at the top level"),
+        ("\nasync def grade(sample, item): return 1", "line 2: grade must not be async"),
+        ("def grade(sample): return 1", "line 1: expected grade"),
+        ("def grade(sample, item, more): return 1", "line 1: expected grade"),
+        ("def grade(sample, item, *, more): return 1", "line 1: expected grade"),
+        ("def grade(sample, item): return '\0'", r"grader\.source"),
+        ("x = " + "(" * 5000 + ")" * 5000, r"grader\.source"),
+    ],
+)
+def test_a_source_that_is_no_grader_is_refused_when_it_is_built(source, says):
+    with pytest.raises(UserError, match=says):
+        PythonGrader(config(source))
+
+
+def test_building_a_grader_runs_nothing_of_its_source(tmp_path):
+    witness = tmp_path / "ran"
+    python.check_source(f"open({str(witness)!r}, 'w')\ndef grade(sample, item): return 1")
+    assert not witness.exists()
+
+
+def test_imports_are_found_wherever_they_stand():
+    source = "import numpy.linalg as la\ndef grade(s, i):\n from scipy import stats\n return 1"
+    assert python.check_source(source) == ["numpy.linalg", "scipy", "scipy.stats"]
+
+
+@needs_walls
+def test_an_item_that_is_no_json_is_named_before_training(grader):
+    with pytest.raises(UserError, match=r"task 'odd'.*JSON"):
+        grader.check(Task(task_id="odd", messages=(), item={"x": object()}))
+    grader.check(TASK)
+
+
+def test_without_any_isolation_it_is_refused_unless_asked_for_by_name(monkeypatch):
+    source = "def grade(sample, item): return 1"
+    works = Isolation.NONE
+    monkeypatch.setattr(isolation, "try_out", lambda way: None if way is works else "not here")
+    with pytest.raises(UserError, match=r"no way to isolate.*isolation: none"):
+        PythonGrader(config(source))
+    assert PythonGrader(config(source, isolation="none"))._pool.isolation is Isolation.NONE
+
+
+async def test_unprotected_it_grades_all_the_same(monkeypatch):
+    real = isolation.try_out
+    monkeypatch.setattr(isolation, "try_out", lambda way: real(way) if way is Isolation.NONE else "not here")
+    grader = PythonGrader(config(SOURCE, isolation="none"), limits=LIMITS, num_workers=1)
+    try:
+        assert (await grader.grade(TASK, episode("42"))).reward == 1
+    finally:
+        await grader.aclose()
+
+
+@needs_walls
+async def test_a_sandbox_that_fails_is_the_worlds_fault(monkeypatch):
+    grader = PythonGrader(config(SOURCE), limits=LIMITS, num_workers=1)
+    monkeypatch.setattr("graders.sandbox.pool.command", lambda way: ["/bin/false"])
+    try:
+        with pytest.raises(WorldError, match="sandbox of the python grader failed 2 times"):
+            await grader.grade(TASK, episode("42"))
+    finally:
+        await grader.aclose()
+
+
+@needs_walls
+async def test_the_hosted_services_json_loads_unchanged():
+    hosted = {"type": "python", "name": "g", "source": "def grade(sample, item): return 1.0", "image_tag": "2025-05-08"}
+    grader = build_scorer(PythonConfig.model_validate(hosted), judge=None)
+    try:
+        assert (await grader.grade(TASK, episode(""))).parts == {"g": 1.0}
+    finally:
+        await grader.aclose()

@@ -201,6 +201,7 @@ def test_rewinding_forgets_what_came_after_the_checkpoint_but_the_rollouts_in_fl
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "re')
     run.rewind(2)
+    assert not (run.path / "visits.jsonl").exists(), "this run has no curriculum"
     assert run.metrics() == [{"step": 0}, {"step": 1}, {"step": 2}]
     assert sorted(p.name[5:11] for p in (run.path / "rollouts").iterdir()) == ["000000", "000001", "000002", "000003"]
     assert sorted(p.name[5:11] for p in (run.path / "evals").iterdir()) == ["000000", "000001", "000002"]

@@ -151,11 +151,15 @@ class RunFolder:
     def note_visits(self, step: int, rewards: Mapping[str, Sequence[float | None]]) -> None:
         """The rewards of a step's groups by task."""
         if self.is_main:
-            append_line(self.path / "visits.jsonl", {"step": step, "rewards": rewards})
+            append_line(self._visits_path, {"step": step, "rewards": rewards})
 
     def visits(self) -> list[tuple[int, dict[str, list[float | None]]]]:
         """(step, rewards by task) of every step so far."""
-        return [(r["step"], r["rewards"]) for r in read_lines(self.path / "visits.jsonl")]
+        return [(r["step"], r["rewards"]) for r in read_lines(self._visits_path)]
+
+    @property
+    def _visits_path(self) -> Path:
+        return self.path / "visits.jsonl"
 
     # ---- rollouts whose environments are open
 
@@ -201,8 +205,9 @@ class RunFolder:
             return
         kept = [r for r in self.metrics() if r["step"] <= step]
         write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
-        write_atomically(self.path / "visits.jsonl", "".join(json.dumps(v) + "\n" for v in visits))
+        if self._visits_path.exists():  # there is none without a curriculum
+            visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
+            write_atomically(self._visits_path, "".join(json.dumps(v) + "\n" for v in visits))
         for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
             for path in (self.path / kind).glob("step-*.jsonl"):
                 if int(path.name[5:11]) > last:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
+from envs.problems import on_one_screen
 from envs.types import Episode, Task
 from graders.sample import episode_from_sample
 
 _EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)
-_MOST_LINES = 20
-"""Of one error message: it has to fit on a screen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,30 +72,3 @@ def _read_row(data: Any, number: int) -> Row:
     rollout_id = sample.get("rollout_id") or sample.get("trace_id") or f"line-{number}"
     task = Task(task_id=str(item.get("task_id", f"line-{number}")), messages=(), item=item)
     return Row(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
-
-
-def on_one_screen(what: str, error: ValidationError) -> str:
-    """The faults of a grader's settings or of a row, each with its key."""
-    lines = [f"{what}: {error.error_count()} problem{'s' * (error.error_count() > 1)}"]
-    for fault in error.errors():
-        key = _key(fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key")
-        elif fault["type"] == "missing":
-            lines.append(f"  {key}: required, but not given")
-        else:
-            got = "" if isinstance(fault["input"], dict) else f" (got {str(fault['input'])[:200]!r})"
-            lines.append(f"  {key or 'file'}: {fault['msg'].removeprefix('Value error, ')}{got}")
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
-    return "\n".join(lines)
-
-
-def _key(location: Sequence[str | int]) -> str:
-    """The key as it stands in the file: pydantic's location also names the type of grader that it chose."""
-    parts = list(location)
-    if parts[:1] == ["grader"] and len(parts) > 1:
-        del parts[1]
-        if parts[1:2] == ["graders"] and len(parts) > 3:
-            del parts[3]
-    return ".".join(str(part) for part in parts)

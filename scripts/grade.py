@@ -30,11 +30,12 @@ from rich.table import Table
 from rich.text import Text
 
 from envs.errors import UserError, WorldError
+from envs.problems import on_one_screen
 from envs.types import StopReason, Task
 from graders.build import build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
 from graders.judge import CachedJudge, build_judge
-from graders.sample_file import Row, on_one_screen, read_rows
+from graders.sample_file import Row, read_rows
 from graders.types import Grade, Grader, GraderErrorKind
 
 _SERVER_KINDS = {
@@ -134,7 +135,7 @@ def _read_settings(arguments: argparse.Namespace) -> _Settings:
     try:
         return _Settings.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"grader {path}", e)) from None
+        raise UserError(on_one_screen(f"grader {path}", e, _Settings)) from None
 
 
 def _read_document(path: Path) -> Any:

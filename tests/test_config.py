@@ -81,7 +81,7 @@ def test_later_overrides_win_and_the_rest_stays(tmp_path):
         ({"grader": {"type": "numeric", "partial_credit": "a"}}, "grader.partial_credit: Input should be a valid"),
         ({"model": {"lora": {"target_modules": 3}}}, "model.lora.target_modules: Input should be"),
         ({"trackers": ["tensorbord"]}, "trackers.0: Input should be 'tensorboard', 'wandb' or 'trackio'"),
-        ({"rollout": {"max_turn_tokens": 64, "max_episode_tokens": 64}}, "config: rollout.max_turn_tokens must be"),
+        ({"rollout": {"max_turn_tokens": 64, "max_episode_tokens": 64}}, "\n  rollout.max_turn_tokens must be"),
         ({"data": {"train": "a.jsonl"}}, "data.eval: required, but not given"),
     ],
 )  # fmt: skip
@@ -93,6 +93,23 @@ def test_what_is_wrong_is_named_with_its_key(changes, expected):
 def test_penalties_that_could_turn_a_judgement_are_an_error_of_the_config():
     message = refusal(penalties={"tool_calls": {"slope": 0.1, "floor": -0.5}})
     assert "penalties: the floors sum to -0.5" in message and "Value error" not in message
+
+
+def test_a_mistake_inside_a_grader_of_a_multi_is_named_by_its_key_in_the_file():
+    inner = {
+        "type": "string_check",
+        "name": "a",
+        "operation": "x",
+        "input": "{{ sample.output_text }}",
+        "refrence": "b",
+    }
+    message = refusal(grader={"type": "multi", "graders": {"a": inner}, "calculate_output": "a"})
+    assert "  grader.graders.a.operation: Input should be" in message and "(got 'x')" in message
+    assert "  grader.graders.a.refrence: unknown key; did you mean reference?" in message
+
+
+def test_a_long_value_is_cut_in_the_message():
+    assert len(refusal(seed="x" * 10_000)) < 400
 
 
 def test_all_problems_are_named_at_once_but_on_one_screen():

@@ -27,8 +27,10 @@ _UNIT = re.compile(
     re.IGNORECASE,
 )
 _CLOSE = re.compile(r"\s*(?:(?:US\s)?dollars|USD)?\s*\)", re.IGNORECASE)
+_DOLLARS = re.compile(r"\s*(?:US\s)?(?:dollars?|USD)\b", re.IGNORECASE)
 _PREFIX = re.compile(
-    r"(?P<paren>\(\s*)?(?P<sign>[-+\u2212\u2013](?P<space>\s*))?(?:USD?\s?)?(?:[$\u20ac\u00a3]\s?)?(?P<inner>[-\u2212])?$"
+    r"(?P<paren>\(\s*)?(?P<sign>[-+\u2212\u2013](?P<space>\s*))?"
+    r"(?:(?P<code>USD?)\s?)?(?:(?P<symbol>[$\u20ac\u00a3])\s?)?(?P<inner>[-\u2212])?$"
 )
 _DECLINE = re.compile(
     r"\b(?:decreas\w*|declin\w*|fell|falls?|drop\w*|down|loss|reduc\w*)\s+(?:(?:by|of)\s+)?(?:(?:about|approximately)\s+)?$",
@@ -49,6 +51,8 @@ class Number:
     exponent: int | None
     """Power of ten of the scale word; None without one."""
     percent: bool
+    currency: bool
+    """With a currency sign, or dollars in words: an amount of money."""
     decimals: int
     """Digits behind the decimal point of `value`; negative where scientific notation leaves none."""
     significant: int
@@ -106,6 +110,7 @@ def _number(text: str, match: re.Match[str]) -> Number | None:
         value=-value if negative else value,
         exponent=_exponent(unit),
         percent=bool(unit and unit["percent"]),
+        currency=bool(prefix["symbol"] or prefix["code"] == "USD" or _DOLLARS.match(after[end:])),
         decimals=len(part) - shift,
         significant=len((whole + part).lstrip("0")),
         either_sign=not negative and not signed and bool(_DECLINE.search(ahead)),

@@ -29,7 +29,8 @@ class NumericGrader:
     passed over where other numbers stand.
 
     Units: an answer with a scale word or a per cent sign means what it says; a bare number is read in the gold's unit,
-    or as the full amount. A gold number without a unit leaves the answer's unit open.
+    or as the full amount. A gold number without a unit leaves the answer's unit open, one with a currency sign alone
+    its scale. An amount of money and a per cent are never the same.
     """
 
     def __init__(self, config: NumericConfig) -> None:
@@ -82,9 +83,9 @@ def _readings(given: Number, gold: Number) -> list[tuple[Decimal, Decimal, Decim
 
     Empty where the units exclude each other.
     """
-    if given.percent and not gold.percent and gold.exponent is not None:
+    if given.percent and not gold.percent and (gold.exponent is not None or gold.currency):
         return []
-    if gold.percent and given.exponent is not None:
+    if gold.percent and not given.percent and (given.exponent is not None or given.currency):
         return []
     if given.exponent is None and gold.exponent is None:
         exponents = [(0, 0)]

@@ -7,8 +7,8 @@ A rule writes an answer out of the gold one, and its label follows from what it 
 0     anything else
 
 Left out, because the rule can be read both ways: a per cent gold as a decimal fraction, a number rounded to tens and
-written with its zeros (1020 for 1015.2), a scale word on a gold number that has none (data sets often leave it out), two
-candidates of which the last one is right, and questions for yes or no.
+written with its zeros (1020 for 1015.2), a scale word on a gold number that has none (data sets often leave it out),
+two candidates of which the last one is right. Left out too: questions for yes or no.
 """
 
 from __future__ import annotations
@@ -226,8 +226,7 @@ def _half_a_thousandth(case: Case) -> str:
 def _fewer_decimals(case: Case) -> str | None:
     """Two digits are kept at least."""
     gold = case.gold
-    rounded = [_rounded(gold.number, places) for places in range(gold.decimals)]
-    rounded = [n for n in rounded if n is not None]
+    rounded = [n for places in range(gold.decimals) if (n := _rounded(gold.number, places)) is not None]
     return written(case.rng.choice(rounded), gold.unit) if rounded else None
 
 

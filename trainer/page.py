@@ -75,6 +75,6 @@ def message(m: Message) -> dict[str, Any]:
     }
 
 
-def cut(text: str, limit: int = _MAX_TEXT_CHARS) -> str:
-    whole = text.strip()
+def cut(text: object, limit: int = _MAX_TEXT_CHARS) -> str:
+    whole = str(text or "").strip()
     return whole if len(whole) <= limit else f"{whole[:limit]} … [{len(whole) - limit:,} more characters]"

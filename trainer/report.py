@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
@@ -23,11 +22,10 @@ from trainer.before_after import (
     rows_of,
 )
 from trainer.charts import Series, line_chart, stacked_chart
+from trainer.page import cut, write_page
 from trainer.run_data import RunData, Sample, read_run
 from trainer.transcripts import PAGE as TRANSCRIPTS
 
-_MAX_TEXT_CHARS = 4000
-"""A longer message is cut in the report; the whole stands in the run folder's JSONL."""
 _NUM_GAINS, _NUM_LOSSES = 3, 2
 
 
@@ -39,16 +37,10 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     folder.
     """
     data = read_run(run_folder)
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # Everything a model, a tool or a config wrote is untrusted text.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     adapter = run_folder / "adapter"
-    html = templates.get_template("report_template.html").render(
+    return write_page(
+        run_folder / "report.html",
+        "report_template.html",
         title=str(data.info.get("run_id") or run_folder.resolve().name),
         facts=_facts(data),
         notes=_notes(data),
@@ -64,11 +56,6 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
         adapter=str(adapter.resolve()) if adapter.exists() else "",
         serve_command=serve_command or str(data.info.get("serve_command") or ""),
     )
-    path = run_folder / "report.html"
-    partial = path.with_suffix(".html.partial")
-    # JSON may carry half a surrogate pair, which is no UTF-8.
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    return partial.replace(path)
 
 
 def before_after_table(run_folder: Path) -> list[Row]:
@@ -322,9 +309,9 @@ def _pairs(data: RunData) -> list[_Pair]:
             _Pair(
                 task_id=task_id,
                 change=f"mean reward {before[task_id]:.2f} → {after[task_id]:.2f} ({change:+.2f})",
-                question=next((_cut(m.get("content"), 400) for m in _prompt(old)[::-1] if m.get("role") == "user"), ""),
+                question=next((cut(m.get("content"), 400) for m in _prompt(old)[::-1] if m.get("role") == "user"), ""),
                 prompt=[_message(m) for m in _prompt(old)],
-                item=_cut(json.dumps(item, ensure_ascii=False), 600) if item else "",
+                item=cut(json.dumps(item, ensure_ascii=False), 600) if item else "",
                 sides=[_shown("before", old), _shown("after", new)],
             )
         )
@@ -348,7 +335,7 @@ def _shown(heading: str, sample: Sample) -> _Shown:
         heading=heading,
         reward=f"{sample.reward:.3f}",
         stop_reason=sample.stop_reason,
-        explanation=_cut(sample.explanation),
+        explanation=cut(sample.explanation),
         parts=[(name, f"{value:+.3f}") for name, value in sample.parts.items()],
         messages=[_message(m) for m in sample.messages[len(_prompt(sample)) :]],
     )
@@ -361,15 +348,10 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return {
         "role": str(message.get("role") or "?"),
         "name": str(message.get("name") or ""),
-        "reasoning": _cut(message.get("reasoning")),
-        "content": _cut(message.get("content")),
-        "calls": [_cut(f"{c.get('name')}({c.get('arguments')})") for c in calls],
+        "reasoning": cut(message.get("reasoning")),
+        "content": cut(message.get("content")),
+        "calls": [cut(f"{c.get('name')}({c.get('arguments')})") for c in calls],
     }
-
-
-def _cut(text: object, limit: int = _MAX_TEXT_CHARS) -> str:
-    whole = str(text or "").strip()
-    return whole if len(whole) <= limit else f"{whole[:limit]} … [{len(whole) - limit:,} more characters]"
 
 
 def _versions(data: RunData) -> list[tuple[str, str]]:

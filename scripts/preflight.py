@@ -3,7 +3,9 @@
 Rolls out some training tasks several times with the policy that training would start from (after the config's warm
 start; `warmstart=null` measures the bare model, `--adapter` or `--run` a trained one), and says what that means:
 rewards, variance, pass@k, calls, tokens, failures, time, memory and plain advice. Writes a page and a JSON file.
-Exit codes as `scripts/train.py`.
+
+`--estimate-only --gpu H100 --gpus 8` runs nothing and needs no weights: it computes memory and time of the configured
+run on such GPUs from the model's config.json and the data sheet. Exit codes as `scripts/train.py`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def main() -> int:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
         config = _config(arguments)
-        if arguments.memory_only:
-            _print_memory(config, arguments.gpu_memory_gib)
+        if arguments.estimate_only:
+            _print_estimate(config, arguments)
         else:
             _preflight(config, arguments)
     except UserError as e:
@@ -51,8 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the run folder's name with -preflight")
     parser.add_argument("--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU; gives the run's cost")
     parser.add_argument("--gpus", type=int, default=1, help="that the run will have (default 1)")
-    parser.add_argument("--memory-only", action="store_true", help="print the memory estimate; load and run nothing")
-    parser.add_argument("--gpu-memory-gib", type=float, help="for --memory-only: of the GPU meant, not this machine's")
+    parser.add_argument("--estimate-only", action="store_true", help="compute memory and time; load and run nothing")
+    only = parser.add_argument_group("for --estimate-only")
+    only.add_argument(
+        "--gpu", metavar="NAME", help="H200, H100, A100 or L40S, by its data sheet (default: this machine)"
+    )
+    only.add_argument("--gpu-memory-gib", type=float, metavar="GIB", help="of a GPU that is not in the table")
+    only.add_argument("--gpu-tflops", type=float, metavar="TFLOPS", help="its dense bf16 TFLOP/s")
+    only.add_argument("--gpu-bandwidth", type=float, metavar="GB/S", help="its memory bandwidth")
+    only.add_argument("--episode-calls", type=float, metavar="N", help="assumed tool calls of a rollout (default 5.55)")
+    only.add_argument("--episode-generated", type=float, metavar="N", help="assumed generated tokens (default 2000)")
+    only.add_argument("--episode-row", type=float, metavar="N", help="assumed tokens with prompt and tool results")
     return parser
 
 
@@ -89,23 +100,27 @@ def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
         print(f"{name:<10}{path}")
 
 
-def _print_memory(config: RunConfig, gpu_memory_gib: float | None) -> None:
+def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from trainer.advice import advise_memory
-    from trainer.estimate import GIB
-    from trainer.model_cache import resolve_model
-    from trainer.preflight import Machine, memory_of, this_machine
-    from trainer.preflight_page import render_advice, render_memory
+    from trainer.gpu_estimate import Assumptions, estimate_only, find_gpu
+    from trainer.preflight_page import render_estimate
 
-    machine = Machine(on_cpu=False, memory_bytes=gpu_memory_gib * GIB) if gpu_memory_gib else this_machine()
-    rows = memory_of(config, resolve_model(config.model.name), on_cpu=machine.on_cpu)
-    if not rows:
-        raise UserError(f"model.name {config.model.name}: its config.json is of a kind that the formulas do not cover")
-    console = Console()
-    console.print(render_memory(rows))
-    advice = advise_memory(rows, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu)
-    console.print(render_advice(advice))
+    gpu = find_gpu(
+        arguments.gpu,
+        memory_gib=arguments.gpu_memory_gib,
+        tflops=arguments.gpu_tflops,
+        bandwidth_gb_per_s=arguments.gpu_bandwidth,
+    )
+    assumptions = Assumptions(
+        gpu=gpu,
+        gpus=arguments.gpus,
+        gpu_hour_price=arguments.gpu_hour_price,
+        tool_calls=arguments.episode_calls,
+        generated_tokens=arguments.episode_generated,
+        row_tokens=arguments.episode_row,
+    )
+    Console().print(render_estimate(estimate_only(config, assumptions)))
 
 
 if __name__ == "__main__":

@@ -233,3 +233,24 @@ def _forget_the_adapter(engine: VllmEngine):  # type: ignore[no-untyped-def]
 
 async def _generate_all(rig: Rig):  # type: ignore[no-untyped-def]
     return await asyncio.gather(*(rig.engine.generate(p, sampling(i)) for i, p in enumerate(PROMPTS)))
+
+
+def test_vllm_takes_the_quantisation_beside_adapters(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to vLLM's own configuration of the engine; what it quantises is not loaded."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    taken: list[AsyncEngineArgs] = []
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", taken.append)
+    with asyncio.Runner() as loop:
+        for quantization in ("fp8", None):
+            engine = EngineConfig(quantization=quantization)
+            start = VllmEngine.start(
+                smollm2, model=ModelConfig(), engine=engine, max_model_len=512, stop_token_ids=[2], device="cuda"
+            )
+            loop.run(start)
+    quantised, plain = (args.create_engine_config() for args in taken)
+    assert plain.quant_config is None
+    assert quantised.lora_config is not None and quantised.quant_config.get_name() == "online"
+    weight = quantised.quant_config.args.linear.weight
+    assert weight.dtype.itemsize == 1 and weight.dtype.is_floating_point

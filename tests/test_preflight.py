@@ -444,21 +444,3 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path):
     assert done.returncode == 2 and "holds no config.yaml" in done.stderr
     with pytest.raises(UserError, match="neither a final adapter nor a checkpoint"):
         adapter_of(tmp_path)
-
-
-def test_the_memory_of_a_model_is_estimated_from_its_config_alone(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(
-        json.dumps(
-            {
-                "num_hidden_layers": 64, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40,
-                "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, "architectures": ["Q"],
-            }
-        )
-    )  # fmt: skip
-    config = tmp_path / "config.yaml"
-    config.write_text(f"output_dir: {tmp_path / 'run'}\ngrader: {{type: numeric}}\nmodel: {{name: {model}}}\n")
-    done = run_script("--config", config, "--memory-only", "--gpu-memory-gib", "80")
-    assert done.returncode == 0, done.stderr
-    assert "61.0" in done.stdout and "out of memory" in done.stdout, "32.8 G weights of two bytes"

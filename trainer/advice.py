@@ -215,8 +215,15 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     room = total_bytes * share - weights
     if room <= 0:
         return advice + _fit("The engine's weights", weights, total_bytes * share, "a GPU with more memory")
+    sequences = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    if room * sequences < cache:
+        return advice + _fit(
+            "The KV cache of one episode at full length",
+            cache / sequences,
+            room,
+            "a larger engine.gpu_memory_utilization or a smaller rollout.max_episode_tokens",
+        )
     if room < cache:
-        sequences = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
         advice.append(
             Advice(
                 level=Level.GOOD,

@@ -13,8 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from envs.errors import PublishError, WorldError
+from envs.errors import PublishError, UserError, WorldError
 from trainer.config import EngineConfig, ModelConfig
+
+_VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
+"""vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
+`fp8` means a checkpoint that holds fp8 weights; of others vLLM 0.31 refuses it."""
+
+
+def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
+    """Whether new weights reach the engine merged into the base, not as an adapter beside it."""
+    return engine.publish == "merged" or (engine.publish == "auto" and on_cpu)
+
+
+def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
+    """What depends on the machine and not on the config alone. Raises `UserError`."""
+    if engine.quantization and publishes_merged(engine, on_cpu=on_cpu):
+        raise UserError(
+            f"engine.quantization: {engine.quantization} can't take merged weights, and engine.publish: "
+            f"{engine.publish} means those on this machine, which has no GPU; leave it out "
+            "(engine.quantization=null), or set engine.publish to lora"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +112,8 @@ class VllmEngine:
         seed: int = 0,
     ) -> VllmEngine:
         """Start the engine's processes and load the base model. `device` is cpu or cuda."""
-        merged = engine.publish == "merged" or (engine.publish == "auto" and device == "cpu")
+        check_engine(engine, on_cpu=device == "cpu")
+        merged = publishes_merged(engine, on_cpu=device == "cpu")
         # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
         # offset"), so every prompt is prefilled whole there.
         on_cpu: dict[str, Any] = {
@@ -109,6 +129,7 @@ class VllmEngine:
             args = AsyncEngineArgs(
                 model=str(model_path),
                 dtype=model.dtype,
+                quantization=_VLLM_QUANTIZATION[engine.quantization] if engine.quantization else None,
                 max_model_len=max_model_len,
                 seed=seed,
                 max_num_seqs=engine.max_num_seqs,

@@ -1,7 +1,10 @@
 """What the run that a config describes will need: memory by formula, time and cost from measured speeds.
 
+Time without any measurement, for a GPU that is not at hand: `trainer.gpu_estimate`.
+
 Legend of the formulas: P weights, L layers, H hidden size, I size of the MLP, Q and K widths of all query and all key
-heads, A query heads, r rank, b bytes of a base weight, T padded tokens of a microbatch (`optim.max_microbatch_tokens`).
+heads, A query heads, r rank, b bytes of a base weight, T padded tokens of a microbatch (`optim.max_microbatch_tokens`,
+or `rollout.max_episode_tokens` where a single row may be longer).
 
 Covered: dense decoders of the Llama, Qwen and Mistral kind, one copy of the base for each process, SDPA attention. The
 activations' formula counts what autograd keeps for each token; adding up the saved tensors of small Llama and Qwen2
@@ -24,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.preflight_figures import Figures
 
 GIB = 2**30
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _HEAD_BYTES = 3 * 64 * 2**20
 """Logits of one chunk, their exponentials and copies; see `trainer.head.CHUNK_BYTES`."""
 
@@ -52,11 +55,15 @@ class ModelShape:
         }  # fmt: skip
 
     @property
+    def num_linear_weights(self) -> int:
+        """Of the linear modules of all layers: without embeddings and output head."""
+        return self.num_layers * sum(a * b for a, b in self.linears.values())
+
+    @property
     def num_weights(self) -> int:
         """Without biases, which are few."""
-        layer = sum(a * b for a, b in self.linears.values()) + 2 * self.hidden
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.num_layers * layer + embeddings + self.hidden
+        return self.num_linear_weights + (2 * self.num_layers + 1) * self.hidden + embeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +110,17 @@ def stored_weights(model_path: Path) -> int | None:
     return total or None
 
 
+def num_weights_of(model_path: Path, shape: ModelShape) -> int:
+    """As the files hold them; by the shape where there are none yet, or not all of them."""
+    return max(stored_weights(model_path) or 0, shape.num_weights)
+
+
+def num_evaluations(config: RunConfig) -> int:
+    """Before training, every so many steps, and after it."""
+    every, steps = config.eval.every_steps, config.optim.num_steps
+    return len({0, steps, *(range(every, steps + 1, every) if every else ())})
+
+
 def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
     """r · (inputs + outputs) of each adapted module; modules that `ModelShape.linears` does not know count 0."""
     wanted = config.model.lora.target_modules
@@ -112,7 +130,8 @@ def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
 
 def activation_bytes(config: RunConfig, shape: ModelShape) -> float:
     """What the backward pass of one microbatch needs of the forward pass, and the gradients in flight."""
-    b, r, tokens = _DTYPE_BYTES[config.model.dtype], config.model.lora.r, config.optim.max_microbatch_tokens
+    b, r = DTYPE_BYTES[config.model.dtype], config.model.lora.r
+    tokens = max(config.optim.max_microbatch_tokens, config.rollout.max_episode_tokens)
     q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer = (
         2 * (4 + b) * shape.hidden  # both norms: the float32 copy, and the output
@@ -125,13 +144,26 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> float:
     return tokens * (shape.num_layers * kept + 2 * layer + head) + _HEAD_BYTES
 
 
+def engine_weight_bytes(config: RunConfig, shape: ModelShape, num_weights: int) -> float:
+    """P·b; quantised to fp8, one byte a weight of the linear layers, and b of embeddings, norms and output head."""
+    b = DTYPE_BYTES[config.model.dtype]
+    quantised = shape.num_linear_weights if config.engine.quantization else 0
+    return quantised + (num_weights - quantised) * b
+
+
+def kv_token_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """2·L·K·b: keys and values of one token."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[config.model.dtype]
+
+
 def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool) -> list[MemoryRow]:
     """By process: what the trainer holds, and what its engine holds."""
-    b = _DTYPE_BYTES[config.model.dtype]
+    b = DTYPE_BYTES[config.model.dtype]
     lora = num_lora_weights(config, shape)
     checkpointed = config.model.gradient_checkpointing
     kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 4bI + 4A + 8 + 7br"
-    kv_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * b
+    kv_token = kv_token_bytes(config, shape)
+    engine_weights = "1 · linear weights + b · others" if config.engine.quantization else "P·b"
     together = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
     longest = config.rollout.max_episode_tokens
     rows = [
@@ -140,7 +172,7 @@ def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cp
          "24 bytes · r·Σ(inputs + outputs): weight 4, gradient 4, Adam 8, flattened gradients 8"),
         ("trainer", "activations of a microbatch", activation_bytes(config, shape),
          f"T · (L·[{kept}] + two whole layers + head), and {_HEAD_BYTES // 2**20} MiB of logits"),
-        ("engine", "base weights", num_weights * b, "P·b"),
+        ("engine", "base weights", engine_weight_bytes(config, shape, num_weights), engine_weights),
         ("engine", "adapter", lora * b, "b·r·Σ(inputs + outputs)"),
     ]  # fmt: skip
     if on_cpu:
@@ -203,8 +235,6 @@ def time_estimate(config: RunConfig, figures: Figures, speeds: Speeds, *, gpus: 
     steps, num_graded = config.optim.num_steps, len(figures.tokens)
     tokens, row_tokens = sum(figures.tokens) / num_graded, sum(figures.episode_tokens) / num_graded
     per_step = config.rollout.tasks_per_step * config.rollout.group_size
-    every = config.eval.every_steps
-    evaluations = len({0, steps, *(range(every, steps + 1, every) if every else ())})
     per_evaluation = config.eval.num_tasks * config.eval.samples_per_task
     sampled_per_s = max(speeds.sampled_tokens_per_s, 1e-9) * gpus
     training_s = None
@@ -226,7 +256,7 @@ def time_estimate(config: RunConfig, figures: Figures, speeds: Speeds, *, gpus: 
         rollouts_s=steps * per_step * tokens / sampled_per_s,
         training_s=training_s,
         publish_s=steps * speeds.publish_s,
-        evaluation_s=evaluations * per_evaluation * tokens / sampled_per_s,
+        evaluation_s=num_evaluations(config) * per_evaluation * tokens / sampled_per_s,
         gpus=gpus,
         notes=notes,
     )

@@ -23,6 +23,7 @@ from trainer.chat import Chat
 from trainer.config import RunConfig, WorldConfig
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
+from trainer.engine import check_engine
 from trainer.engine_judge import EngineJudge
 from trainer.model_cache import resolve_model
 from trainer.runs import RunFolder
@@ -74,6 +75,7 @@ def prepare(config: RunConfig) -> Job:
     """
     RunFolder.check(config)
     _check_trackers(config)
+    _check_engine(config)
     world = build_world(config.world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
     tasks = [*train_tasks, *eval_tasks]
@@ -125,3 +127,11 @@ def _check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: the package {name} is not installed; install it, or leave {name} out")
+
+
+def _check_engine(config: RunConfig) -> None:
+    if config.engine.quantization is None:
+        return
+    import torch
+
+    check_engine(config.engine, on_cpu=not torch.cuda.is_available())

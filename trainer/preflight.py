@@ -32,8 +32,8 @@ from trainer.estimate import (
     Speeds,
     TimeEstimate,
     memory_rows,
+    num_weights_of,
     read_shape,
-    stored_weights,
     time_estimate,
 )
 from trainer.job import Job, prepare
@@ -152,7 +152,7 @@ def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[Memo
     shape = read_shape(model_path)
     if shape is None:
         return []
-    return memory_rows(config, shape, stored_weights(model_path) or shape.num_weights, on_cpu=on_cpu)
+    return memory_rows(config, shape, num_weights_of(model_path, shape), on_cpu=on_cpu)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

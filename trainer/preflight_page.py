@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.advice import Advice, Level
-from trainer.estimate import MemoryRow, memory_bytes
+from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
+from trainer.gpu_estimate import Estimate
 from trainer.page import write_page
 from trainer.pictures import bars, curves, histogram, number
 from trainer.preflight import Preflight, gib
@@ -45,19 +46,37 @@ def render_preflight(found: Preflight) -> RenderableType:
     parts += [_table(figure_rows(found)), Text("\nTime of the configured run", style="bold"), _table(time_rows(found))]
     parts += [Text(f"  {note}", style="dim") for note in found.time.notes]
     if found.memory:
-        parts += [Text(f"\nMemory: {_memory_total(found.memory)}", style="bold"), render_memory(found.memory)]
+        memory = [(f"{r.where}: {r.name}", gib(r.num_bytes)) for r in found.memory]
+        parts.append(Text(f"\nMemory: {_memory_total(found.memory)}", style="bold"))
+        parts.append(_table([*memory, ("in all", gib(memory_bytes(found.memory)))]))
     parts += [Text(""), *map(_panel, found.advice), Text(found.verdict, style="bold")]
     return Group(*parts)
 
 
-def render_memory(rows: Sequence[MemoryRow]) -> Table:
-    table = _table([(f"{r.where}: {r.name}", gib(r.num_bytes)) for r in rows])
-    table.add_row("in all", gib(memory_bytes(rows)))
-    return table
-
-
-def render_advice(advice: Sequence[Advice]) -> Group:
-    return Group(*map(_panel, advice))
+def render_estimate(estimate: Estimate) -> RenderableType:
+    """What was computed without running anything, for the terminal."""
+    rows = [(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in estimate.memory]
+    if estimate.engine_share_bytes is None:
+        rows.append(("in all", gib(memory_bytes(estimate.memory)), ""))
+    else:
+        rows.append(("engine: what it takes", gib(estimate.engine_share_bytes), "engine.gpu_memory_utilization"))
+    parts: list[RenderableType] = [
+        Text(f"Memory of each process, on {estimate.where}: an unmeasured estimate, by formula", style="bold"),
+        _table(rows),
+        *map(_panel, estimate.advice),
+    ]
+    if estimate.time is None:
+        parts.append(
+            Text("No time: name a GPU with --gpu, or give --gpu-memory-gib, --gpu-tflops and --gpu-bandwidth.")
+        )
+        return Group(*parts)
+    times = _durations(estimate.time, ("start", "rollouts", "training"), estimate.gpu_hour_price)
+    parts += [
+        Text(f"\nTime on {estimate.where}: an unmeasured estimate, by formula", style="bold"),
+        _table(times),
+        *(Text(f"  {note}", style="dim") for note in estimate.time.notes),
+    ]
+    return Group(*parts)
 
 
 def figure_rows(found: Preflight) -> list[tuple[str, str]]:
@@ -91,19 +110,30 @@ def figure_rows(found: Preflight) -> list[tuple[str, str]]:
 
 def time_rows(found: Preflight) -> list[tuple[str, str]]:
     """(part, duration), the whole and its price last."""
-    t, s = found.time, found.speeds
+    s = found.speeds
     measured = "not estimated" if s.trained_tokens_per_s is None else f"{s.trained_tokens_per_s:,.0f} tokens/s"
+    names = (
+        "start, with the warm start",
+        f"rollouts, at {s.sampled_tokens_per_s:,.0f} tokens/s measured",
+        f"training, at {measured}",
+    )
+    return _durations(found.time, names, found.gpu_hour_price)
+
+
+def _durations(t: TimeEstimate, names: tuple[str, str, str], gpu_hour_price: float | None) -> list[tuple[str, str]]:
+    """`names`: what the rows of start, rollouts and training are called."""
+    start, rollouts, training = names
     rows = [
-        ("start, with the warm start", _duration(t.start_s)),
-        (f"rollouts, at {s.sampled_tokens_per_s:,.0f} tokens/s measured", _duration(t.rollouts_s)),
-        (f"training, at {measured}", "–" if t.training_s is None else _duration(t.training_s)),
+        (start, _duration(t.start_s)),
+        (rollouts, _duration(t.rollouts_s)),
+        (training, "–" if t.training_s is None else _duration(t.training_s)),
         ("publishing", _duration(t.publish_s)),
         ("evaluations", _duration(t.evaluation_s)),
         ("in all", _duration(t.total_s)),
     ]
-    if found.gpu_hour_price is not None:
-        price = f"{t.gpus} GPU{'s' * (t.gpus > 1)} at {found.gpu_hour_price:g} an hour"
-        rows.append((f"cost, {price}", f"{t.cost(found.gpu_hour_price):,.2f}"))
+    if gpu_hour_price is not None:
+        price = f"{t.gpus} GPU{'s' * (t.gpus > 1)} at {gpu_hour_price:g} an hour"
+        rows.append((f"cost, {price}", f"{t.cost(gpu_hour_price):,.2f}"))
     return rows
 
 
@@ -180,10 +210,13 @@ def _panel(advice: Advice) -> Panel:
     return Panel(text, title=advice.level, title_align="left", border_style=_COLOURS[advice.level], expand=True)
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> Table:
+def _table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """(name, value), or (name, value, remark)."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(justify="left")
     table.add_column(justify="right", no_wrap=True)
+    if any(len(row) > 2 for row in rows):
+        table.add_column(justify="left", style="dim")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -1,8 +1,8 @@
 """What a run would need on a GPU that is not at hand: memory and time by formula alone. Nothing here is measured.
 
-Legend: P weights, W bytes of the engine's weights, kv bytes of a token in the KV cache, F and B operations and bytes that
-the GPU computes and reads in a second, g generated tokens, r row tokens and k turns of a rollout, n rollouts that fall to
-one GPU, s of them decoded at once.
+Legend: P weights, W bytes of the engine's weights, kv bytes of a token in the KV cache, F and B operations and bytes
+that the GPU computes and reads in a second, g generated tokens, r row tokens and k turns of a rollout, n rollouts that
+fall to one GPU, s of them decoded at once.
 
     decoding     g · (n/s + λ - 1) steps, each of max((W + m · kv · r/2) / (β · B), m · 2P / (φ · F)) + o seconds
     prefill      n · (r - g) · 2P / (φ · F); n · k · r/2 tokens where the cache can't hold all n rows

@@ -31,6 +31,7 @@ def main() -> int:
         if arguments.estimate_only:
             _print_estimate(config, arguments)
         else:
+            _refuse_estimate_options(arguments)
             _preflight(config, arguments)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -98,6 +99,21 @@ def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
     console.print(render_preflight(found))
     for name, path in (("page", page), ("figures", out / "preflight.json"), ("rollouts", out / "rollouts.jsonl")):
         print(f"{name:<10}{path}")
+
+
+def _refuse_estimate_options(arguments: argparse.Namespace) -> None:
+    """A preflight measures; what it would assume of another GPU it does not use."""
+    for name in (
+        "gpu",
+        "gpu_memory_gib",
+        "gpu_tflops",
+        "gpu_bandwidth",
+        "episode_calls",
+        "episode_generated",
+        "episode_row",
+    ):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: only with --estimate-only")
 
 
 def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:

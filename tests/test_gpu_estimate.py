@@ -344,3 +344,5 @@ def test_the_script_prints_memory_time_and_price_of_a_model_of_which_only_the_co
     assert "out of memory" in small.stdout and "No time: name a GPU" in small.stdout
     wrong = run_script(*common, "--gpu", "GTX")
     assert wrong.returncode == 2 and "--gpu GTX: not in the table" in wrong.stderr
+    measured = run_script("--config", ROOT / "configs" / "finance_32b.yaml", "--gpu", "H200")
+    assert measured.returncode == 2 and "--gpu: only with --estimate-only" in measured.stderr

@@ -176,10 +176,17 @@ def test_rollouts_lost_to_the_world_are_masked_and_counted(tiny_model, tmp_path)
 
 def test_a_lost_rollout_is_tried_anew_and_nothing_is_masked(tiny_model, tmp_path):
     config = make_config(tmp_path / "run", tiny_model, optim={"num_steps": 1})
-    start(config, Faults(failing_requests=frozenset([20, 21])))
+    # One fault in the first evaluation and one in the step, whatever the order of requests within each: two rollouts of
+    # five turns at most, and one turn anew, are 11 requests.
+    start(config, Faults(failing_requests=frozenset([1, 16])))
     rows = lines(config.output_dir / "metrics.jsonl")
-    assert sum(r.get("train/retried_rollouts", 0) + r.get("eval/retried_rollouts", 0) for r in rows) == 2
-    assert sum(r.get("train/masked_rollouts", 0) + r.get("eval/masked_rollouts", 0) for r in rows) == 0
+    parts = [(row, "train" if "train/rollouts" in row else "eval") for row in rows]
+    assert [row[f"{part}/retried_rollouts"] for row, part in parts] == [1, 1, 0]
+    assert [row[f"{part}/masked_rollouts"] for row, part in parts] == [0, 0, 0]
+    written = [r for kind in ("rollouts", "evals") for p in (config.output_dir / kind).iterdir() for r in lines(p)]
+    assert len(written) == 2 + 8 + 2
+    assert sorted(r["num_attempts"] for r in written) == [1] * 10 + [2] * 2
+    assert all(r["grade"] is not None for r in written)
 
 
 def test_a_step_in_which_all_rollouts_are_lost_stops_the_run(tiny_model, tmp_path):

@@ -1,7 +1,8 @@
 """Policies side by side: `python scripts/compare.py before=runs/finance@0 after=runs/finance@60`.
 
-Each policy is a run folder, of which the last evaluation counts, or `FOLDER@STEP` for another one; `NAME=` before it
-names it. The first is the baseline. They are compared on the tasks that they share: reward, calls, tokens, latency,
+Each policy is a run folder, of which the last evaluation counts, or `FOLDER@STEP` for another one, or the folder of a
+preflight (`scripts/preflight.py --held-out` rolls any model or adapter out on the evaluation's tasks); `NAME=` before
+it names it. The first is the baseline. They are compared on the tasks that they share: reward, calls, tokens, latency,
 errors, with paired bootstrap intervals. Writes compare.html and compare.md into `--out`.
 """
 

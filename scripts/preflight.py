@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML file; with --run it defaults to the run's own")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the config, e.g. rollout.group_size=16")
     parser.add_argument("--tasks", type=int, default=32, metavar="N", help="training tasks, drawn by seed (default 32)")
+    parser.add_argument("--held-out", action="store_true", help="measure on the evaluation's tasks instead")
     parser.add_argument("--samples", type=int, metavar="K", help="rollouts of each (default: rollout.group_size)")
     policy = parser.add_mutually_exclusive_group()
     policy.add_argument("--adapter", type=Path, metavar="FOLDER", help="measure this adapter")
@@ -88,6 +89,7 @@ def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
     options = Options(
         out=out,
         num_tasks=arguments.tasks,
+        held_out=arguments.held_out,
         samples=arguments.samples,
         adapter=adapter_of(arguments.run) if arguments.run else arguments.adapter,
         gpu_hour_price=arguments.gpu_hour_price,

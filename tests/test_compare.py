@@ -241,6 +241,17 @@ def test_policies_are_read_by_folder_step_and_name(tmp_path):
     assert first.rollouts == BEFORE
 
 
+def test_a_preflight_is_a_policy_too(tmp_path):
+    run = write_evals(tmp_path / "run", {"step-000000.jsonl": BEFORE})
+    write_evals(tmp_path / "bare", {"x.jsonl": AFTER})
+    (tmp_path / "bare" / "evals" / "x.jsonl").rename(tmp_path / "bare" / "rollouts.jsonl")
+    (tmp_path / "bare" / "preflight.json").write_text("{}")
+    _, bare = read_policies([str(run), str(tmp_path / "bare")])
+    assert (bare.name, bare.rollouts) == ("bare", AFTER)
+    with pytest.raises(UserError, match="holds no evaluation"):
+        read_policies([str(run), f"{tmp_path / 'bare'}@0"])
+
+
 def test_what_is_wrong_with_an_argument_is_said(tmp_path):
     run = write_evals(tmp_path / "run", {"step-000000.jsonl": BEFORE})
     for arguments, words in (

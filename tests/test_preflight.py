@@ -385,6 +385,8 @@ def test_requests_are_a_seeded_draw_with_seeds_of_their_own():
     assert {r.task.task_id for r in preflight_requests(other, tasks, options)} != {r.task.task_id for r in requests}
     everything = preflight_requests(CONFIG, tasks, Options(out=Path("unused"), num_tasks=99))
     assert len(everything) == 20 * CONFIG.rollout.group_size
+    held_out = preflight_requests(CONFIG, tasks, replace(options, held_out=True))
+    assert [r.task.task_id for r in held_out[::3]] == ["t0", "t1", "t2", "t3", "t4"], "as the evaluation takes them"
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -398,7 +400,7 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
     from trainer.runs import read_lines, rollout_from_json
 
     config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model))
-    options = Options(out=tmp_path / "out", num_tasks=3, samples=6, gpu_hour_price=2.0)
+    options = Options(out=tmp_path / "out", num_tasks=3, held_out=True, samples=6, gpu_hour_price=2.0)
     engines: list[Any] = []
     start = engine_starter(finance_script(FinanceWorld(config.world)), None, engines)
     found = preflight(config, options, start_engine=start)
@@ -406,6 +408,8 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
     assert not config.output_dir.exists(), "the run's own folder is left for training"
     assert engines[0].is_shut_down and [v for v, _ in engines[0].published] == [0]
     rollouts = [rollout_from_json(r) for r in read_lines(options.out / "rollouts.jsonl")]
+    held_out = {task.task_id for task in FinanceWorld(config.world).tasks("eval")}
+    assert {r.task.task_id for r in rollouts} <= held_out
     assert len(rollouts) == 18 and figures_of(rollouts, samples_per_task=6).mean == pytest.approx(found.figures.mean)
     assert 0 < found.figures.varied_share <= 1 and found.figures.best > found.figures.mean > found.figures.worst
     assert found.speeds.sampled_tokens_per_s > 0 and found.speeds.trained_tokens_per_s > 0

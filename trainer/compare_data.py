@@ -1,4 +1,4 @@
-"""The policies that are compared, read from run folders."""
+"""The policies that are compared, read from the folders of runs and of preflights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Policy:
 
     name: str
     source: str
-    """Folder and step, for the reader."""
+    """Folder and step or preflight, for the reader."""
     rollouts: Sequence[Rollout]
     """Without their tokens, which are not compared."""
 
@@ -68,12 +68,17 @@ def _with_step(text: str) -> tuple[Path, int | None]:
 
 
 def _read(name: str, folder: Path, step: int | None) -> Policy:
+    if (folder / "preflight.json").is_file() and step is None:
+        rollouts = _read_file(folder / "rollouts.jsonl")
+        return Policy(name=name or folder.resolve().name, source=f"{folder}, preflight", rollouts=rollouts)
     by_step: dict[int, list[Path]] = {}
     for path in sorted((folder / "evals").glob("step-*.jsonl")):
         if found := _EVAL_FILE.fullmatch(path.name):
             by_step.setdefault(int(found[1]), []).append(path)
     if not by_step:
-        raise UserError(f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run")
+        raise UserError(
+            f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run or of a preflight"
+        )
     step = max(by_step) if step is None else step
     if step not in by_step:
         raise UserError(f"{folder}: holds no evaluation at step {step}; it has {', '.join(map(str, sorted(by_step)))}")

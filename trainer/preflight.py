@@ -57,6 +57,8 @@ class Options:
 
     out: Path
     num_tasks: int = 32
+    held_out: bool = False
+    """The evaluation's tasks, the first of them, instead of a draw of training's."""
     samples: int | None = None
     """Rollouts of each task; None: the config's group size, so that shares of varied tasks are those of a step."""
     adapter: Path | None = None
@@ -134,8 +136,13 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
 
 
 def preflight_requests(config: RunConfig, tasks: Sequence[Task], options: Options) -> list[RolloutRequest]:
-    """A seeded draw of the training tasks, each with its samples. Other seeds than training's."""
-    drawn = random.Random(f"{config.seed}/preflight").sample(list(tasks), min(options.num_tasks, len(tasks)))
+    """A seeded draw of the tasks, or the first as the evaluation takes them, each with its samples.
+
+    Other seeds than training's.
+    """
+    drawn = list(tasks[: options.num_tasks])
+    if not options.held_out:
+        drawn = random.Random(f"{config.seed}/preflight").sample(list(tasks), min(options.num_tasks, len(tasks)))
     return [
         RolloutRequest(
             task=task,
@@ -210,7 +217,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         publish_s = time.perf_counter() - publish_start
         start_s = time.perf_counter() - start
 
-        requests = preflight_requests(config, job.train_tasks, options)
+        requests = preflight_requests(config, job.eval_tasks if options.held_out else job.train_tasks, options)
         progress.phase("preflight's rollouts", total=len(requests))
         path = options.out / "rollouts.jsonl"
         path.write_text("")

@@ -5,7 +5,6 @@ The protocol is JSON over HTTP; a client library would bring seven packages for 
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import json
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
@@ -91,9 +89,6 @@ class Browser:
     def devtools(self, name: str, **parameters: Any) -> Any:
         """A command of the Chrome DevTools protocol."""
         return self.command("POST", "goog/cdp/execute", {"cmd": name, "params": parameters})
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.command("GET", "screenshot")))
 
     def _find(self, selector: str) -> str:
         found: dict[str, str] = self.command("POST", "element", {"using": "css selector", "value": selector})

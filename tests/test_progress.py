@@ -233,6 +233,8 @@ def test_time_left_is_unknown_before_the_first_step_and_then_follows_from_the_st
     now = 100.0
     monkeypatch.setattr("trainer.progress.time.monotonic", lambda: now)
     with Progress(None, 10, first_step=4, show=False) as progress:
+        progress.phase("publishing")
+        now += 2
         progress.phase("evaluating before")
         now += 7
         assert progress.left_s() is None

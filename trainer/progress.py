@@ -100,7 +100,8 @@ class Progress:
         self._finish_phase()
         self._phase_total, self._phase_done, self._phase_tokens = total, 0, 0
         self._phase, self._phase_start = name, time.monotonic()
-        if name in STEP_PHASES and self._step_start is None:
+        # Weights are published before the first step too, and then evaluated: that is no part of it.
+        if name == "rollouts" and self._step_start is None:
             self._step_start = self._phase_start
         self._note(f"phase: {name}")
 

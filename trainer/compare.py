@@ -42,9 +42,9 @@ class Line:
     """Of each later policy to the first."""
 
     def percent(self, i: int) -> float | None:
-        """The change of the i-th later policy in percent of the first; None where that is 0."""
+        """The change of the i-th later policy in percent of the first; None where that is not above 0."""
         base = self.means[0].mean
-        return 100 * self.differences[i].mean / abs(base) if base else None
+        return 100 * self.differences[i].mean / base if base > 0 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

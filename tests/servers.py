@@ -1,17 +1,21 @@
-"""Servers that tests start as their users do: processes of their own, asked over HTTP."""
+"""Servers that tests ask over HTTP: processes started as their users start them, and a scripted judge."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+
+from aiohttp import web
 
 REPOSITORY = Path(__file__).parent.parent
 START_S = 300
@@ -67,3 +71,40 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def scripted_judge(answer: Callable[[web.Request], Awaitable[web.Response]]) -> Iterator[str]:
+    """The base URL under which `answer` takes Chat Completions; in a thread, for what asks it has its own loop."""
+    loop, ports, ready = asyncio.new_event_loop(), [], threading.Event()
+
+    async def serve() -> web.AppRunner:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.append(runner.addresses[0][1])
+        return runner
+
+    def work() -> None:
+        runner = loop.run_until_complete(serve())
+        ready.set()
+        loop.run_forever()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    yield f"http://127.0.0.1:{ports[0]}/v1"
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+def completion(model: str, text: str | None) -> web.Response:
+    """A Chat Completions answer of 42 tokens in all."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": model}
+    return web.json_response({**body, "choices": [choice], "usage": usage})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import yaml
 from aiohttp import web
 from openai.types.fine_tuning.alpha import GraderRunResponse
 from pydantic import TypeAdapter
+from servers import completion, scripted_judge
 
 from envs.loading import load_target
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
@@ -78,47 +77,14 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def judge() -> Iterator[str]:
-    """A server that speaks Chat Completions and always scores 0.25; in a thread, for the script has its own loop."""
-    loop = asyncio.new_event_loop()
-    started: list[int] = []
-    ready = threading.Event()
+    """A server that always scores 0.25."""
 
     async def answer(request: web.Request) -> web.Response:
         asked = await request.json()
-        message = {"role": "assistant", "content": json.dumps({"steps": [], "result": 0.25})}
-        return web.json_response(
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": asked["model"],
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42},
-            }
-        )
+        return completion(asked["model"], json.dumps({"steps": [], "result": 0.25}))
 
-    async def serve() -> web.AppRunner:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        started.append(runner.addresses[0][1])
-        return runner
-
-    def work() -> None:
-        runner = loop.run_until_complete(serve())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    ready.wait()
-    yield f"http://127.0.0.1:{started[0]}/v1"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+    with scripted_judge(answer) as url:
+        yield url
 
 
 def rollout(answer: str, *, stop: StopReason = StopReason.ANSWERED) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from servers import completion, scripted_judge
 
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
@@ -190,45 +189,17 @@ def judged(text: str) -> str | None:
 
 @pytest.fixture
 def judge() -> Iterator[str]:
-    """A server that speaks Chat Completions; in a thread, for the script has its own loop."""
-    loop, ports, ready = asyncio.new_event_loop(), [], threading.Event()
+    """A server that says what `judged` says."""
 
     async def answer(request: web.Request) -> web.Response:
         asked = await request.json()
         prompt = asked["messages"][-1]["content"]
         if not any(c.isdigit() for c in prompt.partition("Answer: ")[2]):
             return web.json_response({"error": {"message": "prompt is too long"}}, status=413)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": judged(prompt)},
-            "finish_reason": "stop",
-        }
-        usage = {"prompt_tokens": 30, "completion_tokens": 12, "total_tokens": 42}
-        body = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"]}
-        return web.json_response({**body, "choices": [choice], "usage": usage})
+        return completion(asked["model"], judged(prompt))
 
-    async def serve() -> web.AppRunner:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ports.append(runner.addresses[0][1])
-        return runner
-
-    def work() -> None:
-        runner = loop.run_until_complete(serve())
-        ready.set()
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    ready.wait()
-    yield f"http://127.0.0.1:{ports[0]}/v1"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+    with scripted_judge(answer) as url:
+        yield url
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from envs.errors import PublishError, WorldError
 from trainer.canary import Canary
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
-from trainer.engine import Completion, Sampling, VllmEngine
+from trainer.engine import Completion, Sampling, VllmEngine, _engine_environment
 from trainer.policy import Policy
 from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
@@ -254,3 +255,20 @@ def test_vllm_takes_the_quantisation_beside_adapters(smollm2: Path, monkeypatch:
     assert quantised.lora_config is not None and quantised.quant_config.get_name() == "online"
     weight = quantised.quant_config.args.linear.weight
     assert weight.dtype.itemsize == 1 and weight.dtype.is_floating_point
+
+
+def test_engines_started_together_share_out_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3, 5, 7, 8})
+
+    def cores(local_rank: int) -> str:
+        with _engine_environment(EngineConfig(), device="cpu", local_rank=local_rank):
+            assert "LOCAL_WORLD_SIZE" not in os.environ, "vLLM would take itself for a part of the trainer's group"
+            return os.environ["VLLM_CPU_OMP_THREADS_BIND"]
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cores(0) == "2,3,5,7,8"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert [cores(0), cores(1)] == ["2,5,8", "3,7"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
+    assert cores(8) == "2,3,5,7,8", "more processes than cores: each uses them all"
+    assert os.environ["LOCAL_WORLD_SIZE"] == "9"

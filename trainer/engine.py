@@ -273,7 +273,7 @@ def _engine_environment(engine: EngineConfig, *, device: str, local_rank: int) -
     """The environment that vLLM's processes inherit; put back afterwards.
 
     The launcher's variables (RANK, WORLD_SIZE, ...) would make vLLM join the trainer's process group, so they are
-    hidden; on GPUs each rank's engine sees its own device only.
+    hidden; each rank's engine sees its own GPU only, or its share of the cores.
     """
     changes: dict[str, str | None] = {
         name: None
@@ -285,8 +285,12 @@ def _engine_environment(engine: EngineConfig, *, device: str, local_rank: int) -
     changes["VLLM_NO_USAGE_STATS"] = "1"
     if device == "cpu":
         changes["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(engine.kv_cache_gib)))
-        # All cores that this process may use: by default vLLM leaves one idle, half of a small machine.
+        # All cores that this process may use: by default vLLM leaves one idle, half of a small machine. Processes that
+        # a launcher started together share them out, or their engines would wait for each other's threads.
         cores = sorted(os.sched_getaffinity(0))
+        together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if together <= len(cores):
+            cores = cores[local_rank::together]
         changes["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -16,7 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,13 +126,20 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
         config=config,
         figures=figures,
         speeds=speeds,
-        time=time_estimate(config, figures, speeds, gpus=options.gpus),
+        time=_time(config, figures, speeds, options),
         gpu_hour_price=options.gpu_hour_price,
         memory=memory,
         advice=advice,
     )
     write_atomically(options.out / "preflight.json", json.dumps(found.to_json(), indent=1))
     return found
+
+
+def _time(config: RunConfig, figures: Figures, speeds: Speeds, options: Options) -> TimeEstimate:
+    time = time_estimate(config, figures, speeds, gpus=options.gpus)
+    if options.adapter is None or config.warmstart is None:
+        return time
+    return replace(time, notes=[*time.notes, "an adapter was measured: the warm start is not in it"])
 
 
 def preflight_requests(config: RunConfig, tasks: Sequence[Task], options: Options) -> list[RolloutRequest]:

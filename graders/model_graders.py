@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from envs.types import Episode, Task
@@ -46,29 +46,17 @@ class ScoreModelGrader:
         )
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        try:
-            reply = await self._question.ask(task, episode)
-        except MissingVariable as e:
-            return _failed(self._config.name, e.kind, str(e))
-        tokens = {self._config.model: reply.num_tokens}
-        try:
-            answer = _read_answer(reply)
-            result = answer["result"]
-            is_number = isinstance(result, int | float) and not isinstance(result, bool)
-            # A whole number may be too long for a float: `isfinite` takes none of those, the clamp does.
-            if not is_number or (isinstance(result, float) and not math.isfinite(result)):
-                raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
-        except _NoResult as e:
-            return _failed(self._config.name, e.kind, str(e), tokens)
+        return await _judged(self._config, self._question, task, episode, self._read)
+
+    def _read(self, result: Any) -> tuple[float, str]:
+        is_number = isinstance(result, int | float) and not isinstance(result, bool)
+        # A whole number may be too long for a float: `isfinite` takes none of those, the clamp does.
+        if not is_number or (isinstance(result, float) and not math.isfinite(result)):
+            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
         low, high = self._config.range
         score = float(min(max(result, low), high))
         clamped = "" if score == result else f", clamped from {_cut(str(result), _MAX_ECHO)}"
-        return Grade(
-            reward=score,
-            parts={self._config.name: score},
-            explanation=f"{self._config.model} gives {score:g}{clamped}{_reasons(answer)}",
-            judge_tokens=tokens,
-        )
+        return score, f"gives {score:g}{clamped}"
 
     def check(self, task: Task) -> None:
         self._question.check(task)
@@ -89,28 +77,41 @@ class LabelModelGrader:
         )
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        try:
-            reply = await self._question.ask(task, episode)
-        except MissingVariable as e:
-            return _failed(self._config.name, e.kind, str(e))
-        tokens = {self._config.model: reply.num_tokens}
-        try:
-            answer = _read_answer(reply)
-            label = answer["result"]
-            if label not in self._config.labels:
-                raise _NoResult(f"result {_cut(repr(label), _MAX_ECHO)} is none of the labels")
-        except _NoResult as e:
-            return _failed(self._config.name, e.kind, str(e), tokens)
-        score = float(label in self._config.passing_labels)
-        return Grade(
-            reward=score,
-            parts={self._config.name: score},
-            explanation=f"{self._config.model} chooses {label!r}{_reasons(answer)}",
-            judge_tokens=tokens,
-        )
+        return await _judged(self._config, self._question, task, episode, self._read)
+
+    def _read(self, result: Any) -> tuple[float, str]:
+        if result not in self._config.labels:
+            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is none of the labels")
+        return float(result in self._config.passing_labels), f"chooses {result!r}"
 
     def check(self, task: Task) -> None:
         self._question.check(task)
+
+
+async def _judged(
+    config: ScoreModelConfig | LabelModelConfig,
+    question: _Question,
+    task: Task,
+    episode: Episode,
+    read: Callable[[Any], tuple[float, str]],
+) -> Grade:
+    """Ask and grade; `read` turns the answer's result into a score and what the judge did, or raises `_NoResult`."""
+    try:
+        reply = await question.ask(task, episode)
+    except MissingVariable as e:
+        return _failed(config.name, e.kind, str(e))
+    tokens = {config.model: reply.num_tokens}
+    try:
+        answer = _read_answer(reply)
+        score, words = read(answer["result"])
+    except _NoResult as e:
+        return _failed(config.name, e.kind, str(e), tokens)
+    return Grade(
+        reward=score,
+        parts={config.name: score},
+        explanation=f"{config.model} {words}{_reasons(answer)}",
+        judge_tokens=tokens,
+    )
 
 
 class _Question:

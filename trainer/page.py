@@ -16,8 +16,8 @@ _MAX_TEXT_CHARS = 4000
 """A longer message is cut on the page; the whole stands in the JSONL file."""
 
 
-def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Render `template`, which lies beside this file, and put the page in place at once."""
+def render_page(template: str, **values: Any) -> str:
+    """The HTML of `template`, which lies beside this file."""
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         # Everything a model, a tool or a config wrote is untrusted text.
@@ -26,9 +26,14 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return templates.get_template(template).render(**values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render `template` and put the page in place at once."""
     partial = path.with_suffix(".html.partial")
     # Lone surrogates, which a model's text may hold, have no UTF-8.
-    partial.write_text(templates.get_template(template).render(**values), encoding="utf-8", errors="replace")
+    partial.write_text(render_page(template, **values), encoding="utf-8", errors="replace")
     partial.replace(path)
     return path
 

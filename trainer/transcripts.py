@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from envs.errors import UserError
 from trainer.model_cache import resolve_model
+from trainer.page import render_page
 from trainer.run_data import read_run
 from trainer.runs import write_atomically
 from trainer.samples import Sample
@@ -255,16 +255,13 @@ def _base64(json_text: str) -> str:
 
 def _render(**values: Any) -> str:
     script, style = _asset("transcripts.js"), _asset("transcripts.css")
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        # Everything a model, a tool or a config wrote is untrusted text.
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return templates.get_template("transcripts_template.html").render(
-        script=Markup(script), style=Markup(style), script_hash=_hash(script), style_hash=_hash(style), **values
+    return render_page(
+        "transcripts_template.html",
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+        **values,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,22 @@ def test_the_order_needs_no_cursor_and_differs_by_pass_and_seed():
     assert passes[0] != passes[1] != passes[2] != passes[0]
     alone = tasks_of_step(tasks, seed=0, step=3, num_tasks=5)
     assert [t.task_id for t in alone] == passes[0][15:], "a resumed run starts in the middle"
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=4), per_step=st.integers(1, 12), seed=st.integers(0, 9))
+def test_stratified_steps_hold_every_value_in_its_proportion(sizes, per_step, seed):
+    kinds = [kind for kind, size in enumerate(sizes) for _ in range(size)]
+    tasks = [replace(task, item={"kind": kind}) for task, kind in zip(some_tasks(len(kinds)), kinds, strict=True)]
+    num_steps = len(tasks) // per_step  # the whole steps of one pass
+    steps = [
+        tasks_of_step(tasks, seed=seed, step=step, num_tasks=per_step, stratify_by="kind") for step in range(num_steps)
+    ]
+    visited = [t.task_id for step in steps for t in step]
+    assert len(visited) == len(set(visited)), "no task twice in a pass"
+    for kind, size in enumerate(sizes):
+        share = size / len(tasks)
+        for step in steps:
+            assert abs(sum(t.item["kind"] == kind for t in step) - per_step * share) < 1 + len(sizes) * share
 
 
 def test_requests_come_group_after_group_with_ids_and_seeds_of_their_own(tmp_path):

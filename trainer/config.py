@@ -87,6 +87,11 @@ class RolloutConfig(Section):
     """How episodes are run."""
 
     tasks_per_step: int = Field(8, ge=1, description="groups in a step")
+    stratify_by: str | None = Field(
+        None,
+        description="a key of the tasks' items (kind, say): every step then holds its values in the proportion in "
+        "which all tasks do",
+    )
     group_size: int = Field(8, ge=2, description="rollouts of one task")
     max_turns: int = Field(12, ge=1, description="model generations in an episode")
     max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
@@ -232,6 +237,12 @@ class RunConfig(Section):
     def _lengths_fit(self) -> RunConfig:
         if self.rollout.max_turn_tokens >= self.rollout.max_episode_tokens:
             raise ValueError("rollout.max_turn_tokens must be smaller than rollout.max_episode_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rule_chooses_the_tasks(self) -> RunConfig:
+        if self.curriculum is not None and self.rollout.stratify_by is not None:
+            raise ValueError("rollout.stratify_by: the curriculum chooses by difficulty; leave one of the two out")
         return self
 
     @model_validator(mode="after")

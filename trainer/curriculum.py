@@ -48,7 +48,13 @@ class Curriculum:
         """The tasks of a training step, the first of which is 1."""
         num_tasks, seed = self._config.rollout.tasks_per_step, self._config.seed
         if self._rule is None:
-            return tasks_of_step(self._tasks, seed=seed, step=step - 1, num_tasks=num_tasks)
+            return tasks_of_step(
+                self._tasks,
+                seed=seed,
+                step=step - 1,
+                num_tasks=num_tasks,
+                stratify_by=self._config.rollout.stratify_by,
+            )
         by_id = {task.task_id: task for task in self._tasks}
         chosen = choose_tasks(list(by_id), self._visits, seed=seed, step=step, num_tasks=num_tasks, rule=self._rule)
         return [by_id[task_id] for task_id in chosen]

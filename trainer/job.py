@@ -78,6 +78,7 @@ def prepare(config: RunConfig) -> Job:
     _check_engine(config)
     world = build_world(config.world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
+    _check_strata(config, train_tasks)
     tasks = [*train_tasks, *eval_tasks]
     demonstrations = load_demonstrations(config)
     preflight = load_preflight(config.curriculum)
@@ -127,6 +128,20 @@ def _check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: the package {name} is not installed; install it, or leave {name} out")
+
+
+def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
+    key = config.rollout.stratify_by
+    if key is None:
+        return
+    for task in tasks:
+        if key not in task.item:
+            raise UserError(
+                f"rollout.stratify_by: the training task {task.task_id!r} has no key {key!r}; it has "
+                f"{', '.join(task.item) or 'none'}"
+            )
+    if len({str(task.item[key]) for task in tasks}) == 1:
+        raise UserError(f"rollout.stratify_by: every training task has the same {key!r}; leave the setting out")
 
 
 def _check_engine(config: RunConfig) -> None:

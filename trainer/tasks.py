@@ -179,18 +179,36 @@ def _task(row: _Row, data: dict[str, Any], *, where: str, number: int, offered: 
     return task
 
 
-def tasks_of_step(tasks: Sequence[Task], *, seed: int, step: int, num_tasks: int) -> list[Task]:
+def tasks_of_step(
+    tasks: Sequence[Task], *, seed: int, step: int, num_tasks: int, stratify_by: str | None = None
+) -> list[Task]:
     """The tasks of one step: a seeded shuffle of all of them per pass, taken in turn.
+
+    With `stratify_by`, a key of the tasks' items, the shuffle is stratified: the tasks of each value are spread evenly
+    over the pass, so that every step holds the values in about the proportion in which all tasks do.
 
     A pure function of its arguments, so that a resumed run goes on where it was without any saved cursor.
     """
     chosen = []
     for position in range(step * num_tasks, (step + 1) * num_tasks):
         epoch, index = divmod(position, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        chosen.append(tasks[order[index]])
+        chosen.append(tasks[_order(tasks, random.Random(f"{seed}/{epoch}"), stratify_by)[index]])
     return chosen
+
+
+def _order(tasks: Sequence[Task], rng: random.Random, stratify_by: str | None) -> list[int]:
+    order = list(range(len(tasks)))
+    rng.shuffle(order)
+    if stratify_by is None:
+        return order
+    strata: dict[str, list[int]] = {}
+    for index in order:
+        strata.setdefault(str(tasks[index].item[stratify_by]), []).append(index)
+    place: dict[int, float] = {}
+    for stratum in strata.values():
+        offset = rng.random()
+        place |= {index: (i + offset) / len(stratum) for i, index in enumerate(stratum)}
+    return sorted(order, key=place.__getitem__)
 
 
 def train_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:

@@ -168,7 +168,14 @@ async def measure_arms(
 
 def requests_of(job: Job, step: int) -> list[RolloutRequest]:
     config = job.config
-    tasks = tasks_of_step(job.train_tasks, seed=config.seed, step=step, num_tasks=config.rollout.tasks_per_step)
+    rollout = config.rollout
+    tasks = tasks_of_step(
+        job.train_tasks,
+        seed=config.seed,
+        step=step,
+        num_tasks=rollout.tasks_per_step,
+        stratify_by=rollout.stratify_by,
+    )
     return train_requests(config, tasks, run_id="bench", step=step)
 
 

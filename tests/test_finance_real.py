@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score
 
@@ -16,7 +17,7 @@ from envs.errors import UserError
 from envs.finance.asking import YES_NO_RULE
 from envs.finance.calculate import calculate
 from envs.finance.config import FinanceConfig
-from envs.finance.program import execute
+from envs.finance.program import execute, unnested
 from envs.finance.world import FinanceWorld
 from graders.build import build_grader
 from graders.config import PenaltiesConfig
@@ -149,6 +150,60 @@ def test_finqa_questions_begin_with_company_and_year_and_their_programs_give_the
     assert Counter(t.item["kind"] for t in tasks.values())["table_average"] == 1
     companies = [{t.item["companies"][0] for t in world.tasks(split)} for split in ("train", "eval")]
     assert companies[0].isdisjoint(companies[1])
+
+
+def test_a_data_set_of_the_same_rows_gives_the_same_world(tmp_path: Path) -> None:
+    for source, data in (("tatqa", TATQA), ("finqa", FINQA)):
+        of_file = world_of(tmp_path, source, data)
+        # One JSON file in a folder is a data set to `datasets`.
+        of_dataset = FinanceWorld(
+            FinanceConfig.model_validate({"source": source, "path": {"dataset": str(tmp_path)}, "eval_share": 0.5})
+        )
+        assert of_dataset.texts == of_file.texts and all_tasks(of_dataset) == all_tasks(of_file)
+
+
+NESTED = {
+    "subtract(1250, 1000), divide(#0, 1000)": "divide(subtract(1250, 1000), 1000)",
+    "divide(3, 4), multiply(#0, const_100)": "multiply(divide(3, 4), const_100)",
+}
+
+
+def test_finqas_flat_rows_with_nested_programs_are_read_as_its_file_is(tmp_path: Path) -> None:
+    flat = [
+        {key: entry[key] for key in ("id", "pre_text", "post_text", "table")}
+        | {
+            "question": entry["qa"]["question"],
+            "answer": entry["qa"]["answer"],
+            "final_result": str(entry["qa"]["exe_ans"]),
+            "program_re": NESTED.get(entry["qa"]["program"], entry["qa"]["program"]),
+            "gold_inds": [],
+        }
+        for entry in FINQA
+    ]
+    (tmp_path / "saved").mkdir()
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list(flat)}).save_to_disk(tmp_path / "saved")
+    path = {"dataset": str(tmp_path / "saved"), "split": "validation"}
+    of_dataset = FinanceWorld(FinanceConfig.model_validate({"source": "finqa", "path": path, "eval_share": 0.5}))
+    of_file = world_of(tmp_path, "finqa", FINQA)
+    assert of_dataset.texts == of_file.texts and all_tasks(of_dataset) == all_tasks(of_file)
+
+
+@pytest.mark.parametrize(
+    ("nested", "flat"),
+    [
+        *((nested, flat) for flat, nested in NESTED.items()),
+        ("add(subtract(1, 2), multiply(3, const_m1))", "subtract(1, 2), multiply(3, const_m1), add(#0, #1)"),
+        (
+            "divide(table_max(total (net, of tax), none), 4)",
+            "table_max(total (net, of tax), none), divide(#0, 4)",
+        ),
+        ("greater(1,250, 5.2%)", "greater(1,250, 5.2%)"),
+        ("add(1, 2", "add(1, 2"),
+        ("", ""),
+    ],
+)
+def test_a_nested_program_becomes_steps(nested: str, flat: str) -> None:
+    assert unnested(nested) == flat
 
 
 @pytest.mark.parametrize(("source", "data"), [("tatqa", TATQA), ("finqa", FINQA)])

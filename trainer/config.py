@@ -23,6 +23,7 @@ from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.problems import on_one_screen
 from envs.remote.config import RemoteConfig
+from envs.rows import FileOrDataset
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
 
 
@@ -143,8 +144,10 @@ class OptimConfig(Section):
 class WarmstartConfig(Section):
     """Supervised fine-tuning on expert episodes before the first rollout (trl's SFTTrainer)."""
 
-    data: Path | None = Field(
-        None, description="JSONL of conversations (messages, tools) to imitate; without it the world's expert is"
+    data: FileOrDataset | None = Field(
+        None,
+        description="conversations (messages, tools) to imitate: a JSONL file, or a data set; without it the world's "
+        "expert is imitated",
     )
     num_steps: int = Field(16, ge=1)
     episodes_per_step: int = Field(8, ge=1)
@@ -161,10 +164,10 @@ class EvalConfig(Section):
 
 
 class DataConfig(Section):
-    """Tasks from JSONL files in the hosted format; without this section the world's own tasks are used."""
+    """Tasks as rows in the hosted format; without this section the world's own tasks are used."""
 
-    train: Path = Field(description="JSONL of training rows")
-    eval: Path = Field(description="JSONL of held-out rows")
+    train: FileOrDataset = Field(description="training rows: a JSONL file, or a data set (see `envs.rows`)")
+    eval: FileOrDataset = Field(description="held-out rows, likewise")
 
 
 class CurriculumConfig(Section):

@@ -1,17 +1,17 @@
-"""Tasks: from the world or from JSONL in the hosted format, and the order in which a run visits them."""
+"""Tasks: from the world or from rows in the hosted format, and the order in which a run visits them."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from envs.base import World
 from envs.errors import UserError
+from envs.rows import DatasetSource, FileOrDataset, read_dataset
 from envs.tools import Tool, offered_tools
 from envs.types import Message, Task, ToolCall
 from trainer.config import RunConfig
@@ -86,10 +86,10 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
     """The tasks of `train` or `eval`. Raises `UserError` that names file and line."""
     if config.data is None:
         return list(world.tasks(split))
-    path = config.data.train if split == "train" else config.data.eval
+    source = config.data.train if split == "train" else config.data.eval
     offered = world.make_env().tools
     tasks: dict[str, Task] = {}
-    for number, where, line in _lines(path, f"data.{split}"):
+    for number, where, line in _lines(source, f"data.{split}"):
         task = _task(*_read_row(line, where=where), where=where, number=number, offered=offered)
         if task.task_id in tasks:
             raise UserError(
@@ -119,8 +119,12 @@ def load_demonstrations(config: RunConfig) -> list[Demonstration]:
     return demonstrations
 
 
-def _lines(path: Path, key: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, where for error messages, text) of each line that is not empty."""
+def _lines(source: FileOrDataset, key: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, where for error messages, text) of each line that is not empty; of a data set each row's JSON."""
+    if isinstance(source, DatasetSource):
+        yield from _dataset_lines(source, key)
+        return
+    path = source
     try:
         # Not splitlines: a JSON string may hold line separators of Unicode.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -133,6 +137,18 @@ def _lines(path: Path, key: str) -> Iterator[tuple[int, str, str]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, f"{path}, line {number}", line
+
+
+def _dataset_lines(source: DatasetSource, key: str) -> Iterator[tuple[int, str, str]]:
+    rows = read_dataset(source, key=key)
+    if not rows:
+        raise UserError(f"{key} {source}: no rows")
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        try:
+            yield number, where, json.dumps(row)
+        except TypeError as e:
+            raise UserError(f"{where}: {e}; expected values that JSON has") from None
 
 
 def _read_row(line: str, *, where: str) -> tuple[_Row, dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from envs.rows import FileOrDataset
 
 Style = Literal["brief", "full"]
 Source = Literal["generated", "tatqa", "finqa"]
@@ -61,9 +62,11 @@ class FinanceConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="Seed of the corpus, the split and the tasks.")
     source: Source = Field(
         default="generated",
-        description="generated: from the seed; tatqa, finqa: real reports from the JSON file `path`.",
+        description="generated: from the seed; tatqa, finqa: real reports from `path`.",
     )
-    path: Path | None = Field(default=None, description="The JSON file of a real source.")
+    path: FileOrDataset | None = Field(
+        default=None, description="The JSON file of a real source, or a data set (see `envs.rows`)."
+    )
     style: Style = Field(
         default="brief",
         description="Of generated reports. brief: one small table; full: statements, notes and text over several "
@@ -148,7 +151,7 @@ class FinanceConfig(BaseModel):
             if self.path is not None:
                 raise ValueError("path: the generated source reads no file; set source to tatqa or finqa")
         elif self.path is None:
-            raise ValueError(f"path: source {self.source!r} needs the JSON file to read")
+            raise ValueError(f"path: source {self.source!r} needs the JSON file or the data set to read")
         if self.last_year is not None and self.last_year < self.first_year + self.num_years - 1:
             raise ValueError(f"last_year: {self.num_years} yearly reports from {self.first_year} on do not end by then")
         return self

@@ -33,6 +33,8 @@ _COMPUTE: dict[str, Callable[[Decimal, Decimal], Decimal]] = {
 }
 _SIGNS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/"}
 _NEXT_STEP = re.compile(rf"\)\s*,\s*(?=(?:{'|'.join(BINARY + TABLE)})\()")
+_TABLE_CALL = re.compile(rf"(?:{'|'.join(TABLE)})\(.*?,\s*none\)")
+_INNERMOST_CALL = re.compile(rf"(?:{'|'.join(BINARY)})\([^()]*\)")
 _STEP = re.compile(r"\s*(?P<op>[a-z_]+)\((?P<args>.*)\)\s*", re.DOTALL)
 _NUMBER = re.compile(r"-?\$?\s*(?P<digits>[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<percent>%?)")
 
@@ -67,6 +69,20 @@ def parse(program: str) -> tuple[Step, ...]:
     parts = _NEXT_STEP.split(program.strip())
     texts = [*(part + ")" for part in parts[:-1]), parts[-1]]
     return tuple(_step(text, index) for index, text in enumerate(texts))
+
+
+def unnested(program: str) -> str:
+    """The nested form, `divide(subtract(412.5, 398.1), 398.1)`, as steps; what is not of that form stays as it is."""
+    steps: list[str] = []
+
+    def take(call: re.Match[str]) -> str:
+        steps.append(call[0])
+        return f"#{len(steps) - 1}"
+
+    rest, num_left = _TABLE_CALL.sub(take, program.strip()), 1
+    while num_left:
+        rest, num_left = _INNERMOST_CALL.subn(take, rest, count=1)
+    return ", ".join(steps) if steps and rest == f"#{len(steps) - 1}" else program
 
 
 def _step(text: str, index: int) -> Step:

@@ -1,4 +1,4 @@
-"""Real reports: the JSON files of TAT-QA and FinQA as documents and tasks.
+"""Real reports: TAT-QA and FinQA, their JSON files or data sets of the same rows, as documents and tasks.
 
 The data sets give each question together with its report. Here the question stands alone and the report must be found,
 so that only some of them can be kept. A question is a task when
@@ -12,7 +12,8 @@ so that only some of them can be kept. A question is a task when
 
 FinQA's file names tell company and year, and its questions are rewritten to begin with them; yes and no become 1 and 0,
 and the question says so. TAT-QA names no company at all: its documents go by the uid of their table, its questions stay
-as they are, and the tasks are split by document.
+as they are, and the tasks are split by document. FinQA's rows are also read as the hub has them: flat, with the
+program in its nested form.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from envs.errors import ToolError, UserError
 from envs.finance.asking import YES_NO_RULE
 from envs.finance.calculate import calculate, format_number
 from envs.finance.config import FinanceConfig
-from envs.finance.program import ProgramError, execute, expression, parse, read_number
+from envs.finance.program import ProgramError, execute, expression, parse, read_number, unnested
 from envs.finance.search import BM25Index
+from envs.rows import DatasetSource, FileOrDataset, read_dataset
 from envs.types import Message, Task
 
 PROMPT = (
@@ -88,6 +89,20 @@ class _FinContext(_Row):
     post_text: list[str]
     table: list[list[str]]
     qa: _FinQA
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_file(cls, row: Any) -> Any:
+        """A flat row as the file has it."""
+        if not isinstance(row, dict) or "program_re" not in row:
+            return row
+        qa = {
+            "question": row.get("question"),
+            "program": unnested(str(row["program_re"])),
+            "exe_ans": row.get("final_result"),
+            "answer": row.get("answer", ""),
+        }
+        return {**row, "filename": str(row.get("id")).rpartition("-")[0], "qa": qa}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +173,9 @@ def _task(c: Candidate, source: str) -> Task:
     return Task(task_id=f"{source}/{c.uid}", messages=messages, item=item)
 
 
-def _read_tatqa(path: Path) -> tuple[dict[str, str], list[Candidate]]:
+def _read_tatqa(source: FileOrDataset) -> tuple[dict[str, str], list[Candidate]]:
     texts, candidates = {}, []
-    for context in _parse(path, _TAT_FILE):
+    for context in _parse(source, _TAT_FILE):
         document = f"tatqa/{context.table.uid}.txt"
         paragraphs = [p.text for p in sorted(context.paragraphs, key=lambda p: p.order)]
         texts[document] = _document(paragraphs, context.table.table, [])
@@ -215,10 +230,10 @@ def _rounds_to(exact: Decimal, shown: Decimal) -> bool:
     return abs(exact - shown) <= Decimal("0.51").scaleb(-max(0, decimals))
 
 
-def _read_finqa(path: Path) -> tuple[dict[str, str], list[Candidate]]:
+def _read_finqa(source: FileOrDataset) -> tuple[dict[str, str], list[Candidate]]:
     texts: dict[str, str] = {}
     candidates = []
-    for context in _parse(path, _FIN_FILE):
+    for context in _parse(source, _FIN_FILE):
         company, year, page = context.filename.split("/")
         document = f"{company}/{year}/{page.removesuffix('.pdf')}.txt"
         body = _document(context.pre_text, context.table, context.post_text)
@@ -282,13 +297,15 @@ _TAT_FILE = TypeAdapter(list[_TatContext])
 _FIN_FILE = TypeAdapter(list[_FinContext])
 
 
-def _parse(path: Path, kind: TypeAdapter[list[Any]]) -> list[Any]:
-    """The file's entries. Raises `UserError` naming the file and the key."""
+def _parse(source: FileOrDataset, kind: TypeAdapter[list[Any]]) -> list[Any]:
+    """The entries of the file or data set. Raises `UserError` naming it and the key."""
     try:
-        return kind.validate_json(path.read_bytes())
+        if isinstance(source, DatasetSource):
+            return kind.validate_python(read_dataset(source, key="world.path"))
+        return kind.validate_json(source.read_bytes())
     except OSError as e:
-        raise UserError(f"world.path: {path}: {e.strerror or e}") from None
+        raise UserError(f"world.path: {source}: {e.strerror or e}") from None
     except ValidationError as e:
         fault = e.errors(include_url=False, include_context=False, include_input=False)[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
-        raise UserError(f"{path}: {place or 'the file'}: {fault['msg']}") from None
+        raise UserError(f"{source}: {place or 'the file'}: {fault['msg']}") from None

@@ -1,0 +1,72 @@
+"""Rows of a data set that Hugging Face's `datasets` loads: from the hub, or from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from envs.errors import UserError
+
+
+class DatasetSource(BaseModel):
+    """Names a data set, wherever a config takes the path of a file with rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str = Field(
+        min_length=1,
+        description="Hugging Face id; or a folder: written by `save_to_disk`, or of Parquet, JSON or CSV files.",
+    )
+    name: str | None = Field(default=None, description="Its configuration, where it has several.")
+    split: str = Field(default="train", min_length=1, description="Its split; a slice such as train[:200] also.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
+
+    def __str__(self) -> str:
+        return f"{self.dataset} ({self.split})"
+
+
+FileOrDataset = Path | DatasetSource
+
+
+def read_dataset(source: DatasetSource, *, key: str) -> list[dict[str, Any]]:
+    """The rows, as they would stand in JSONL. Raises `UserError` that names the config's key and the data set.
+
+    A key whose value is null is left out, at every depth: Arrow gives every row the keys of all others.
+    """
+    import datasets
+
+    where = f"{key} {source}"
+    folder = Path(source.dataset)
+    if source.dataset.startswith((".", "/")) and not folder.is_dir():
+        raise UserError(f"{where}: no such folder")
+    try:
+        if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+            loaded = _saved(datasets.load_from_disk(folder), source, where)
+        else:
+            loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e.__cause__ or e).split())}") from e
+    return [_without_nulls(row) for row in loaded]
+
+
+def _saved(loaded: Any, source: DatasetSource, where: str) -> Any:
+    """The split of what `load_from_disk` returned."""
+    if source.name is not None or source.revision is not None:
+        raise UserError(f"{where}: a folder written by save_to_disk has neither name nor revision; leave them out")
+    if not isinstance(loaded, dict):
+        if source.split != "train":
+            raise UserError(f"{where}: the folder holds one data set without splits; leave split out")
+        return loaded
+    if source.split not in loaded:
+        raise UserError(f"{where}: no such split; it has {', '.join(loaded)}")
+    return loaded[source.split]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

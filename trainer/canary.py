@@ -37,8 +37,8 @@ _LEAST_STIR = 0.3
 """A suspect engine is refused whose scores moved by less than this share of the trainer's (root mean square)."""
 
 _CLEAR_MOVE = 3.0
-"""A suspect engine is refused, too, where the trainer moved by more than so many times the mismatch of the two on the base
-model (root mean square). That is no less than the rounding, so a right engine's share is at least 0.89 there."""
+"""A suspect engine is refused, too, where the trainer moved by more than so many times the mismatch of the two on the
+base model (root mean square). That is no less than the rounding, so a right engine's share is at least 0.89 there."""
 
 Scores = list[float]
 """Log-probabilities of all canary tokens, the sequences one after the other."""

@@ -1,7 +1,9 @@
-"""Rows of a data set that Hugging Face's `datasets` loads: from the hub, or from a folder."""
+"""Rows that a user brings: of a JSONL file, or of a data set that Hugging Face's `datasets` loads."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,48 @@ class DatasetSource(BaseModel):
 
 
 FileOrDataset = Path | DatasetSource
+
+
+def read_rows(source: FileOrDataset, *, key: str) -> Iterator[tuple[int, str, Any]]:
+    """(number, where it stands, JSON value) of each row: of a file each line that is not empty, by its number.
+
+    Raises `UserError` that names the config's key, file and line; without any row, too.
+    """
+    num_rows = 0
+    for number, where, value in (
+        _of_dataset(source, key) if isinstance(source, DatasetSource) else _of_file(source, key)
+    ):
+        num_rows += 1
+        yield number, where, value
+    if not num_rows:
+        raise UserError(f"{key} {source}: no rows")
+
+
+def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
+    try:
+        # Not splitlines: a JSON string may hold line separators of Unicode.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as e:
+        raise UserError(f"{key} {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield number, where, json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
+
+
+def _of_dataset(source: DatasetSource, key: str) -> Iterator[tuple[int, str, Any]]:
+    for number, row in enumerate(read_dataset(source, key=key), start=1):
+        where = f"{source}, row {number}"
+        try:
+            yield number, where, json.loads(json.dumps(row))
+        except TypeError as e:
+            raise UserError(f"{where}: {e}; expected values that JSON has") from None
 
 
 def read_dataset(source: DatasetSource, *, key: str) -> list[dict[str, Any]]:

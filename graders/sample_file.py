@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.problems import on_one_screen
+from envs.rows import read_rows
 from envs.types import Episode, Task
 from graders.sample import episode_from_sample
 
@@ -27,32 +27,15 @@ class Row:
     episode: Episode
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_samples(path: Path) -> Iterator[Row]:
     """Raises `UserError` that names file and line."""
-    try:
-        # Not splitlines: a JSON string may hold line separators of Unicode.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as e:
-        raise UserError(f"samples {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"samples {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    is_empty = True
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for number, where, data in read_rows(path, key="samples"):
         try:
-            row = _read_row(json.loads(line), number)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
+            yield _read_row(data, number)
         except ValidationError as e:
             raise UserError(on_one_screen(where, e)) from None
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
-        is_empty = False
-        yield row
-    if is_empty:
-        raise UserError(f"samples {path}: no rows")
 
 
 def _read_row(data: Any, number: int) -> Row:

@@ -35,7 +35,7 @@ from envs.types import StopReason, Task
 from graders.build import build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
 from graders.judge import CachedJudge, build_judge
-from graders.sample_file import Row, read_rows
+from graders.sample_file import Row, read_samples
 from graders.types import Grade, Grader, GraderErrorKind
 
 _SERVER_KINDS = {
@@ -73,7 +73,7 @@ def main() -> int:
     arguments = _parse_arguments()
     try:
         settings = _read_settings(arguments)
-        rows = list(itertools.islice(read_rows(arguments.samples), arguments.limit)) if arguments.samples else []
+        rows = list(itertools.islice(read_samples(arguments.samples), arguments.limit)) if arguments.samples else []
         if arguments.command == "validate":
             _build(settings, rows, arguments.samples)
             # As the hosted graders/validate answers.

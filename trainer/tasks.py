@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from envs.base import World
 from envs.errors import UserError
-from envs.rows import DatasetSource, FileOrDataset, read_dataset
+from envs.rows import read_rows
 from envs.tools import Tool, offered_tools
 from envs.types import Message, Task, ToolCall
 from trainer.config import RunConfig
@@ -89,8 +88,8 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
     source = config.data.train if split == "train" else config.data.eval
     offered = world.make_env().tools
     tasks: dict[str, Task] = {}
-    for number, where, line in _lines(source, f"data.{split}"):
-        task = _task(*_read_row(line, where=where), where=where, number=number, offered=offered)
+    for number, where, data in read_rows(source, key=f"data.{split}"):
+        task = _task(_read_row(data, where=where), data, where=where, number=number, offered=offered)
         if task.task_id in tasks:
             raise UserError(
                 f"{where}: task_id: {task.task_id!r} also stands in an earlier line; expected one of its own"
@@ -104,8 +103,8 @@ def load_demonstrations(config: RunConfig) -> list[Demonstration]:
     if config.warmstart is None or config.warmstart.data is None:
         return []
     demonstrations = []
-    for _, where, line in _lines(config.warmstart.data, "warmstart.data"):
-        row, _ = _read_row(line, where=where)
+    for _, where, data in read_rows(config.warmstart.data, key="warmstart.data"):
+        row = _read_row(data, where=where)
         if row.messages[-1].role != "assistant":
             raise UserError(
                 f"{where}: messages: the last message must be the assistant's, it is of role {row.messages[-1].role!r}"
@@ -119,46 +118,9 @@ def load_demonstrations(config: RunConfig) -> list[Demonstration]:
     return demonstrations
 
 
-def _lines(source: FileOrDataset, key: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, where for error messages, text) of each line that is not empty; of a data set each row's JSON."""
-    if isinstance(source, DatasetSource):
-        yield from _dataset_lines(source, key)
-        return
-    path = source
+def _read_row(data: Any, *, where: str) -> _Row:
     try:
-        # Not splitlines: a JSON string may hold line separators of Unicode.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as e:
-        raise UserError(f"{key} {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{key} {path}: no rows")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, f"{path}, line {number}", line
-
-
-def _dataset_lines(source: DatasetSource, key: str) -> Iterator[tuple[int, str, str]]:
-    rows = read_dataset(source, key=key)
-    if not rows:
-        raise UserError(f"{key} {source}: no rows")
-    for number, row in enumerate(rows, start=1):
-        where = f"{source}, row {number}"
-        try:
-            yield number, where, json.dumps(row)
-        except TypeError as e:
-            raise UserError(f"{where}: {e}; expected values that JSON has") from None
-
-
-def _read_row(line: str, *, where: str) -> tuple[_Row, dict[str, Any]]:
-    """The row, and all its keys as they stand there."""
-    try:
-        data: Any = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
-    try:
-        return _Row.model_validate(data), data
+        return _Row.model_validate(data)
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(map(str, error["loc"])) or "row"

@@ -150,7 +150,7 @@ CASES = {
     "grpo": {"normalisation": "sequence"},
     "dr_grpo": {"normalisation": "constant", "advantage": "dr_grpo"},
     "uneven clip range": {"clip_low": 0.05, "clip_high": 0.02},
-    "kl to base": {"kl_coef": 0.3},
+    "kl to the reference": {"kl_coef": 0.3},
     "truncated importance sampling": {"tis_cap": 1.2},
     "all of it, dapo": {"clip_low": 0.1, "clip_high": 0.28, "kl_coef": 0.1, "tis_cap": 2.0},
     "all of it, grpo": {"clip_high": 0.05, "kl_coef": 0.1, "tis_cap": 1.1, "normalisation": "sequence"},
@@ -233,7 +233,7 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     assert logged["clip_ratio/low_mean"] == pytest.approx(metrics["clipped_low_share"].item() / num_tokens, abs=1e-6)
     assert logged["clip_ratio/high_mean"] == pytest.approx(metrics["clipped_high_share"].item() / num_tokens, abs=1e-6)
     if config.kl_coef:
-        assert logged["kl"] == pytest.approx(metrics["kl_to_base"].item() / num_tokens, rel=1e-4)
+        assert logged["kl"] == pytest.approx(metrics["kl_to_reference"].item() / num_tokens, rel=1e-4)
     if config.tis_cap:
         assert metrics["tis_capped_share"] > 0
         mean = logged["sampling/importance_sampling_ratio/mean"]

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from envs.errors import UserError
 from trainer import adapter as lora
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from trainer.head import token_logprobs
+from trainer.losses import k3
 from trainer.packing import pack, plan, split, used_length
 from trainer.policy import Policy, learning_rate
 from trainer.samples import Sample
@@ -225,6 +227,25 @@ def test_samples_without_advantage_cost_nothing_but_count_in_the_mean(model):
     assert_same(*map(weights, policies), atol=2e-5, rtol=1e-3)
 
 
+def test_the_kl_term_is_measured_from_the_base_until_a_policy_is_kept_as_the_reference(model):
+    # Without advantages the KL term is the whole loss.
+    flat = [replace(s, advantage=0.0) for s in random_samples()]
+    policy, loss = tiny_policy(model), LossConfig(kl_coef=0.1)
+
+    def kl() -> float:
+        return policy.update(flat, loss, temperature=1.0, constant_tokens=64)["kl_to_reference"]
+
+    run_updates(policy, 3)
+    base, before = policy.logprobs(flat, temperature=1.0, adapter=False), policy.logprobs(flat, temperature=1.0)
+    assert kl() == pytest.approx(float(k3(torch.cat(before), torch.cat(base)).mean()), rel=1e-4)
+    policy.keep_as_reference()
+    kept = policy.logprobs(flat, temperature=1.0)
+    assert kl() == 0, "the policy is its own reference"
+    run_updates(policy, 3, loss=loss)
+    moved = policy.logprobs(flat, temperature=1.0)
+    assert kl() == pytest.approx(float(k3(torch.cat(moved), torch.cat(kept)).mean()), rel=1e-4)
+
+
 def test_a_step_without_any_advantage_makes_no_update_and_says_so(model):
     policy = tiny_policy(model)
     run_updates(policy, 1)
@@ -277,7 +298,9 @@ def test_the_seed_decides_the_adapter(model):
 def test_a_resumed_run_ends_with_the_same_bytes(model, tmp_path):
     options = {"minibatches": 2, "num_epochs": 2, "schedule": "cosine", "num_steps": 5, "warmup_steps": 2}
     whole = tiny_policy(model, **options)
-    run_updates(whole, 2)
+    run_updates(whole, 1)
+    whole.keep_as_reference()
+    run_updates(whole, 1, start=1)
     torch.save(whole.state_dict(), tmp_path / "state.pt")
     run_updates(whole, 2, start=2)
 

@@ -121,7 +121,12 @@ class LossConfig(Section):
     )
     clip_low: float = Field(0.2, ge=0, lt=1, description="lower clip range of the ratio")
     clip_high: float = Field(0.2, ge=0, description="upper clip range of the ratio")
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL divergence (k3) to the base model")
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the KL divergence (k3) to the policy before the first step: the base model, or what "
+        "the warm start left",
+    )
     tis_cap: float | None = Field(
         2.0, gt=0, description="cap of the truncated importance weight between sampler and trainer; null: no correction"
     )

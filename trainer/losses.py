@@ -97,10 +97,10 @@ def policy_loss(
         loss_N = loss_N * torch.clamp(tis_N, max=tis_cap)
     metrics: dict[str, Tensor] = {}
     if kl_coef > 0:
-        assert ref_logprobs_N is not None, "a KL term needs the base model's log-probabilities"
+        assert ref_logprobs_N is not None, "a KL term needs the reference's log-probabilities"
         kl_N = ratio_N * k3(logprobs_N, ref_logprobs_N)
         loss_N = loss_N + kl_coef * kl_N
-        metrics["kl_to_base"] = kl_N.detach().sum()
+        metrics["kl_to_reference"] = kl_N.detach().sum()
     loss = (loss_N * weights_N).sum()
     metrics |= _token_sums(ratio_N.detach(), mismatch_N, advantages_N, clip_low, clip_high)
     if tis_cap is not None:

@@ -75,6 +75,7 @@ class Policy:
         self.last_logprobs: list[list[float] | None] = []
         """For each sample of the last `update`: what the trainer gave its trainable tokens before the first optimizer
         step of that update; None where the row had no gradient and was not computed. The same on every process."""
+        self._reference: list[Tensor] | None = None
         self._model_path = model_path
         self._optim = optim
         self._seed = seed
@@ -108,6 +109,10 @@ class Policy:
     ) -> list[Tensor]:
         """Log-probabilities of every token but the first, given those before it: `len(row) - 1` a row."""
         return self.logprobs([_FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
+
+    def keep_as_reference(self) -> None:
+        """From here on the loss's KL term is measured from the policy as it is now; until then from the base model."""
+        self._reference = [p.detach().clone() for p in self._parameters]
 
     def update(
         self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
@@ -175,7 +180,7 @@ class Policy:
                 if needs_old:
                     old_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
                 if loss.kl_coef > 0:
-                    ref_N = self._microbatch_logprobs(microbatch, temperature, adapter=False)
+                    ref_N = self._reference_logprobs(microbatch, temperature)
             yield _Work(
                 microbatch=microbatch,
                 rows=tuple(packed),
@@ -201,6 +206,19 @@ class Policy:
         hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
         weight_VH = self.model.get_base_model().get_output_embeddings().weight
         return token_logprobs(hidden_NH, weight_VH, microbatch.targets_N, temperature)
+
+    def _reference_logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
+        if self._reference is None:
+            return self._microbatch_logprobs(microbatch, temperature, adapter=False)
+        current = [p.data for p in self._parameters]
+        self._load_weights(self._reference)
+        logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        self._load_weights(current)
+        return logprobs_N
+
+    def _load_weights(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.data = weight
 
     def _accumulate(
         self, work: _Work, loss: LossConfig, temperature: float, scale: float
@@ -266,13 +284,14 @@ class Policy:
         lora.save_merged(self.model, folder, model_path=self._model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs, as copies: the adapter, Adam's moments, the two counters."""
+        """All that an exact continuation needs, as copies: adapter, reference, Adam's moments, the two counters."""
         moments = [
             {key: value.detach().cpu().clone() for key, value in self._optimizer.state[p].items()}
             for p in self._parameters
         ]
         return {
             "adapter": lora.adapter_state(self.model),
+            "reference": None if self._reference is None else [t.cpu().clone() for t in self._reference],
             "moments": moments,
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
@@ -281,6 +300,8 @@ class Policy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises `UserError` when the adapter does not fit."""
         lora.load_adapter_state(self.model, state["adapter"])
+        if state["reference"] is not None:
+            self._reference = [t.to(self.accelerator.device, copy=True) for t in state["reference"]]
         for parameter, moments in zip(self._parameters, state["moments"], strict=True):
             # A fused AdamW keeps its step counter, too, on the parameter's device.
             self._optimizer.state[parameter] = {

@@ -52,6 +52,8 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
 
             warm_start(policy.model, ledgers, config=config, folder=run.path / "warmstart", on_step=on_step)
             run.note(warmstart_loss=losses)
+            if config.loss.kl_coef > 0:
+                policy.keep_as_reference()
         if run.is_main:
             keep_checkpoint(write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
     accelerator.wait_for_everyone()

@@ -434,6 +434,35 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
         assert text in screen
 
 
+def test_a_preflight_of_an_adapter_leaves_the_warm_start_out_and_says_so(tiny_model, tmp_path):
+    import torch
+    from accelerate import Accelerator
+    from safetensors.torch import load_file
+    from scripted_engine import engine_starter, finance_script
+
+    from envs.finance.world import FinanceWorld
+    from trainer.policy import Policy
+    from trainer.preflight import preflight
+
+    settings = scripted_config(tmp_path / "run", tiny_model)
+    config = RunConfig.model_validate(settings | {"warmstart": {"num_steps": 1, "episodes_per_step": 1}})
+    policy = Policy(tiny_model, config.model, config.optim, Accelerator(cpu=True), 0)
+    with torch.no_grad():
+        for parameter in policy._parameters:
+            parameter += 0.05
+    policy.save_adapter(tmp_path / "adapter")
+    engines: list[Any] = []
+    start = engine_starter(finance_script(FinanceWorld(config.world)), None, engines)
+    options = Options(out=tmp_path / "out", num_tasks=1, samples=2, adapter=tmp_path / "adapter")
+    found = preflight(config, options, start_engine=start)
+
+    assert str(tmp_path / "adapter") in found.policy and "warm start" not in found.policy
+    assert found.time.notes[-1] == "an adapter was measured: the warm start is not in it"
+    [(_, published)] = engines[0].published
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert published.keys() == adapter.keys() and all(torch.equal(published[name], adapter[name]) for name in adapter)
+
+
 def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "preflight.py", *map(str, arguments)],

@@ -168,14 +168,17 @@ NESTED = {
 }
 
 
-def test_finqas_flat_rows_with_nested_programs_are_read_as_its_file_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nested", [True, False])
+def test_finqas_flat_rows_are_read_as_its_file_is(tmp_path: Path, nested: bool) -> None:
     flat = [
         {key: entry[key] for key in ("id", "pre_text", "post_text", "table")}
         | {
             "question": entry["qa"]["question"],
-            "answer": entry["qa"]["answer"],
-            "final_result": str(entry["qa"]["exe_ans"]),
-            "program_re": NESTED.get(entry["qa"]["program"], entry["qa"]["program"]),
+            "answer": entry["qa"]["answer"] if nested else "",
+            "final_result": entry["qa"]["answer"],
+            "program_re": NESTED.get(entry["qa"]["program"], entry["qa"]["program"])
+            if nested
+            else entry["qa"]["program"],
             "gold_inds": [],
         }
         for entry in FINQA
@@ -189,6 +192,31 @@ def test_finqas_flat_rows_with_nested_programs_are_read_as_its_file_is(tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("program", "answer", "gold"),
+    [
+        ("divide(1, 61)", "1.6%", "1.64%"),
+        ("divide(1, 61)", "0.0164", "0.01639"),
+        ("divide(100, 61)", "164%", "163.93%"),
+        ("divide(1, 61), multiply(#0, const_100)", "1.64%", "1.64%"),
+        ("divide(1, 61)", "1.7%", None),
+        ("divide(1, 61)", "1.6", None),
+        ("divide(1, 61)", "about two", None),
+    ],
+)
+def test_a_flat_rows_program_must_give_the_answer_as_it_is_written(
+    tmp_path: Path, program: str, answer: str, gold: str | None
+) -> None:
+    kept = [
+        {**e, "program_re": e["qa"]["program"], "question": e["qa"]["question"], "answer": e["qa"]["answer"]}
+        for e in FINQA
+    ]
+    rows = [{**kept[0], "program_re": program, "answer": answer}, *kept[1:]]
+    tasks = {t.task_id: t for t in all_tasks(world_of(tmp_path, "finqa", rows))}
+    first = tasks.get(f"finqa/{FINQA[0]['id']}")
+    assert (first and first.item["answer"]) == gold
+
+
+@pytest.mark.parametrize(
     ("nested", "flat"),
     [
         *((nested, flat) for flat, nested in NESTED.items()),
@@ -198,6 +226,7 @@ def test_finqas_flat_rows_with_nested_programs_are_read_as_its_file_is(tmp_path:
             "table_max(total (net, of tax), none), divide(#0, 4)",
         ),
         ("greater(1,250, 5.2%)", "greater(1,250, 5.2%)"),
+        *((flat, flat) for flat in NESTED),
         ("add(1, 2", "add(1, 2"),
         ("", ""),
     ],

@@ -78,7 +78,8 @@ class _TatContext(_Row):
 class _FinQA(_Row):
     question: str = Field(min_length=1)
     program: str = Field(min_length=1)
-    exe_ans: float | str
+    exe_ans: float | str | None
+    """What the program gives, to five places. None in a flat row, which has only what was written as the answer."""
     answer: str = ""
 
 
@@ -99,8 +100,8 @@ class _FinContext(_Row):
         qa = {
             "question": row.get("question"),
             "program": unnested(str(row["program_re"])),
-            "exe_ans": row.get("final_result"),
-            "answer": row.get("answer", ""),
+            "exe_ans": None,
+            "answer": row.get("answer") or row.get("final_result"),
         }
         return {**row, "filename": str(row.get("id")).rpartition("-")[0], "qa": qa}
 
@@ -259,12 +260,11 @@ def _finqa_gold(context: _FinContext) -> Gold | None:
         computed = expression(qa.program, rows)
     except ProgramError:
         return None
+    stated = qa.answer if qa.exe_ans is None else str(qa.exe_ans)
     if isinstance(result, bool):
-        said = {"yes": True, "no": False}.get(str(qa.exe_ans).strip().lower())
+        said = {"yes": True, "no": False}.get(stated.strip().lower())
         return Gold(text=str(int(result)), program=qa.program) if said is result else None
-    wanted = read_number(str(qa.exe_ans))
-    # FinQA rounds to five places.
-    if wanted is None or abs(result - wanted) > Decimal("0.00002") + abs(wanted) * Decimal("0.00001"):
+    if not (_is_shown_as if qa.exe_ans is None else _is_to_five_places)(result, stated):
         return None
     shown = read_number(qa.answer)
     is_percentage = qa.answer.strip().endswith("%") and shown is not None
@@ -276,6 +276,19 @@ def _finqa_gold(context: _FinContext) -> Gold | None:
     if computed is not None and is_ratio:
         computed = f"({computed}) * 100"
     return Gold(text=f"{number}%" if is_percentage else number, program=qa.program, expression=computed or "")
+
+
+def _is_to_five_places(result: Decimal, text: str) -> bool:
+    number = read_number(text)
+    return number is not None and abs(result - number) <= Decimal("0.00002") + abs(number) * Decimal("0.00001")
+
+
+def _is_shown_as(result: Decimal, text: str) -> bool:
+    """Rounded as the text is; a percentage may be meant by the ratio."""
+    text = text.strip()
+    number = read_number(text.removesuffix("%"))
+    readings = (result, result * 100) if text.endswith("%") else (result,)
+    return number is not None and any(_rounds_to(reading, number) for reading in readings)
 
 
 def _numbers(cells: Sequence[str]) -> list[Decimal]:

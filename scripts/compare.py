@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("policies", nargs="+", metavar="[NAME=]FOLDER[@STEP]")
     parser.add_argument("--by", metavar="KEY", help="of a task's item: a table for each value (default: kind)")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="FOLDER", help="default: runs/compare")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of the terminal's tables")
     parser.add_argument("--demo", action="store_true", help="add the published demo's figures beside first and last")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")

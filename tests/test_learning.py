@@ -1,4 +1,4 @@
-"""Slow: the shipped configs learn. `make test-learning` runs it; some twenty minutes a config on two cores."""
+"""Slow: the shipped configs learn. `make test-learning` runs it; twenty minutes and up to an hour on two cores."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from envs.errors import UserError
 
@@ -29,7 +29,11 @@ class DatasetSource(BaseModel):
         return f"{self.dataset} ({self.split})"
 
 
-FileOrDataset = Path | DatasetSource
+# In brackets, so that `envs.problems` leaves the names of the union's members out of a key.
+FileOrDataset = Annotated[
+    Annotated[Path, Tag("[file]")] | Annotated[DatasetSource, Tag("[dataset]")],
+    Discriminator(lambda value: "[dataset]" if isinstance(value, dict | DatasetSource) else "[file]"),
+]
 
 
 def read_rows(source: FileOrDataset, *, key: str) -> Iterator[tuple[int, str, Any]]:

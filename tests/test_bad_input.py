@@ -160,3 +160,10 @@ def test_a_key_to_stratify_by_that_a_task_lacks_or_that_never_differs(tmp_path, 
 def test_two_rules_that_choose_the_tasks(tmp_path, setting):
     message = refused(tmp_path, setting | {"curriculum": {}}, "rollout.stratify_by=kind")
     assert "rollout.stratify_by: the curriculum chooses by difficulty; leave one of the two out" in message
+
+
+def test_a_misspelt_key_of_a_data_set_and_a_source_of_neither_kind(tmp_path, setting):
+    data = {"train": {"dataset": "a/b", "spilt": "test"}, "eval": 5}
+    message = refused(tmp_path, setting | {"data": data})
+    assert "2 problems" in message and "data.train.spilt: unknown key; did you mean split?" in message
+    assert "data.eval: Input is not a valid path" in message and "(got 5)" in message

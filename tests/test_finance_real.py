@@ -152,13 +152,14 @@ def test_finqa_questions_begin_with_company_and_year_and_their_programs_give_the
     assert companies[0].isdisjoint(companies[1])
 
 
+@pytest.mark.usefixtures("offline_datasets")
 def test_a_data_set_of_the_same_rows_gives_the_same_world(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     for source, data in (("tatqa", TATQA), ("finqa", FINQA)):
-        of_file = world_of(tmp_path, source, data)
+        of_file = world_of(tmp_path / "data", source, data)
         # One JSON file in a folder is a data set to `datasets`.
-        of_dataset = FinanceWorld(
-            FinanceConfig.model_validate({"source": source, "path": {"dataset": str(tmp_path)}, "eval_share": 0.5})
-        )
+        path = {"dataset": str(tmp_path / "data")}
+        of_dataset = FinanceWorld(FinanceConfig.model_validate({"source": source, "path": path, "eval_share": 0.5}))
         assert of_dataset.texts == of_file.texts and all_tasks(of_dataset) == all_tasks(of_file)
 
 

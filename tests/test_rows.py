@@ -16,14 +16,9 @@ from envs.rows import DatasetSource, read_dataset
 from trainer.config import RunConfig
 from trainer.tasks import load_demonstrations, load_tasks
 
+pytestmark = pytest.mark.usefixtures("offline_datasets")
 WORLD = FinanceWorld(FinanceConfig(num_companies=8, num_train_tasks=6, num_eval_tasks=2))
 ROWS = [{"messages": [{"role": "user", "content": f"How much is {i}?"}], "answer": str(i)} for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 def make_config(folder: Path, train: object, **more: object) -> RunConfig:

@@ -168,9 +168,12 @@ def tasks_of_step(
     A pure function of its arguments, so that a resumed run goes on where it was without any saved cursor.
     """
     chosen = []
+    orders: dict[int, list[int]] = {}
     for position in range(step * num_tasks, (step + 1) * num_tasks):
         epoch, index = divmod(position, len(tasks))
-        chosen.append(tasks[_order(tasks, random.Random(f"{seed}/{epoch}"), stratify_by)[index]])
+        if epoch not in orders:
+            orders[epoch] = _order(tasks, random.Random(f"{seed}/{epoch}"), stratify_by)
+        chosen.append(tasks[orders[epoch][index]])
     return chosen
 
 

@@ -12,8 +12,8 @@ so that only some of them can be kept. A question is a task when
 
 FinQA's file names tell company and year, and its questions are rewritten to begin with them; yes and no become 1 and 0,
 and the question says so. TAT-QA names no company at all: its documents go by the uid of their table, its questions stay
-as they are, and the tasks are split by document. FinQA's rows are also read as the hub has them: flat, with the
-program in its nested form.
+as they are, and the tasks are split by document. FinQA's rows are also read as the hub has them: flat, the program
+nested or in steps.
 """
 
 from __future__ import annotations

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from envs.tools import Tool
-from envs.types import Episode, Task
+from envs.types import Episode, Message, Task
 
 
 class Env(Protocol):
-    """The world of one episode. Single-use: one instance serves one episode and is never reused."""
+    """The world of one episode. Single-use: one instance serves one episode and is never reused.
+
+    What an environment may have besides stands below as protocols of one member each: `Observes`, `Responds`, `Ends`,
+    `HasState`.
+    """
 
     @property
     def tools(self) -> Mapping[str, Tool]:
-        """The tools by name. The rollout offers those that the task names, or all."""
+        """The tools by name. The rollout offers those that the task names, or all; it looks again before each turn."""
         ...
 
     async def open(self, task: Task, rollout_id: str) -> None:
@@ -23,6 +27,47 @@ class Env(Protocol):
 
     async def close(self, episode: Episode | None) -> None:
         """Release it; called once on every path. `episode` is None when the rollout was cancelled."""
+        ...
+
+
+@runtime_checkable
+class Observes(Protocol):
+    """Has something to show once it is open."""
+
+    @property
+    def observation(self) -> str | None:
+        """Appended to the last user message of the prompt."""
+        ...
+
+
+@runtime_checkable
+class Responds(Protocol):
+    """Has a user who answers what the model says."""
+
+    async def respond(self, message: Message) -> str | None:
+        """The user's next words to `message`, a turn without tool calls; None where they have no more to say.
+
+        None makes the turn the final answer. Raises `WorldError` where the user (a model, say) can't be reached.
+        """
+        ...
+
+
+@runtime_checkable
+class Ends(Protocol):
+    """Can be over before the model has answered."""
+
+    @property
+    def is_over(self) -> bool:
+        """Asked after each turn's tool calls; True ends the episode there."""
+        ...
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """Tells graders what the episode left behind."""
+
+    async def final_state(self) -> Mapping[str, Any]:
+        """JSON values; asked once, before the episode is graded. Raises `WorldError` where it can't be had."""
         ...
 
 

@@ -15,8 +15,14 @@ class StopReason(StrEnum):
 
     ANSWERED = "answered"
     """The model wrote a turn without a tool call: its final answer."""
+    CALLED = "called"
+    """The turn's tool calls are the answer (`rollout.answer: tool_calls`); they were not executed."""
+    ENDED = "ended"
+    """The environment ended it: a game is over, say."""
     MAX_TURNS = "max_turns"
     """The turn limit was reached before an answer."""
+    MAX_USER_TURNS = "max_user_turns"
+    """The user would have gone on, but had spoken as often as an episode allows."""
     MAX_TOOL_CALLS = "max_tool_calls"
     """The model went on calling tools after it had been told that the call budget was used up."""
     MAX_TURN_TOKENS = "max_turn_tokens"
@@ -25,6 +31,8 @@ class StopReason(StrEnum):
     """The whole episode, prompt and tool outputs included, no longer fits its token limit."""
     WALL_CLOCK = "wall_clock"
     """The episode's wall-clock limit passed."""
+    TEMPLATE_REFUSED = "template_refused"
+    """The chat template can't render what the model wrote, not even as plain text: serving could not go on either."""
     WORLD_FAULT = "world_fault"
     """A tool server or the engine failed after its retries. Masked out of the loss."""
 
@@ -125,6 +133,8 @@ class Turn:
     """One per tool call, in the order called."""
     malformed: bool = False
     """The turn tried to call a tool but did not parse; it was answered with an error and is no final answer."""
+    reply: str | None = None
+    """What the user said to it, where the environment has a user who answers; None where nobody did."""
     num_tokens: int = 0
     """Tokens generated in this turn."""
     num_reasoning_tokens: int = 0
@@ -132,6 +142,11 @@ class Turn:
     generation_s: float = 0.0
     tools_s: float = 0.0
     """Wall-clock time of the turn's tool calls together (they run concurrently)."""
+
+    @property
+    def num_messages(self) -> int:
+        """The messages that the turn added: its own, the tool results, the user's to a malformed call or an answer."""
+        return 1 + len(self.results) + self.malformed + (self.reply is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +162,8 @@ class Episode:
     stop_reason: StopReason
     error: str = ""
     """The cause, for WORLD_FAULT."""
+    state: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the environment says of its final state (JSON values); graders read it as `sample.state`."""
     latency_s: float = 0.0
 
     @property

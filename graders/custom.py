@@ -161,7 +161,7 @@ def conversation(task: Task, episode: Episode) -> tuple[list[dict[str, Any]], li
 
     A turn that could not be parsed is followed by the user message that said so; trl ends such an episode instead.
     """
-    num_written = sum(1 + len(turn.results) + turn.malformed for turn in episode.turns)
+    num_written = sum(turn.num_messages for turn in episode.turns)
     start = max(0, len(episode.messages) - num_written)
     prompt = [_prompt_message(message) for message in episode.messages[:start] or task.messages]
     return prompt, [_completion_message(message) for message in episode.messages[start:]]

@@ -38,13 +38,22 @@ def save_tiny_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = to
     return folder
 
 
-def tiny_policy(model: Path, *, seed: int = 0, gradient_checkpointing: bool = False, **optim: object):
+def tiny_policy(
+    model: Path, *, seed: int = 0, dtype: str = "float32", gradient_checkpointing: bool = False, **optim: object
+):
     from accelerate import Accelerator
 
     from trainer.policy import Policy
 
-    config = ModelConfig(dtype="float32", lora=LoraConfig(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
+    config = ModelConfig(dtype=dtype, lora=LoraConfig(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
     return Policy(model, config, OptimConfig(**({"learning_rate": 1e-2} | optim)), Accelerator(cpu=True), seed)
+
+
+def naive_logprobs(policy, sample: Sample, temperature: float) -> torch.Tensor:
+    """Of the trainable tokens, by the model's own logits of all positions and plain autograd."""
+    logits = policy.model(input_ids=torch.tensor([sample.token_ids])).logits[0] / temperature
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    return torch.stack([logprobs[t - 1, sample.token_ids[t]] for t, on in enumerate(sample.trainable) if on])
 
 
 def random_samples(num_groups: int = 3, group_size: int = 4, *, seed: int = 0) -> list[Sample]:

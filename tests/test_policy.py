@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from policy_worker import LOSS, random_samples, run_updates, save_tiny_llama, tiny_policy, train
+from policy_worker import LOSS, naive_logprobs, random_samples, run_updates, save_tiny_llama, tiny_policy, train
 from safetensors.torch import load_file
 
 from envs.errors import UserError
 from trainer import adapter as lora
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
-from trainer.head import token_logprobs
 from trainer.losses import k3
 from trainer.packing import pack, plan, split, used_length
 from trainer.policy import Policy, learning_rate
@@ -42,12 +41,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolera
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
-
-
-def naive_logprobs(policy: Policy, sample: Sample, temperature: float) -> torch.Tensor:
-    logits = policy.model(input_ids=torch.tensor([sample.token_ids])).logits[0] / temperature
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    return torch.stack([logprobs[t - 1, sample.token_ids[t]] for t, on in enumerate(sample.trainable) if on])
 
 
 # --- log-probabilities ---
@@ -85,18 +78,6 @@ def test_scores_cover_every_token_but_the_first(model):
     assert [len(s) for s in scores] == [3, 1]
     logprobs = torch.log_softmax(policy.model(input_ids=torch.tensor([rows[0]])).logits[0].float(), -1)
     torch.testing.assert_close(scores[0], logprobs[:-1].gather(1, torch.tensor(rows[0][1:])[:, None])[:, 0].detach())
-
-
-def test_the_head_is_the_gradient_of_a_log_softmax_in_every_chunk(monkeypatch):
-    monkeypatch.setattr("trainer.head.CHUNK_BYTES", 4 * 11 * 3)
-    hidden = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(11, 5, dtype=torch.float64), torch.randint(0, 11, (8,))
-    upstream = torch.randn(8)
-    ours = token_logprobs(hidden, weight, targets, 0.6)
-    naive = torch.log_softmax(hidden @ weight.T / 0.6, -1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(ours.double(), naive, atol=1e-5, rtol=1e-5)
-    grads = [torch.autograd.grad(x, hidden, upstream.to(x.dtype))[0] for x in (ours, naive)]
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
 # --- packing ---
@@ -378,22 +359,6 @@ def test_a_saved_adapter_computes_the_same_in_peft(model, tmp_path):
 
 
 # --- what is refused ---
-
-
-@pytest.mark.parametrize("change", [lambda x: x / 8, lambda x: x.abs().max() * torch.tanh(x / x.abs().max())])
-def test_a_model_that_changes_its_logits_is_refused(model, monkeypatch, change):
-    from transformers import LlamaForCausalLM
-
-    plain = LlamaForCausalLM.forward
-
-    def scaled(self, *args, **kwargs):
-        out = plain(self, *args, **kwargs)
-        out.logits = change(out.logits)
-        return out
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(UserError, match="soft cap"):
-        tiny_policy(model)
 
 
 def test_an_adapted_output_head_is_refused(model):

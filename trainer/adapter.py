@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from envs.errors import UserError
+from trainer import head
 from trainer.config import ModelConfig
+from trainer.head import Head
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -59,7 +61,6 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    _check_head_is_plain(model)
     return model
 
 
@@ -92,26 +93,15 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return result
 
 
-def _check_head_is_plain(model: Any) -> None:
-    """Raise `UserError` unless the model's logits are its last hidden state times its output matrix.
-
-    Some models scale or cap their logits, or have a bias there; `trainer.head` would compute other log-probabilities
-    than the engine without any sign of it.
-    """
-    head = model.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLinear) or any(p.requires_grad for p in head.parameters()):
+def read_head(model: Any) -> Head:
+    """How the model makes its logits, proved; see `head.read_head`. Raises `UserError` where it can't be supported."""
+    base = model.get_base_model()
+    module = base.get_output_embeddings()
+    if isinstance(module, LoraLinear) or any(p.requires_grad for p in module.parameters()):
         raise UserError("model.lora.target_modules: the output head can't be adapted; leave `lm_head` out")
+    token_ids_1T = torch.arange(1, 17, device=module.weight.device)[None] % module.weight.shape[0]
     with torch.no_grad():
-        vocabulary_size = head.weight.shape[0]
-        token_ids = torch.arange(1, 17, device=head.weight.device)[None] % vocabulary_size
-        expected = model.get_base_model()(input_ids=token_ids, use_cache=False).logits.float()
-        logits = (hidden_states(model, token_ids) @ head.weight.T).float()
-    # A bfloat16 rounding is a relative 0.4 % at most; the known scalings and caps are many times that.
-    if not (logits - expected).norm() <= 0.01 * expected.norm():
-        raise UserError(
-            f"model.name: {type(model.get_base_model()).__name__} changes its logits after the output matrix "
-            "(scaling, soft cap or bias), which the trainer's log-probabilities do not support"
-        )
+        return head.read_head(base, hidden_states(model, token_ids_1T), token_ids_1T)
 
 
 def hidden_states(model: Any, token_ids_BT: Tensor) -> Tensor:

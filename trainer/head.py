@@ -1,53 +1,97 @@
 """Log-probabilities of given tokens out of hidden states, without ever holding the logits of all positions.
 
-Shape suffixes: N trainable tokens, H hidden size, V vocabulary, C tokens of one chunk.
+Shape suffixes: N trainable tokens, H hidden size, V vocabulary, C tokens of one chunk, T positions.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from envs.errors import UserError
+
 CHUNK_BYTES = 64 * 2**20
 """Of float32 logits held at once. Smaller chunks stay near the cache, larger ones use a matrix unit better."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Head:
+    """How a model makes logits of its last hidden states: scale · cap · tanh((h Wᵀ + bias) / cap).
+
+    The order is vLLM's `LogitsProcessor`; temperature comes after all of it. Gemma 2 and 3n cap (30), Cohere and
+    Granite scale, Phi 1 and 2 have a bias.
+    """
+
+    weight_VH: Tensor
+    """Frozen."""
+    bias_V: Tensor | None = None
+    cap: float | None = None
+    """Largest absolute logit before the scale; None: not capped."""
+    scale: float = 1.0
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """(N, V), in float32 or better."""
+        logits_NV = hidden_NH @ self.weight_VH.T
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        if self.cap is not None:
+            logits_NV = logits_NV.div_(self.cap).tanh_().mul_(self.cap)
+        return logits_NV.mul_(self.scale) if self.scale != 1.0 else logits_NV
+
+    def slopes(self, logits_CV: Tensor) -> Tensor | None:
+        """∂logit / ∂(h Wᵀ) by what `logits` gave, without the factor `scale`; None where it is 1 everywhere.
+
+        For y = cap · tanh(x / cap): ∂y/∂x = 1 - tanh²(x / cap) = 1 - (y / cap)².
+        """
+        return None if self.cap is None else 1.0 - (logits_CV / (self.scale * self.cap)).square_()
+
+
 class TokenLogprobs(torch.autograd.Function):
-    """logprob_n = log softmax(h_n Wᵀ / temperature)[target_n] for a frozen output matrix W.
+    """logprob_n = log softmax(z_n / temperature)[target_n] with z_n the logits of a frozen `Head`.
 
-    Since W takes no gradient, the only gradient is that of h:
+    Since the head takes no gradient, the only gradient is that of h. With s = ∂z / ∂(h Wᵀ), element by element:
 
-        ∂logprob_n / ∂h_n = (W[target_n] - softmax(h_n Wᵀ / temperature) · W) / temperature
+        ∂logprob_n / ∂h_n = (s_n[target_n] · W[target_n] - (s_n · softmax(z_n / temperature)) W) / temperature
 
     It does not depend on what comes after, but for a factor per token. So the forward pass computes it while a chunk's
     logits are at hand and keeps (N, H) instead of (N, V); the backward pass is one multiplication. The idea of
     computing the gradient in the forward pass: Liger kernel, Hsu et al. 2024, arXiv:2410.10989.
 
-    Covered: log-softmax in float32 whatever the weights' dtype. Not covered: a bias, a trainable W, logits that the
-    model scales or caps afterwards; `Policy` compares with the model's own logits once and refuses such a model.
+    Covered: log-softmax in float32 whatever the weights' dtype; scaled and capped logits, a bias. Not covered: a
+    trainable head.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, temperature: float, needs_grad: bool
+        ctx: Any, hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, needs_grad: bool
     ) -> Tensor:
+        weight_VH = head.weight_VH
         chunk = max(1, CHUNK_BYTES // (4 * weight_VH.shape[0]))
-        logprobs_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NH.device)
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        logprobs_N = torch.empty(len(targets_N), dtype=dtype, device=hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             targets_C1 = targets_N[part, None]
-            logits_CV = (hidden_NH[part] @ weight_VH.T).float()
+            logits_CV = head.logits(hidden_NH[part])
+            slopes_CV = head.slopes(logits_CV) if needs_grad else None
             if temperature != 1.0:
                 logits_CV /= temperature
             normaliser_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
             logprobs_N[part] = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
             if grad_NH is None:
                 continue
-            probs_CV = logits_CV.sub_(normaliser_C1).exp_().to(hidden_NH.dtype)
-            grad_NH[part] = (weight_VH[targets_N[part]] - probs_CV @ weight_VH) / temperature
+            probs_CV = logits_CV.sub_(normaliser_C1).exp_()
+            chosen_CH = weight_VH[targets_N[part]]
+            if slopes_CV is not None:
+                chosen_CH = chosen_CH * slopes_CV.gather(1, targets_C1).to(chosen_CH.dtype)
+                probs_CV *= slopes_CV
+            grad_NH[part] = (chosen_CH - probs_CV.to(hidden_NH.dtype) @ weight_VH) * (head.scale / temperature)
         if grad_NH is not None:
             ctx.save_for_backward(grad_NH)
         return logprobs_N
@@ -58,10 +102,75 @@ class TokenLogprobs(torch.autograd.Function):
         return (grads[0][:, None] * grad_NH).to(grad_NH.dtype), None, None, None, None
 
 
-def token_logprobs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    """(N,) float32 log-probabilities; differentiable in `hidden_NH`."""
+def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float) -> Tensor:
+    """(N,) log-probabilities in float32 or better; differentiable in `hidden_NH`."""
     needs_grad = torch.is_grad_enabled() and hidden_NH.requires_grad
     logprobs_N: Tensor = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, weight_VH, targets_N, temperature, needs_grad
+        hidden_NH, head, targets_N, temperature, needs_grad
     )
     return logprobs_N
+
+
+_TOLERANCE = 0.01
+"""Of a position's logits, relative (Euclidean norm). A few roundings to bfloat16 stay under 0.3 %; the known scales and
+caps change much more."""
+
+
+def read_head(base: Any, hidden_1TH: Tensor, token_ids_1T: Tensor) -> Head:
+    """The head of the transformers causal LM `base`, proved by the model's own logits.
+
+    `hidden_1TH` is what the trainer takes for the last hidden states of `token_ids_1T`. What the config says of scales
+    and caps makes a few candidates (Granite divides by the `logits_scaling` by which HyperCLOVA X multiplies); the
+    closest is taken. For the proof each position's hidden states are scaled up on their way into the model's head, so
+    that its logits are of the order of 1 to 256: a cap does not show in the small logits of a young model.
+
+    Raises `UserError` when none gives the model's logits: it does something else there, of which the trainer's
+    log-probabilities would differ from the engine's without any sign.
+    """
+    module = base.get_output_embeddings()
+    with torch.no_grad():
+        plain_TV = Head(weight_VH=module.weight).logits(hidden_1TH[0])
+        wanted_T = 2.0 ** (torch.arange(len(plain_TV), device=plain_TV.device) % 9)
+        # Powers of two, so that nothing is rounded. The bound keeps float16 from overflowing.
+        factors_T = (wanted_T / plain_TV.abs().amax(dim=1)).log2().round().clamp(max=12).exp2()
+        factors_T1 = factors_T[:, None].to(hidden_1TH.dtype)
+        hook = module.register_forward_pre_hook(lambda _, args: (args[0] * factors_T1,))
+        try:
+            expected_TV = base(input_ids=token_ids_1T, use_cache=False).logits[0].float()
+        finally:
+            hook.remove()
+        errors = {
+            head: _relative_error(head.logits(hidden_1TH[0] * factors_T1).float(), expected_TV)
+            for head in _candidates(base, module)
+        }
+    head, error = min(errors.items(), key=lambda pair: pair[1])
+    if not error <= _TOLERANCE:
+        raise UserError(
+            f"model.name: {type(base).__name__} makes its logits in a way that the trainer's log-probabilities do not "
+            "support; expected an output matrix, and of scales, soft caps and biases those that the config names "
+            f"({', '.join((*_SCALES, *_CAPS))})"
+        )
+    return head
+
+
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_CAPS = ("final_logit_softcapping",)
+
+
+def _candidates(base: Any, module: Any) -> list[Head]:
+    config = base.config.get_text_config()
+
+    def told(names: tuple[str, ...]) -> list[float]:
+        values = [getattr(config, name, None) for name in names]
+        return [float(v) for v in values if isinstance(v, int | float) and v > 0]
+
+    scales = [1.0, *(x for scale in told(_SCALES) for x in (scale, 1.0 / scale))]
+    return [
+        Head(weight_VH=module.weight, bias_V=getattr(module, "bias", None), cap=cap, scale=scale)
+        for scale, cap in itertools.product(scales, [None, *told(_CAPS)])
+    ]
+
+
+def _relative_error(logits_TV: Tensor, expected_TV: Tensor) -> float:
+    """The worst position's."""
+    return float(((logits_TV - expected_TV).norm(dim=1) / expected_TV.norm(dim=1)).max().nan_to_num(nan=float("inf")))

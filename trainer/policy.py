@@ -81,6 +81,7 @@ class Policy:
         self._seed = seed
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model; a warm start may train it in place before the first `update`."""
+        self._head = lora.read_head(self.model)
         self._parameters = list(lora.trainable_parameters(self.model).values())
         for parameter in self._parameters:
             broadcast(parameter.data)
@@ -204,8 +205,7 @@ class Policy:
         microbatch = microbatch.to(self.accelerator.device)
         hidden_BTH = lora.hidden_states(self.model, microbatch.token_ids_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
-        weight_VH = self.model.get_base_model().get_output_embeddings().weight
-        return token_logprobs(hidden_NH, weight_VH, microbatch.targets_N, temperature)
+        return token_logprobs(hidden_NH, self._head, microbatch.targets_N, temperature)
 
     def _reference_logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
         if self._reference is None:

@@ -118,17 +118,17 @@ def bare_pass(config: RunConfig, model_path: Path, device: Any, batches: Sequenc
 
 def core_pass(policy: Any, temperature: float, batches: Sequence[Microbatch]) -> Callable[[], None]:
     """Our model and head, and a plain mean as the loss."""
-    from trainer.adapter import hidden_states
+    from trainer.adapter import hidden_states, read_head
     from trainer.head import token_logprobs
 
     model = policy.model
-    weight_VH = model.get_base_model().get_output_embeddings().weight
-    parts = [batch.to(weight_VH.device) for batch in batches]
+    head = read_head(model)
+    parts = [batch.to(head.weight_VH.device) for batch in batches]
 
     def run() -> None:
         for batch in parts:
             hidden_NH = hidden_states(model, batch.token_ids_BT).flatten(0, 1)[batch.positions_N]
-            loss = -token_logprobs(hidden_NH, weight_VH, batch.targets_N, temperature).mean()
+            loss = -token_logprobs(hidden_NH, head, batch.targets_N, temperature).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
 

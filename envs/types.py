@@ -119,9 +119,11 @@ class Task:
     tools: tuple[str, ...] | None = None
     """Names of the tools offered to this task; None offers all that the environment has."""
     definitions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The row's own definitions of its tools (Chat Completions JSON) by name; remote tools take their schemas here."""
+    """The row's own definitions of its tools (Chat Completions JSON, as it stands there) by name; remote tools take
+    their schemas here."""
     item: Mapping[str, Any] = field(default_factory=dict)
-    """Every key of the row but `messages` and `tools`; graders and environments read it (the gold answer, say)."""
+    """The whole row, `messages` and `tools` included; graders and environments read it (the gold answer, say). Of a
+    world's own task its data alone: `graders.sample.item_of` adds the two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,6 @@ from envs.errors import UserError
 from envs.loading import accepted, call_user, load_target, make, required
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
-from graders.sample import item_of
 from graders.types import Grade, Grader
 
 _RESERVED = ("prompt", "completion", "completion_ids")
@@ -125,7 +124,7 @@ class _FunctionGrader:
             self._logged[name].append(float(value))
 
         prompt, completion = conversation(task, episode)
-        columns = {key: [value] for key, value in item_of(task).items() if key not in _RESERVED}
+        columns = {key: [value] for key, value in task.item.items() if key not in _RESERVED}
         offered = {
             **columns,
             "prompts": [prompt],

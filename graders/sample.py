@@ -91,8 +91,19 @@ def sample_of(episode: Episode) -> dict[str, Any]:
 
 
 def item_of(task: Task) -> dict[str, Any]:
-    """The row's data: every key but `messages` and `tools`."""
-    return dict(task.item)
+    """The whole row, as the hosted service hands it to graders: its data, `messages`, and `tools` where it has any."""
+    return {**_prompt_of(task), **task.item}
+
+
+def own_data(task: Task) -> dict[str, Any]:
+    """The item without what stands in the task's own `messages` and `definitions` already; `item_of` adds it again."""
+    known = _prompt_of(task)
+    return {key: value for key, value in task.item.items() if key not in known or value != known[key]}
+
+
+def _prompt_of(task: Task) -> dict[str, Any]:
+    prompt = {"messages": [m.to_openai() for m in task.messages], "tools": list(task.definitions.values())}
+    return {key: value for key, value in prompt.items() if value}
 
 
 def _hosted_calls(message: Message) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from envs.errors import UserError
 from envs.types import Task
-from graders.sample import SAMPLE_KEYS
+from graders.sample import SAMPLE_KEYS, item_of
 from graders.types import GraderErrorKind
 
 _STEP = re.compile(
@@ -92,9 +92,9 @@ class Template:
             if variable.namespace != "item":
                 continue
             try:
-                variable.value(task.item)
+                variable.value(item_of(task))
             except LookupError:
-                keys = ", ".join(sorted(task.item)) or "none"
+                keys = ", ".join(sorted(item_of(task))) or "none"
                 raise UserError(
                     f"{self._where}: task {task.task_id} has no {{{{ {variable.text} }}}}; its item's keys are: {keys}"
                 ) from None

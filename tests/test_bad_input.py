@@ -153,7 +153,7 @@ def test_a_tracker_that_is_not_installed(tmp_path, setting):
 def test_a_key_to_stratify_by_that_a_task_lacks_or_that_never_differs(tmp_path, setting):
     config = with_rows(tmp_path, setting, ROW | {"kind": "sum"}, ROW | {"kind": "sum", "part": 1})
     message = refused(tmp_path, config, "rollout.stratify_by=part")
-    assert "rollout.stratify_by: the training task 'row-1' has no key 'part'; it has answer, kind" in message
+    assert "rollout.stratify_by: the training task 'row-1' has no key 'part'; it has messages, answer, kind" in message
     assert "every training task has the same 'kind'" in refused(tmp_path, config, "rollout.stratify_by=kind")
 
 

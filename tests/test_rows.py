@@ -46,7 +46,7 @@ def test_a_folder_of_parquet_files_is_a_data_set_and_a_slice_of_it_a_split(tmp_p
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "rows" / "train.parquet")
     source = {"dataset": str(tmp_path / "rows"), "split": "train[1:]"}
     tasks = load_tasks(make_config(tmp_path, source), WORLD, "train")
-    assert [(t.task_id, t.item) for t in tasks] == [("row-1", {"answer": "1"}), ("row-2", {"answer": "2"})]
+    assert [(t.task_id, t.item) for t in tasks] == [("row-1", ROWS[1]), ("row-2", ROWS[2])]
 
 
 def test_demonstrations_may_be_a_data_set(tmp_path):

@@ -1,6 +1,7 @@
 """The run folder: what belongs to a run, what survives a kill, and rollouts read back exactly."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from graders.sample import item_of
 from graders.types import Grade, GraderErrorKind
 from trainer.config import RunConfig
 from trainer.rollout import Rollout
@@ -106,6 +108,16 @@ def run(config: RunConfig) -> RunFolder:
 @given(rollout=rollouts())
 def test_a_rollout_written_and_read_is_the_same_to_the_last_bit(rollout):
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(rollout)))) == rollout
+
+
+def test_a_row_that_is_its_tasks_item_is_stored_once_and_graders_find_it_whole_again():
+    rollout = make_rollout("r")
+    tool = {"type": "function", "function": {"name": "f", "strict": True}}
+    row = {"messages": [{"role": "user", "content": "?"}], "tools": [tool], "answer": "1", "parallel_tool_calls": True}
+    rollout = replace(rollout, task=replace(rollout.task, tools=("f",), definitions={"f": tool}, item=row))
+    stored = json.loads(json.dumps(rollout_to_json(rollout)))
+    assert stored["task"]["item"] == {"answer": "1", "parallel_tool_calls": True}
+    assert item_of(rollout_from_json(stored).task) == row
 
 
 def test_finished_rollouts_go_by_the_first_attempts_id_and_a_torn_line_is_cut_off(run):

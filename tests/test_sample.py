@@ -10,7 +10,7 @@ import pytest
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.sample import SAMPLE_KEYS, episode_from_sample, item_of, sample_of
+from graders.sample import SAMPLE_KEYS, episode_from_sample, item_of, own_data, sample_of
 
 SEARCH = ToolCall(call_id="c0", name="search", arguments='{"q": "revenue"}')
 CAT = ToolCall(call_id="c1", name="cat", arguments='{"path": 3}')
@@ -173,9 +173,14 @@ def test_an_episode_that_the_world_broke_off_is_refused():
         sample_of(episode(stop_reason=StopReason.WORLD_FAULT))
 
 
-def test_the_item_is_the_row_without_messages_and_tools():
-    task = Task(task_id="t", messages=(Message(role="user", content="?"),), item={"answer": 3})
-    assert item_of(task) == {"answer": 3}
+def test_the_item_of_a_worlds_own_task_has_its_messages_and_tools_too():
+    tool = {"type": "function", "function": {"name": "f", "strict": True}}
+    task = Task(task_id="t", messages=(Message(role="user", content="?"),), definitions={"f": tool}, item={"answer": 3})
+    whole = {"messages": [{"role": "user", "content": "?"}], "tools": [tool], "answer": 3}
+    assert item_of(task) == whole
+    assert own_data(replace(task, item=whole)) == own_data(task) == {"answer": 3}
+    odd = whole | {"messages": [{"role": "user", "content": "?", "name": None}]}
+    assert item_of(replace(task, item=odd)) == odd and own_data(replace(task, item=odd))["messages"] == odd["messages"]
     item_of(task)["answer"] = 4
     assert task.item == {"answer": 3}
 

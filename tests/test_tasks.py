@@ -16,6 +16,7 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import offered_tools
 from envs.types import Message, Task, ToolCall
+from graders.sample import item_of
 from trainer.config import RunConfig
 from trainer.tasks import load_tasks, tasks_of_step, train_requests
 
@@ -56,12 +57,12 @@ def test_tasks_written_in_the_hosted_format_are_read_back(tmp_path):
     assert [(t.task_id, t.messages) for t in read] == [(t.task_id, t.messages) for t in tasks]
     for before, after in zip(tasks, read, strict=True):
         assert after.tools == tuple(WORLD.tools)
-        assert after.item == json.loads(json.dumps(before.item)) | {"task_id": before.task_id}
+        assert after.item == json.loads(json.dumps(task_row(before, WORLD.tools)))
 
 
 def test_a_minimal_row_offers_all_tools_and_is_named_by_its_line(tmp_path):
     (task,) = load_tasks(make_config(tmp_path, "", GOOD), WORLD, "train")
-    assert task == Task(task_id="row-2", messages=(Message(role="user", content="How much?"),), item={"answer": "1"})
+    assert task == Task(task_id="row-2", messages=(Message(role="user", content="How much?"),), item=GOOD)
 
 
 def test_a_row_that_names_its_tools_keeps_their_order(tmp_path):
@@ -73,6 +74,12 @@ def test_a_row_that_names_its_tools_keeps_their_order(tmp_path):
 def test_a_row_with_no_tools_offers_none(tmp_path):
     (task,) = load_tasks(make_config(tmp_path, GOOD | {"tools": []}), WORLD, "train")
     assert task.tools == ()
+
+
+def test_the_item_is_the_whole_row(tmp_path):
+    row = GOOD | {"tools": [], "parallel_tool_calls": True, "note": None}
+    (task,) = load_tasks(make_config(tmp_path, row), WORLD, "train")
+    assert task.item == row and item_of(task) == row
 
 
 def test_a_history_with_tool_calls_is_kept_and_the_developer_speaks_as_the_system(tmp_path):
@@ -109,6 +116,16 @@ def test_a_remote_tool_takes_its_schema_from_the_row(tmp_path):
     world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
     (task,) = load_tasks(make_config(tmp_path, GOOD | {"tools": [STOCK]}), world, "train")
     assert offered_tools(task, world.make_env().tools)["stock"].schema() == STOCK
+
+
+def test_a_rows_tool_definition_is_kept_as_it_stands(tmp_path):
+    odd = {
+        "type": "function",
+        "function": {"name": "stock", "description": None, "parameters": None, "strict": True, "x-note": {"a": None}},
+    }
+    world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
+    (task,) = load_tasks(make_config(tmp_path, GOOD | {"tools": [odd]}), world, "train")
+    assert task.definitions == {"stock": odd}
 
 
 @pytest.mark.parametrize(

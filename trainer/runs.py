@@ -23,7 +23,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pydantic import TypeAdapter
 
 from envs.errors import UserError
 from envs.types import Episode, Task
+from graders.sample import own_data
 from graders.types import Grade
 from trainer.config import RunConfig
 from trainer.rollout import Rollout
@@ -238,10 +239,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as a JSON object; `rollout_from_json` reads it back exactly."""
+    """A rollout as a JSON object; `rollout_from_json` reads it back.
+
+    Of the task's item, what its messages and definitions say already is left out: `item_of` adds it again.
+    """
     return {
         "episode": _EPISODE.dump_python(rollout.episode, mode="json"),
-        "task": _TASK.dump_python(rollout.task, mode="json"),
+        "task": _TASK.dump_python(replace(rollout.task, item=own_data(rollout.task)), mode="json"),
         "grade": None if rollout.grade is None else asdict(rollout.grade),
         "watch": None if rollout.watch is None else asdict(rollout.watch),
         "ledgers": [ledger.to_json() for ledger in rollout.ledgers],

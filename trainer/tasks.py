@@ -77,7 +77,7 @@ class _RowTool(BaseModel):
 
 class _RowFunction(BaseModel):
     name: str
-    description: str = ""
+    description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
@@ -139,8 +139,9 @@ def _task(row: _Row, data: dict[str, Any], *, where: str, number: int, offered: 
         task_id=str(data.get("task_id", f"row-{number}")),
         messages=tuple(m.to_message() for m in row.messages),
         tools=None if row.tools is None else tuple(t.function.name for t in row.tools),
-        definitions={t.function.name: t.model_dump(exclude_none=True) for t in row.tools or ()},
-        item={key: value for key, value in data.items() if key not in ("messages", "tools")},
+        # As they stand in the row: serving shows the model their nulls and further keys (`strict`, say) too.
+        definitions={t["function"]["name"]: t for t in data.get("tools") or ()},
+        item=data,
     )
     for name in task.tools or ():
         if name not in offered:

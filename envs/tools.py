@@ -6,19 +6,18 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-import jsonschema
-import referencing
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from envs.errors import ToolError, UserError
+from envs.schemas import Check, argument_check, schema_error
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
 # asyncio's own pool has six threads on two cores: slow tools of a few episodes would fill it. These start on demand.
@@ -36,15 +35,19 @@ class Tool:
     function: Callable[..., Any]
     """Sync or async; returns text, or anything that `json.dumps` takes. Called with the arguments by name."""
     parameters: Mapping[str, Any]
-    """JSON schema of the arguments, an object's."""
+    """JSON schema of the arguments, an object's; empty where only the rows know it."""
     read_arguments: Callable[[Any], dict[str, Any]]
     """From a call's decoded arguments to the function's. Raises `ValueError` with what is wrong, for the model."""
     is_remote: bool = False
     """The function takes the `ToolCall` itself, as the model wrote it, and keeps its own time: it raises `ToolError`
     for what the model should see and `WorldError` where the tool's server failed for good."""
+    definition: Mapping[str, Any] | None = None
+    """Somebody else's, which the model is shown as it stands."""
 
     def schema(self) -> dict[str, Any]:
         """The tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
+        if self.definition is not None:
+            return dict(self.definition)
         return {
             "type": "function",
             "function": {"name": self.name, "description": self.description, "parameters": dict(self.parameters)},
@@ -103,50 +106,64 @@ def _read_arguments(arguments: type[BaseModel], value: Any) -> dict[str, Any]:
     return {info.alias or name: getattr(read, name) for name, info in arguments.model_fields.items()}
 
 
-def schema_tool(definition: Mapping[str, Any], function: Callable[..., Any], *, is_remote: bool) -> Tool:
+def schema_tool(
+    definition: Mapping[str, Any], function: Callable[..., Any], *, is_remote: bool, is_strict: bool = True
+) -> Tool:
     """Make a `Tool` of a Chat Completions definition: `{"type": "function", "function": {...}}`.
 
-    Raises `UserError` where its `parameters` are no JSON schema of an object.
+    The model is shown the definition as it stands. Arguments are checked against its `parameters` as far as they can be
+    (see `envs.schemas`); without `parameters`, or with null, any object will do. Raises `UserError` where they are no
+    JSON schema of an object and `is_strict`; else what is no JSON schema in them is left unchecked.
     """
     about = definition["function"]
-    name, parameters = about["name"], about.get("parameters") or {"type": "object", "properties": {}}
-    validator = jsonschema.validators.validator_for(parameters, jsonschema.Draft202012Validator)
-    try:
-        validator.check_schema(parameters)
-    except jsonschema.SchemaError as e:
-        raise UserError(f"tool {name!r}: parameters: not a JSON schema: {e.message}") from None
-    # An empty registry: references stay inside the schema, nothing is fetched.
-    checker = validator(parameters, registry=referencing.Registry())
-
-    def read(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ValueError("arguments: Input should be an object")
-        faults = list(itertools.islice(checker.iter_errors(value), _MAX_FAULTS))
-        if faults:
-            raise ValueError("; ".join(f"{_place(tuple(f.absolute_path))}: {_cut(f.message)}" for f in faults))
-        return value
-
+    name, parameters = about["name"], about.get("parameters")
+    if parameters is None:
+        parameters = {"type": "object", "properties": {}}
+    if is_strict and (error := schema_error(parameters)):
+        raise UserError(f"tool {name!r}: parameters: {error}")
     return Tool(
         name=name,
-        description=about.get("description", ""),
+        description=about.get("description") or "",
         function=function,
-        parameters=parameters,
-        read_arguments=read,
+        parameters=parameters if isinstance(parameters, Mapping) else {"type": "object"},
+        read_arguments=functools.partial(_read_checked, argument_check(parameters, max_faults=_MAX_FAULTS)),
         is_remote=is_remote,
+        definition=definition,
     )
+
+
+def _read_checked(check: Check, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("arguments: Input should be an object")
+    if faults := check(value):
+        raise ValueError("; ".join(f"{_place(place)}: {_cut(message)}" for place, message in faults))
+    return value
 
 
 def offered_tools(task: Task, tools: Mapping[str, Tool]) -> dict[str, Tool]:
     """What the model is offered on this task: the tools that the row names, or all, in the row's order.
 
-    Where the row brings a definition of a remote tool, the model sees that, and arguments are checked against it; the
-    schema of a tool in process is its own, whatever the row says.
+    Where the row brings a definition of a remote tool, the model sees that, and arguments are checked against it; what
+    is known of the tool already goes for a definition without `parameters`. The schema of a tool in process is its own,
+    whatever the row says. A row that names no tools leaves out those that only a row can define; a tool that the row
+    names and the environment does not have (yet, or any more) is not offered.
     """
-    offered = {name: tools[name] for name in (tools if task.tools is None else task.tools)}
+    if task.tools is None:
+        return {name: tool for name, tool in tools.items() if tool.parameters}
+    offered = {name: tools[name] for name in task.tools if name in tools}
     for name, definition in task.definitions.items():
-        if offered[name].is_remote:
-            offered[name] = schema_tool(definition, offered[name].function, is_remote=True)
+        if name in offered and offered[name].is_remote:
+            whole = _completed(definition, offered[name])
+            offered[name] = schema_tool(whole, offered[name].function, is_remote=True)
     return offered
+
+
+def _completed(definition: Mapping[str, Any], known: Tool) -> Mapping[str, Any]:
+    about = definition["function"]
+    if about.get("parameters") is not None or not known.parameters:
+        return definition
+    given = {key: value for key, value in about.items() if value is not None}
+    return {**definition, "function": {**known.schema()["function"], **given}}
 
 
 def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
@@ -188,11 +205,12 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
             f"Error: no tool named {_echo(call.name)}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL
         )
     try:
-        arguments = json.loads(call.arguments)
+        arguments = json.loads(call.arguments, parse_constant=_not_json, parse_float=_finite)
     except json.JSONDecodeError as e:
         return result(f"Error: arguments are not JSON: {e.msg}", ToolErrorKind.BAD_ARGUMENTS)
     except (ValueError, RecursionError):
-        # JSON that Python can't hold: integers of thousands of digits, lists nested a thousand deep.
+        # JSON that Python can't hold (integers of thousands of digits, 1e999, lists nested a thousand deep), and what
+        # only Python takes for JSON (NaN).
         return result("Error: arguments are not usable JSON", ToolErrorKind.BAD_ARGUMENTS)
     try:
         kwargs = offered.read_arguments(arguments)
@@ -210,6 +228,16 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
             raise
         return result(f"Error: {call.name} did not answer within {timeout_s:g} s", ToolErrorKind.TIMEOUT)
     return result(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(constant)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 async def _run(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

@@ -73,7 +73,7 @@ async def opened(world: RemoteWorld, task: Task = TASK, rollout_id: str = "r1") 
 
 
 async def call(env: RemoteEnv, name: str = "stock", arguments: str = '{"sku": "a"}', call_id: str = "c1") -> ToolResult:
-    tools = offered_tools(TASK if name == "stock" else Task(task_id="t", messages=()), env.tools)
+    tools = offered_tools(TASK, env.tools) if name == "stock" else env.tools
     return await call_tool(tools, ToolCall(call_id=call_id, name=name, arguments=arguments), timeout_s=5)
 
 

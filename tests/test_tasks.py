@@ -128,17 +128,17 @@ def test_a_rows_tool_definition_is_kept_as_it_stands(tmp_path):
     assert task.definitions == {"stock": odd}
 
 
-@pytest.mark.parametrize(
-    ("tools", "expected"),
-    [
-        (None, "the tool 'stock' is remote and takes its schema from the rows"),
-        ([STOCK | {"function": {"name": "stock", "parameters": {"type": "thing"}}}], "parameters: not a JSON schema"),
-    ],
-)
-def test_a_remote_tool_without_a_usable_schema_is_refused(tmp_path, tools, expected):
+def test_a_remote_tool_whose_definition_in_the_row_is_no_schema_is_refused(tmp_path):
     world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
-    with pytest.raises(UserError, match=rf"rows\.jsonl, line 1: tools: .*{expected}"):
+    tools = [STOCK | {"function": {"name": "stock", "parameters": {"type": "thing"}}}]
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: tools: .*parameters: not a JSON schema"):
         load_tasks(make_config(tmp_path, GOOD | {"tools": tools}), world, "train")
+
+
+def test_a_row_without_tools_is_offered_none_of_those_that_only_rows_define(tmp_path):
+    world = RemoteWorld(RemoteConfig.model_validate(REMOTE))
+    (task,) = load_tasks(make_config(tmp_path, GOOD), world, "train")
+    assert offered_tools(task, world.make_env().tools) == {}
 
 
 def test_line_separators_of_unicode_do_not_split_a_row(tmp_path):

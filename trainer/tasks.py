@@ -147,14 +147,9 @@ def _task(row: _Row, data: dict[str, Any], *, where: str, number: int, offered: 
         if name not in offered:
             raise UserError(f"{where}: tools: {name!r} is not offered by the world; it offers {', '.join(offered)}")
     try:
-        tools = offered_tools(task, offered)
+        offered_tools(task, offered)
     except UserError as e:
         raise UserError(f"{where}: tools: {e}") from None
-    if unknown := [name for name, tool in tools.items() if not tool.parameters]:
-        raise UserError(
-            f"{where}: tools: the tool {unknown[0]!r} is remote and takes its schema from the rows; expected its "
-            "definition here"
-        )
     return task
 
 

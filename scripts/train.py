@@ -2,6 +2,10 @@
 
 `accelerate launch scripts/train.py ...` runs it on several GPUs. Exit codes: 0 done, 2 something in the input is wrong
 (nothing was loaded), 1 anything else, 130 interrupted; the same command resumes.
+
+`--hosted-job job.json` takes a job of the hosted service and says what it could not take over; `--config` and KEY=VALUE
+add what the hosted service never knew and go before the job. `--write-config run.yaml` writes it as a config and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -13,27 +17,34 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envs.errors import UserError
-from trainer.config import load_config
+from trainer.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from trainer.hosted_job import TakenJob
+
+HOSTED_ONLY = ("training_file", "validation_file", "write_config")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.learning_rate=2e-5")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
     # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive the run and keep its memory.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
-        config = load_config(arguments.config, arguments.overrides)
-        # Heavy imports only once the config is known to be good.
-        from trainer.train import train
-
-        folder = train(config)
+        if (job := _hosted_job(arguments)) is None:
+            folder = _train(load_config(arguments.config, arguments.overrides))
+        else:
+            if is_main:
+                print(*(f"{job.source}: {remark}\n" for remark in job.remarks), sep="", end="", flush=True)
+            if arguments.write_config is not None:
+                _write(arguments.write_config, job)
+                return 0
+            folder = _train_job(job, is_main=is_main)
     except UserError as e:
         if is_main:
             print(f"error: {e}", file=sys.stderr)
@@ -45,6 +56,67 @@ def main() -> int:
     if is_main:
         print_result(folder)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.learning_rate=2e-5")
+    hosted = parser.add_argument_group("from the hosted service")
+    hosted.add_argument("--hosted-job", type=Path, metavar="JSON", help="a fine-tuning job's JSON")
+    hosted.add_argument("--training-file", type=Path, metavar="JSONL", help="the rows behind the job's training_file")
+    hosted.add_argument("--validation-file", type=Path, metavar="JSONL", help="likewise")
+    hosted.add_argument(
+        "--write-config", type=Path, metavar="YAML", help="write the config that the job makes, and end"
+    )
+    return parser
+
+
+def _hosted_job(arguments: argparse.Namespace) -> TakenJob | None:
+    if arguments.hosted_job is None:
+        for name in HOSTED_ONLY:
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')}: only with --hosted-job")
+        if arguments.config is None:
+            raise UserError("--config: required, but for --hosted-job")
+        return None
+    from trainer.hosted_job import take_job
+
+    return take_job(
+        arguments.hosted_job,
+        config=arguments.config,
+        overrides=arguments.overrides,
+        training_file=arguments.training_file,
+        validation_file=arguments.validation_file,
+    )
+
+
+def _train(config: RunConfig) -> Path:
+    # Heavy imports only once the config is known to be good.
+    from trainer.train import train
+
+    return train(config)
+
+
+def _train_job(job: TakenJob, *, is_main: bool) -> Path:
+    """Train, and leave the config with what is said of it in the run folder, which the run itself lays out."""
+    from trainer.runs import RunFolder
+
+    RunFolder.check(job.config)
+    try:
+        return _train(job.config)
+    finally:
+        folder = job.config.output_dir
+        if is_main and (folder / "config.yaml").is_file():
+            _write(folder / "hosted_job.yaml", job)
+
+
+def _write(path: Path, job: TakenJob) -> None:
+    try:
+        path.write_text(job.to_yaml(), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--write-config {path}: {e.strerror or e}") from e
+    print(f"config    {path}")
 
 
 def print_result(folder: Path) -> None:

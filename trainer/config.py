@@ -282,6 +282,21 @@ class RunConfig(Section):
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML config and apply `key.sub=value` overrides (values are YAML). Raises `UserError`."""
+    return validate_config(read_sections(path, overrides or []), source=str(path))
+
+
+def read_sections(path: Path | None, overrides: list[str]) -> dict[str, Any]:
+    """The sections as they are given, not yet validated: the YAML's, if there is one, under the overrides.
+
+    Raises `UserError`.
+    """
+    data = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        _override(data, override)
+    return data
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as e:
@@ -294,9 +309,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
         raise UserError(f"config {path}: not valid YAML: {e}") from e
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
-    for override in overrides or []:
-        _override(data, override)
-    return validate_config(data, source=str(path))
+    return data
 
 
 def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:

@@ -7,7 +7,6 @@ import contextvars
 import functools
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from envs.errors import ToolError, UserError
+from envs.json_text import read_json
 from envs.schemas import Check, argument_check, schema_error
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
@@ -205,13 +205,9 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
             f"Error: no tool named {_echo(call.name)}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL
         )
     try:
-        arguments = json.loads(call.arguments, parse_constant=_not_json, parse_float=_finite)
-    except json.JSONDecodeError as e:
-        return result(f"Error: arguments are not JSON: {e.msg}", ToolErrorKind.BAD_ARGUMENTS)
-    except (ValueError, RecursionError):
-        # JSON that Python can't hold (integers of thousands of digits, 1e999, lists nested a thousand deep), and what
-        # only Python takes for JSON (NaN).
-        return result("Error: arguments are not usable JSON", ToolErrorKind.BAD_ARGUMENTS)
+        arguments = read_json(call.arguments)
+    except ValueError as e:
+        return result(f"Error: arguments are {e}", ToolErrorKind.BAD_ARGUMENTS)
     try:
         kwargs = offered.read_arguments(arguments)
     except ValueError as e:
@@ -228,16 +224,6 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
             raise
         return result(f"Error: {call.name} did not answer within {timeout_s:g} s", ToolErrorKind.TIMEOUT)
     return result(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _not_json(constant: str) -> Any:
-    raise ValueError(constant)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(text)
-    return value
 
 
 async def _run(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

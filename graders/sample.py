@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from envs.errors import UserError
+from envs.json_text import read_json
 from envs.types import Episode, Message, Role, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.answers import final_answer
 
@@ -130,20 +129,10 @@ def _calls_of(turn: Turn, number: int) -> list[dict[str, Any]]:
 
 def _parsed(text: str) -> dict[str, Any] | list[Any] | None:
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except (ValueError, RecursionError):
+        value = read_json(text)
+    except ValueError:
         return None
     return value if isinstance(value, dict | list) else None
-
-
-def _refuse(constant: str) -> float:
-    """Python reads NaN and Infinity, which are not JSON: an endpoint could not read the sample."""
-    raise ValueError(constant)
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    return value if math.isfinite(value) else _refuse(number)
 
 
 def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episode:

@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
 from envs.types import Message, ToolCall
+from trainer.call_signs import opening_tag, tag_after
 from trainer.chat_parsing import (
     ParsedTurn,
     ToolSchema,
     TurnParser,
     check_parser_names,
-    content_is_a_list,
     tools_key,
     with_cached_vocabulary,
 )
+from trainer.chat_template import FALLBACK_TEMPLATE, Renderer, TemplateRefused, calls_as_text, read_template
 
-__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "ToolSchema"]
-
-FALLBACK_TEMPLATE = Path(__file__).with_name("fallback_chat_template.jinja")
-"""Takes the place of a model's own template where that knows no tools. Its calls are read by the parser `hermes`."""
+__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
 _PROBE = "probe text"
 _PROBE_TOOL: ToolSchema = {
@@ -47,6 +46,8 @@ _PROBE_TOOL: ToolSchema = {
     },
 }
 _HELLO = Message(role="user", content="Hello")
+_ANSWER = Message(role="assistant", content="Zebra.")
+_UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +91,12 @@ class Chat:
             raise UserError(f"model.name: the tokenizer of {model} has no tokenizer.json; a fast tokenizer is needed")
         self._tokenizer = with_cached_vocabulary(tokenizer)
         self._template_kwargs = dict(template_kwargs or {})
-        self._template: str | None = None
-        """None: the model's own, which may differ with and without tools."""
+        self._renderer = Renderer(self._tokenizer, None, self._template_kwargs)
         if chat_template != "auto":
-            self._template = _read_template(chat_template)
+            self._renderer = Renderer(self._tokenizer, read_template(chat_template), self._template_kwargs)
         elif not self._knows_tools():
-            self._template = FALLBACK_TEMPLATE.read_text()
-        self.uses_fallback = self._template is not None and self._template == FALLBACK_TEMPLATE.read_text()
+            self._renderer = Renderer(self._tokenizer, FALLBACK_TEMPLATE.read_text(), self._template_kwargs)
+        self.uses_fallback = self._renderer.template == FALLBACK_TEMPLATE.read_text()
         if chat_template != "auto" and not self._knows_tools():
             raise UserError(
                 f"model.chat_template: {chat_template} renders no tools; the model would never hear of them"
@@ -110,13 +110,17 @@ class Chat:
         self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
         self._prime = self._encode(self._render([_HELLO], (), generate=True))[-16:]
         # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
-        self._parser.learn_marker(self._prove_parser(self._turn_parser(tool_parser, None)))
+        written = self._prove_parser(self._turn_parser(tool_parser, None))
+        self._learn_signs(written)
 
     # ---- messages → token ids
 
     def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
-        """The prompt of `messages`, ready for the model's turn: what `vllm serve` feeds its engine for them."""
-        return self._encode(self._render(messages, tools, generate=True))
+        """The prompt of `messages`, ready for the model's turn: what `vllm serve` feeds its engine for them.
+
+        Raises `TemplateRefused`, a `UserError`, where the template takes no such conversation.
+        """
+        return self._encode(self._render(messages, tools, generate=True, strict=True))
 
     def extend(
         self,
@@ -130,7 +134,9 @@ class Chat:
 
         `before` are the messages of the prompt that they were sampled after; `answers` the tool results, or the user's
         message that answers a malformed call. The sampled tokens stay as they are: only text after the end of the turn
-        is encoded. One rendering where the model writes as the template does, two otherwise.
+        is encoded. One rendering where the model writes as the template does, two otherwise. A turn of calls that the
+        template takes on no account is rendered as plain text, and its results as a user's message; raises
+        `TemplateRefused` where that is refused too.
         """
         prompt = self._render(before, tools, generate=True)
         text = self._render([*before, turn, *answers], tools, generate=True)
@@ -174,9 +180,22 @@ class Chat:
 
         A turn with a call that parses is a turn of calls, whatever else stands in it: serving executes those too. A
         turn with no parsed call but an unmistakable sign of one is malformed; under the parser `hermes` that is also
-        the turn of several calls of which one is broken, since it then gives up all of them.
+        the turn of several calls of which one is broken, since it then gives up all of them. So is a turn of calls
+        that the template can't render (some take one call a turn): serving could not go on from it, so none of its
+        calls may run. Raises nothing for what a model wrote.
         """
-        return self._parser.parse(token_ids, tools, prime=self._prime, turn=turn)
+        parsed = self._parser.parse(token_ids, tools, prime=self._prime, turn=turn)
+        if not parsed.message.tool_calls:
+            return parsed
+        refusal = self._renderer.refusal(parsed.message, self._parser.normalized_tools(tools_key(tools)))
+        if not refusal:
+            return parsed
+        return replace(
+            parsed,
+            message=calls_as_text(parsed.message),
+            malformed=True,
+            complaint=f"Error: none of these calls was run, the chat format refuses them: {refusal}",
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, special tokens included. For people and for comparison; never to be encoded again."""
@@ -191,10 +210,10 @@ class Chat:
 
     def save_template(self, folder: Path) -> Path | None:
         """Write the template used beside an exported adapter; None where the model's own template is used."""
-        if self._template is None:
+        if self._renderer.template is None:
             return None
         path = folder / "chat_template.jinja"
-        path.write_text(self._template)
+        path.write_text(self._renderer.template)
         return path
 
     def serve_arguments(self, template: Path | None) -> list[str]:
@@ -210,34 +229,26 @@ class Chat:
 
     # ---- inside
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[ToolSchema], *, generate: bool) -> str:
-        return self._render_cached(tuple(messages), tools_key(tools), generate)
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema], *, generate: bool, strict: bool = False
+    ) -> str:
+        return self._render_cached(tuple(messages), tools_key(tools), generate, strict)
 
-    def _render_uncached(self, messages: tuple[Message, ...], tools_json: str, generate: bool) -> str:
-        return self._apply(messages, self._parser.normalized_tools(tools_json), generate=generate)
-
-    def _apply(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
-        from jinja2 import TemplateError
-
-        template = self._template or self._tokenizer.get_chat_template(tools=tools)
-        as_list = _content_is_a_list(template)
+    def _render_uncached(self, messages: tuple[Message, ...], tools_json: str, generate: bool, strict: bool) -> str:
+        tools = self._parser.normalized_tools(tools_json)
         try:
-            text = self._tokenizer.apply_chat_template(
-                [_served_message(m, as_list=as_list) for m in messages],
-                tools=tools,
-                chat_template=template,
-                add_generation_prompt=generate,
-                tokenize=False,
-                **self._template_kwargs,
-            )
-        except TemplateError as e:
-            raise UserError(f"model.chat_template: it refuses the conversation: {e}") from e
-        return str(text)
+            return self._renderer.render(messages, tools, generate=generate)
+        except TemplateRefused:
+            if strict:
+                raise
+            return self._renderer.render_as_text(messages, tools, generate=generate)
 
     def num_tokens(self, text: str) -> int:
         return len(self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
+        # Half a surrogate pair (escaped in JSON, or in a file name that is no UTF-8) is no text that has tokens.
+        text = text.encode("utf-8", "replace").decode()
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _through_end(self, text: str) -> str:
@@ -250,9 +261,9 @@ class Chat:
         return ids[1:]
 
     def _knows_tools(self) -> bool:
-        if self._template is None and not self._tokenizer.chat_template:
+        if self._renderer.template is None and not self._tokenizer.chat_template:
             return False
-        return "probe_tool" in self._apply([_HELLO], [dict(_PROBE_TOOL)], generate=True)
+        return "probe_tool" in self._renderer.render([_HELLO], [dict(_PROBE_TOOL)], generate=True)
 
     def _turn_parser(self, tool_parser: str, reasoning_parser: str | None) -> TurnParser:
         return TurnParser(
@@ -264,7 +275,7 @@ class Chat:
         )
 
     def _find_end_of_turn(self) -> tuple[str, int]:
-        text = self._apply([_HELLO, Message(role="assistant", content=_PROBE), _HELLO], None, generate=False)
+        text = self._renderer.render([_HELLO, Message(role="assistant", content=_PROBE), _HELLO], None, generate=False)
         after = text[text.find(_PROBE) + len(_PROBE) :]
         added = self._tokenizer.added_tokens_decoder
         found = [(after.find(t.content), t.content, i) for i, t in added.items() if t.special and t.content in after]
@@ -284,12 +295,12 @@ class Chat:
         """A call as the template writes it, read back by the parser: a wrong parser would never see one."""
         call = ToolCall(call_id="call00000", name="probe_tool", arguments=json.dumps({"text": _PROBE}))
         turn = Message(role="assistant", tool_calls=(call,))
-        prompt = self._render([_HELLO], [_PROBE_TOOL], generate=True)
-        full = self._render([_HELLO, turn], [_PROBE_TOOL], generate=False)
-        start = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(prompt))
-        if start < len(prompt):
-            # The generation prompt opens reasoning that a finished turn lacks, and both may begin with "<".
-            start = full.rfind("\n", 0, start) + 1
+        answer = self._render([_HELLO, _ANSWER], [_PROBE_TOOL], generate=False, strict=True)
+        full = self._render([_HELLO, turn], [_PROBE_TOOL], generate=False, strict=True)
+        # What turns of calls and answers have in common (the turn's header, empty reasoning) is no part of the call.
+        start = next((i for i, (a, b) in enumerate(zip(answer, full, strict=False)) if a != b), len(full))
+        if tag := _UNCLOSED_TAG.search(full, max(0, start - 60), start):
+            start = tag.start()
         written = full[start : max(start, full.rfind(self._end_text))]
         ids = self._encode_after_turn(written)
         parsed = parser.parse(ids, [_PROBE_TOOL], prime=self._prime, turn=0).message.tool_calls
@@ -300,42 +311,12 @@ class Chat:
             )
         return written
 
-
-def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:
-    """The message as `vllm serve` hands it to the template: arguments as objects, reasoning under both its names."""
-    content: Any = message.content
-    if as_list and message.role != "tool":
-        content = [{"type": "text", "text": message.content}]
-    out: dict[str, Any] = {"role": message.role, "content": content}
-    if message.tool_calls:
-        out["tool_calls"] = [
-            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": _as_object(c.arguments)}}
-            for c in message.tool_calls
+    def _learn_signs(self, written_call: str) -> None:
+        thought = replace(_ANSWER, reasoning=_PROBE)
+        elsewhere = [
+            self._render([_HELLO, turn], [_PROBE_TOOL], generate=True, strict=True) for turn in (_ANSWER, thought)
         ]
-    if message.reasoning:
-        out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
-    if message.role == "tool":
-        out |= {"tool_call_id": message.call_id, "name": message.name}
-    return out
-
-
-def _as_object(arguments: str) -> dict[str, Any]:
-    # As vLLM does: what is no JSON object is shown to the template as an empty one.
-    try:
-        value = json.loads(arguments)
-    except json.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-_content_is_a_list = functools.lru_cache(maxsize=32)(content_is_a_list)
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"model.chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e
+        self._parser.learn_signs(opening_tag(written_call, elsewhere), tag_after(elsewhere[1], _PROBE))
 
 
 def _stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import UserError
 from envs.types import Message, ToolCall
+from trainer.call_signs import after_reasoning, is_attempt
 
 ToolSchema = Mapping[str, Any]
 """A tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
@@ -27,22 +27,13 @@ class ParsedTurn:
     message: Message
     """The assistant's message as a client of `vllm serve` gets it."""
     malformed: bool
-    """It tried to call a tool and none was parsed. Never a final answer."""
+    """It tried to call a tool and no call of it can be run. Never a final answer."""
     num_reasoning_tokens: int
     """As vLLM's reasoning parser counts them; the tags are not counted."""
     finished: bool
     """It ended with a stop token; False when a limit cut it off."""
-
-
-_TAG = re.compile(r"\s*(<[^<>\s{}]+>|\[[A-Z_]{3,}\])")
-_SIGNS = re.compile(
-    r"""</?\|?\s*tool[_ ]?call            # <tool_call>, </tool_call>, <|tool_call..., also cut off or misspelt
-      | <function=|\[TOOL_CALLS\]|<\|python_tag\|>
-      | \{\s*["']name["']\s*:\s*["'][^"']*["']\s*,\s*["'](?:arguments|parameters)["']\s*:
-      | \{\s*["'](?:arguments|parameters)["']\s*:.*["']name["']\s*:
-    """,
-    re.VERBOSE | re.IGNORECASE | re.DOTALL,
-)
+    complaint: str = ""
+    """What the model is to be told of a malformed turn, where that is more than that no call could be read."""
 
 
 class TurnParser:
@@ -71,6 +62,7 @@ class TurnParser:
         self._stop_token_ids = stop_token_ids
         self._requests: dict[str, Any] = {}
         self._markers: tuple[str, ...] = ()
+        self._reasoning_ends: tuple[str, ...] = ()
         try:
             self._parser_class = ParserManager.get_parser(
                 tool_parser_name=tool_parser, reasoning_parser_name=reasoning_parser, enable_auto_tools=True
@@ -86,57 +78,51 @@ class TurnParser:
             if name.startswith(("vllm.tool_parsers.", "vllm.parser.", "vllm.reasoning.")):
                 logging.getLogger(name).disabled = True
 
-    def learn_marker(self, call_text: str) -> None:
-        """Take the tag that opens `call_text`, a call as the template writes it, as a sign of a call."""
-        if tag := _TAG.match(call_text):
-            self._markers = (tag.group(1),)
+    def learn_signs(self, marker: str, reasoning_end: str) -> None:
+        """The tags with which the template opens a call and closes reasoning; empty where it has none."""
+        reasoning_parser = self._new_parser(None).reasoning_parser
+        ends = [reasoning_end, getattr(reasoning_parser, "reasoning_end_str", None) or "", "</think>"]
+        self._markers = (marker,) if marker else ()
+        self._reasoning_ends = tuple(end for end in dict.fromkeys(ends) if end)
 
     def parse(
         self, token_ids: Sequence[int], tools: Sequence[ToolSchema], *, prime: Sequence[int], turn: int
     ) -> ParsedTurn:
-        """Read a generation. `prime` are the last tokens of the prompt; they only steady the decoding of spaces."""
+        """Read a generation. `prime` are the last tokens of the prompt; they only steady the decoding of spaces.
+
+        Raises nothing for what a model wrote: a text that vLLM's parser fails on is a malformed turn.
+        """
         finished = bool(token_ids) and token_ids[-1] in self._stop_token_ids
         body = token_ids[:-1] if finished else token_ids
         request = self._request(tools_key(tools))
         pieces = self._pieces(body, prime, skip_special_tokens=request.skip_special_tokens)
         text = "".join(pieces)
-        parser = self._new_parser(request.tools)
-        reasoning, content, calls = parser.parse(
-            text, request, enable_auto_tools=True, model_output_token_ids=list(token_ids)
-        )
-        message = Message(
-            role="assistant",
-            content=content or "",
-            reasoning=reasoning or "",
-            tool_calls=tuple(
-                # Nine letters and digits: Mistral's templates refuse any other id.
-                ToolCall(call_id=f"call{turn:03d}{i:02d}", name=call.name, arguments=call.arguments)
-                for i, call in enumerate(calls or [])
-            ),
-        )
+        try:
+            parser = self._new_parser(request.tools)
+            reasoning, content, calls = parser.parse(
+                text, request, enable_auto_tools=True, model_output_token_ids=list(token_ids)
+            )
+            message = _message(content, reasoning, calls or [], turn)
+            num_reasoning_tokens = _num_reasoning_tokens(parser, body, pieces, message.reasoning)
+        except Exception:  # parsers raise whatever their own code trips over: RecursionError, ValueError, KeyError, ...
+            message = Message(role="assistant", content=text)
+            return ParsedTurn(message=message, malformed=bool(tools), num_reasoning_tokens=0, finished=finished)
         malformed = False
-        if tools and not calls:
+        if tools and not message.tool_calls:
             raw = "".join(self._pieces(body, prime, skip_special_tokens=False))
-            after_reasoning = raw[raw.rfind(reasoning) + len(reasoning) :] if reasoning else raw
-            # A call inside reasoning that was never closed is an attempt too: there is nothing else in the turn.
-            malformed = self._looks_like_a_call(after_reasoning if (content or "").strip() else raw, tools)
+            after = after_reasoning(raw, self._reasoning_ends)
+            if after is raw and message.reasoning and message.content.strip():
+                # Reasoning that ends in no tag, as the parser split it off.
+                after = raw[raw.rfind(message.reasoning) + len(message.reasoning) :]
+            malformed = is_attempt(after, [tool["function"]["name"] for tool in tools], self._markers)
         return ParsedTurn(
-            message=message,
-            malformed=malformed,
-            num_reasoning_tokens=_num_reasoning_tokens(parser, body, pieces, reasoning or ""),
-            finished=finished,
+            message=message, malformed=malformed, num_reasoning_tokens=num_reasoning_tokens, finished=finished
         )
 
     def normalized_tools(self, tools_json: str) -> list[dict[str, Any]] | None:
         """The tools as `vllm serve` hands them to the template: its own field order, unknown keys dropped."""
         request = self._request(tools_json)
         return [tool.model_dump() for tool in request.tools] if request.tools else None
-
-    def _looks_like_a_call(self, text: str, tools: Sequence[ToolSchema]) -> bool:
-        if _SIGNS.search(text) or any(marker in text for marker in self._markers):
-            return True
-        names = "|".join(re.escape(tool["function"]["name"]) for tool in tools)
-        return re.match(rf"\s*\[?\s*(?:{names})\s*\(", text) is not None
 
     def _pieces(self, body: Sequence[int], prime: Sequence[int], *, skip_special_tokens: bool) -> list[str]:
         """The text of each token as vLLM's incremental detokenizer gives it: half a character gives nothing."""
@@ -179,6 +165,19 @@ class TurnParser:
 def tools_key(tools: Sequence[ToolSchema]) -> str:
     """The tools as JSON text, under which what depends on them is kept."""
     return json.dumps(list(tools))
+
+
+def _message(content: str | None, reasoning: str | None, calls: Sequence[Any], turn: int) -> Message:
+    return Message(
+        role="assistant",
+        content=content or "",
+        reasoning=reasoning or "",
+        tool_calls=tuple(
+            # Nine letters and digits: Mistral's templates refuse any other id.
+            ToolCall(call_id=f"call{turn:03d}{i:02d}", name=call.name, arguments=call.arguments)
+            for i, call in enumerate(calls)
+        ),
+    )
 
 
 def _num_reasoning_tokens(parser: Any, body: Sequence[int], pieces: Sequence[str], reasoning: str) -> int:

@@ -251,7 +251,7 @@ class RolloutWorker:
             tools_s = time.perf_counter() - start
             answers = [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
             if parsed.malformed:
-                answers.append(Message(role="user", content=MALFORMED_ANSWER))
+                answers.append(Message(role="user", content=parsed.complaint or MALFORMED_ANSWER))
             live.turns[-1] = replace(live.turns[-1], results=tuple(results), tools_s=tools_s)
             live.messages += answers
             if not completion.finished:

@@ -1,0 +1,136 @@
+"""Models that are a chat template over SmolLM2's tokenizer with further tokens; episodes written by hand on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from envs.tools import Tool
+from envs.types import Episode, Message, Task
+from graders.types import Grade
+from trainer.chat import Chat
+from trainer.config import RolloutConfig
+from trainer.engine import Completion, Sampling
+from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+
+QUESTION = Message(role="user", content="How much?")
+
+# ChatML turns that always hold a think block, as Qwen3's do; CALL is a dialect of calls.
+THINKING = """
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{% if m.role == 'assistant' %}<think>
+{{ (m.reasoning_content or '') | trim }}
+</think>
+
+{% endif %}{{ m.content | trim }}{% for c in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+OPENED{% endif %}"""
+PLAIN = """
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{{ m.content | trim }}{% for c in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def model_with(smollm2: Path, folder: Path, template: str | None, tokens: Iterable[str] = (), **special: str) -> Path:
+    """A model folder without weights. `tokens` are added to the vocabulary, and so are bos, eos, ... of `special`."""
+    folder.mkdir()
+    tokenizer = json.loads((smollm2 / "tokenizer.json").read_text())
+    known = {token["content"] for token in tokenizer["added_tokens"]}
+    size = 1 + max([*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])])
+    for number, token in enumerate(dict.fromkeys(t for t in [*tokens, *special.values()] if t not in known), size):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        # Tags of calls and of reasoning are text to a detokenizer that leaves out special tokens, as in real models.
+        is_text = any(part in token for part in ("tool_call", "tool_response", "think", "THINK"))
+        tokenizer["added_tokens"].append({"id": number, "content": token, "special": not is_text, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
+    shutil.copy(smollm2 / "config.json", folder)
+    eos = special.get("eos_token", "<|im_end|>")
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[eos]}))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+class Writer:
+    """An engine that writes the given turns, one after the other; the last one again and again."""
+
+    publishes_merged = False
+
+    def __init__(self, chat: Chat, turns: Sequence[str]) -> None:
+        self._chat, self._turns, self._number = chat, turns, 0
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        text = self._turns[min(self._number, len(self._turns) - 1)]
+        self._number += 1
+        ids = [*self._chat._encode(text), self._chat.end_token_id][: sampling.max_tokens]
+        finished = ids[-1] in self._chat.stop_token_ids
+        return Completion(token_ids=ids, logprobs=[-1.0] * len(ids), finished=finished, policy_version=0)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise NotImplementedError
+
+    async def publish(self, weights: object, version: int) -> None:
+        raise NotImplementedError
+
+    def shutdown(self) -> None: ...
+
+
+class World:
+    def __init__(self, *tools: Tool) -> None:
+        self.tools: Mapping[str, Tool] = {t.name: t for t in tools}
+
+    def make_env(self) -> World:
+        return self
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return []
+
+    def expert_episode(self, task: Task, seed: int) -> Sequence[Any]:
+        return ()
+
+    async def open(self, task: Task, rollout_id: str) -> None: ...
+
+    async def close(self, episode: Episode | None) -> None: ...
+
+
+class AnswerGrader:
+    """1 for every episode that ended with an answer."""
+
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        return Grade(reward=float(episode.answer is not None), parts={})
+
+
+def roll(
+    chat: Chat, turns: Sequence[str], *tools: Tool, messages: Sequence[Message] = (QUESTION,), n: int = 1, **config: Any
+) -> list[Rollout]:
+    """The rollouts of one task, as the trainer makes them, of turns written by hand."""
+    settings = {"max_turns": 4, "max_turn_tokens": 6000, "max_episode_tokens": 16000, "world_retries": 0, **config}
+    worker = RolloutWorker(
+        world=World(*tools),
+        grader=AnswerGrader(),
+        chat=chat,
+        engine=Writer(chat, turns),  # type: ignore[arg-type]
+        config=RolloutConfig(**settings),
+    )
+    task = Task(task_id="t", messages=tuple(messages))
+    requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(n)]
+    return asyncio.run(worker.run(requests, temperature=1.0))

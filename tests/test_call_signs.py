@@ -1,0 +1,78 @@
+"""A failed attempt at a call is told from an answer, reasoning aside."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.call_signs import after_reasoning, is_attempt, opening_tag, tag_after
+
+NAMES = ["search", "cat", "list"]
+ATTEMPTS = [
+    '<tool_call>{"name": "search", "arguments": {"query": "Acme</tool_call>',
+    "<tool_call>find the revenue</tool_call>",
+    "<tool_call> search Acme </tool_call>",
+    "<|tool_call_begin|>search",
+    "Let me look. <tool_call>\n",
+    '{"query": "Acme"}</tool_call>',
+    "<function=search>\n<parameter=query>",
+    '[TOOL_CALLS]search{"query": ',
+    "<start>search",
+    'I call {"name": "search", "arguments": {"query": "Acme"}}.',
+    'I call {"name": "search", "arguments": {"query": "Acme',
+    '```json\n{"name": "search", "arguments": {"query": "Acme"}}\n```',
+    'I search:\n```json\n{"name": "search", "parameters": {"query": "Acme"}}\n```',
+    '`{"name": "cat", "arguments": {}}`',
+    '{"type": "function", "function": {"name": "search", "arguments": {"query": "Acme"}}}',
+    '{"name": "serch", "arguments": {"query": "Acme"}}',
+    '[search(query="Acme")]',
+    "cat('a.txt')",
+    'search (query="Acme',
+]
+ANSWERS = [
+    "42",
+    "",
+    "The model wrote `<tool_call>` and stopped; the value is 42.",
+    "I used the <tool_call> tag once. It is 42.",
+    "Between <tool_call> and </tool_call> stands JSON.",
+    'Such a call reads:\n```\n<tool_call>{"name": "search", "arguments": {}}\n```\nIt found 42.',
+    'After {"name": "search", "arguments": {"query": "Acme"}} had failed I found 42.',
+    '{"calls": [{"name": "search", "arguments": {"query": "Acme"}}], "answer": 42}',
+    '{"name": "Acme", "arguments": {"for": ["cheap"]}, "verdict": "buy"}',
+    '{"name": "Acme", "parameters": {"revenue": 42}}',
+    "The failures < tool calls in all years.",
+    "search (twice) gave 42",
+    "cat (felis catus)",
+    "list (a) holds 3, list (b) holds 4",
+]
+
+
+@pytest.mark.parametrize("text", ATTEMPTS)
+def test_a_failed_attempt_is_seen(text: str) -> None:
+    assert is_attempt(text, NAMES, ["<start>"])
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_an_answer_that_quotes_or_mentions_calls_is_no_attempt(text: str) -> None:
+    assert not is_attempt(text, NAMES, ["<start>"])
+
+
+def test_what_stands_before_the_end_of_reasoning_is_left_out_unless_nothing_follows() -> None:
+    ends = ["[/THINK]", "</think>"]
+    assert after_reasoning("<think>Call <tool_call>?</think>42</think>", ends) == "42</think>"
+    assert after_reasoning("Hm.[/THINK]42", ends) == "42"
+    assert after_reasoning("42", ends) == "42"
+    assert after_reasoning("I call <tool_call></think>\n", ends) == "I call <tool_call></think>\n"
+
+
+def test_the_tag_of_a_call_is_one_that_no_turn_without_calls_holds() -> None:
+    elsewhere = ["<turn><think></think>Zebra.<end>"]
+    assert opening_tag('<think>\n\n</think>\n\n<tool_call>{"name"', elsewhere) == "<tool_call>"
+    assert opening_tag("[TOOL_CALLS] [{", elsewhere) == "[TOOL_CALLS]"
+    assert opening_tag('{"name": "f"}', elsewhere) == ""
+    assert tag_after("<think>\nprobe\n</think>\n\nZebra.", "probe") == "</think>"
+    assert tag_after("Zebra.", "probe") == ""
+
+
+@given(st.text(alphabet='<>{}[]()`"name:argutslc_= /|\\', max_size=60))
+def test_any_text_is_judged(text: str) -> None:
+    assert is_attempt(text, NAMES) in (True, False)

@@ -1,0 +1,128 @@
+"""A chat template at work: which one a model gets, and messages → text as `vllm serve` renders them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from envs.errors import UserError
+from envs.json_text import read_json
+from envs.types import Message
+from trainer.chat_parsing import content_is_a_list
+
+FALLBACK_TEMPLATE = Path(__file__).with_name("fallback_chat_template.jinja")
+"""Takes the place of a model's own template where that knows no tools. Its calls are read by the parser `hermes`."""
+
+_HELLO = Message(role="user", content="Hello")
+
+
+class TemplateRefused(UserError):
+    """The chat template can't render a conversation. `reason` is what the template says.
+
+    A `UserError` where the conversation is the user's own (a row, a demonstration); where a model's turn led to it, the
+    rollout ends that episode alone.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"model.chat_template: it refuses the conversation: {reason}")
+        self.reason = reason
+
+
+class Renderer:
+    """A tokenizer's template, or one that takes its place. Immutable."""
+
+    def __init__(self, tokenizer: Any, template: str | None, template_kwargs: Mapping[str, Any]) -> None:
+        """`template` None is the tokenizer's own, which may differ with and without tools."""
+        self.template = template
+        self._tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs)
+
+    def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
+        """The text of `messages`. Raises `TemplateRefused`, whatever the template raised."""
+        template = self.template or self._tokenizer.get_chat_template(tools=tools)
+        as_list = _content_is_a_list(template)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [_served_message(m, as_list=as_list) for m in messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **self._template_kwargs,
+            )
+        except Exception as e:  # a template's own refusal, and whatever its expressions trip over (TypeError, ...)
+            reason = str(e) if type(e).__module__.startswith("jinja2") else f"{type(e).__name__}: {e}"
+            raise TemplateRefused(reason) from e
+        return str(text)
+
+    def refusal(self, turn: Message, tools: list[dict[str, Any]] | None) -> str:
+        """Why the template takes no such assistant's turn, whatever precedes it; empty where it takes it."""
+        answers = [Message(role="tool", content="ok", call_id=c.call_id, name=c.name) for c in turn.tool_calls]
+        try:
+            self.render([_HELLO, turn, *answers], tools, generate=True)
+        except TemplateRefused as e:
+            return e.reason
+        return ""
+
+    def render_as_text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
+        """The text of `messages` with those turns of calls that the template takes on no account written as plain text.
+
+        The results of such a turn follow as one user's message. Raises `TemplateRefused` where that is refused too.
+        """
+        plain: list[Message] = []
+        written = False
+        for message in messages:
+            if message.role == "tool" and written:
+                before = plain.pop() if plain[-1].role == "user" else Message(role="user")
+                plain.append(replace(before, content=f"{before.content}\n{message.content}".strip("\n")))
+                continue
+            written = bool(message.tool_calls) and bool(self.refusal(message, tools))
+            plain.append(calls_as_text(message) if written else message)
+        return self.render(plain, tools, generate=generate)
+
+
+def calls_as_text(turn: Message) -> Message:
+    """The turn with its calls as part of its text."""
+    calls = [f'{{"name": "{c.name}", "arguments": {c.arguments}}}' for c in turn.tool_calls]
+    return replace(turn, content="\n".join(filter(None, [turn.content, *calls])), tool_calls=())
+
+
+def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:
+    """The message as `vllm serve` hands it to the template: arguments as objects, reasoning under both its names."""
+    content: Any = message.content
+    if as_list and message.role != "tool":
+        content = [{"type": "text", "text": message.content}]
+    out: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": _as_object(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    if message.reasoning:
+        out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    if message.role == "tool":
+        out |= {"tool_call_id": message.call_id, "name": message.name}
+    return out
+
+
+def _as_object(arguments: str) -> dict[str, Any]:
+    # As vLLM does: what is no JSON object is shown to the template as an empty one.
+    try:
+        value = read_json(arguments, finite=False)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+_content_is_a_list = functools.lru_cache(maxsize=32)(content_is_a_list)
+
+
+def read_template(path: str) -> str:
+    """The text of a template's file. Raises `UserError`."""
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"model.chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e

@@ -1,10 +1,15 @@
-"""JSON that a model wrote, read without surprises."""
+"""JSON that a model or a user wrote, read without surprises."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
+
+_MAX_DEPTH = 200
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_json(text: str, *, finite: bool = True) -> Any:
@@ -21,10 +26,57 @@ def read_json(text: str, *, finite: bool = True) -> Any:
         raise ValueError("not usable JSON") from None
 
 
+def read_strict_json(text: str) -> Any:
+    """The value of a JSON text, strictly: what servers and tokenizers can't take is no value.
+
+    Refused, where Python's reader lets it pass: NaN and Infinity, numbers beyond a float's range, integers of more than
+    4,300 digits, values nested more than 200 deep, half of a surrogate pair. Raises `ValueError` that says what.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+    except json.JSONDecodeError as e:
+        hint = "; expected the whole object on one line" if e.doc.strip() == "{" else ""
+        raise ValueError(f"not valid JSON: {e.msg} at column {e.colno}{hint}") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    # Rarely needed, and a walk through every value costs as much as reading it did.
+    if text.count("[") + text.count("{") > _MAX_DEPTH or "\\ud" in text.lower():
+        _check_values(value)
+    return value
+
+
+def _whole(number: str) -> int:
+    try:
+        return int(number)
+    except ValueError:
+        raise ValueError(f"an integer of {len(number):,} digits; expected one of at most 4,300") from None
+
+
+def _check_values(value: Any) -> None:
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    while waiting:
+        place, inner, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        texts = [inner] if isinstance(inner, str) else list(inner) if isinstance(inner, dict) else []
+        if halves := [text for text in texts if _SURROGATE.search(text)]:
+            at = _SURROGATE.search(halves[0])
+            assert at is not None
+            raise ValueError(
+                f"{place or 'value'}: holds half of a surrogate pair (\\u{ord(at[0]):04x}), which is no character"
+            )
+        if isinstance(inner, dict):
+            waiting += [(f"{place}.{key}".lstrip("."), v, depth + 1) for key, v in inner.items()]
+        elif isinstance(inner, list):
+            waiting += [(f"{place}[{i}]", v, depth + 1) for i, v in enumerate(inner)]
+
+
 def _refuse(constant: str) -> float:
-    raise ValueError(constant)
+    raise ValueError(f"{constant} is no JSON; expected a number or null")
 
 
 def _finite(number: str) -> float:
     value = float(number)
-    return value if math.isfinite(value) else _refuse(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is beyond the range of numbers")
+    return value

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from envs.errors import UserError
+from envs.json_text import read_strict_json
 
 
 class DatasetSource(BaseModel):
@@ -54,7 +55,7 @@ def read_rows(source: FileOrDataset, *, key: str) -> Iterator[tuple[int, str, An
 def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
     try:
         # Not splitlines: a JSON string may hold line separators of Unicode.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
         raise UserError(f"{key} {path}: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
@@ -63,18 +64,20 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        if line.lstrip().startswith("["):
+            raise UserError(f"{where}: a JSON list; expected JSONL: one object a line, without a list around them")
         try:
-            yield number, where, json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(f"{where}: not valid JSON: {e.msg} at column {e.colno}") from e
+            yield number, where, read_strict_json(line)
+        except ValueError as e:
+            raise UserError(f"{where}: {e}") from None
 
 
 def _of_dataset(source: DatasetSource, key: str) -> Iterator[tuple[int, str, Any]]:
     for number, row in enumerate(read_dataset(source, key=key), start=1):
         where = f"{source}, row {number}"
         try:
-            yield number, where, json.loads(json.dumps(row))
-        except TypeError as e:
+            yield number, where, read_strict_json(json.dumps(row))
+        except (TypeError, ValueError) as e:
             raise UserError(f"{where}: {e}; expected values that JSON has") from None
 
 

@@ -92,7 +92,7 @@ class Message:
     call_id: str = ""
     """Tool messages only: the call that this answers."""
     name: str = ""
-    """Tool messages only."""
+    """The tool's, on tool messages; on others who speaks, where a row says so."""
 
     def to_openai(self) -> dict[str, Any]:
         """The message as Chat Completions JSON."""
@@ -106,6 +106,8 @@ class Message:
             ]
         if self.role == "tool":
             out |= {"tool_call_id": self.call_id, "name": self.name}
+        elif self.name:
+            out["name"] = self.name
         return out
 
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from envs.errors import UserError
 from envs.json_text import read_json
-from envs.types import Episode, Message, Role, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.messages import Reader, read_call, read_message
+from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.answers import final_answer
 
 SAMPLE_KEYS = (
@@ -46,14 +47,6 @@ SAMPLE_KEYS = (
 """The keys of every sample."""
 
 _CUT_OFF = (StopReason.MAX_TURN_TOKENS, StopReason.MAX_EPISODE_TOKENS)
-_MAX_NUMBER = 1e15
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
 _NO_TURN = Message(role="assistant")
 
 
@@ -145,10 +138,10 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
     Covered: `sample_of` gives the same sample again for one that it made. Not covered: tokens by turn (the totals stand
     on the last), the times of generation. Raises `UserError` naming the key for a sample that can't be read.
     """
-    read = _Reader(sample, "sample")
+    read = Reader(sample, "sample")
     messages = read.items("messages")
     if messages is not None:
-        turns, everything = _turns_of_messages(read, [_message(m) for m in messages])
+        turns, everything = _turns_of_messages(read, [read_message(m) for m in messages])
     else:
         turns = _turns_of_outputs(read)
         everything = tuple(_history(turns))
@@ -170,77 +163,11 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to a mapping that a user wrote; None, like a missing key, gives the default."""
-
-    value: Any
-    where: str
-
-    def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        if not isinstance(self.value, Mapping):
-            raise UserError(f"{self.where}: expected an object, got {type(self.value).__name__}")
-        found = self.value.get(key)
-        if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
-            raise UserError(f"{self.where}.{key}: expected {expected}, got {type(found).__name__}")
-        return found
-
-    def text(self, key: str) -> str | None:
-        found: str | None = self.get(key, str, "text")
-        return found
-
-    def number(self, key: str) -> float:
-        found: float = self.get(key, (int, float), "a number") or 0.0
-        if not 0 <= found <= _MAX_NUMBER:
-            raise UserError(f"{self.where}.{key}: expected a number from 0 to {_MAX_NUMBER:g}")
-        return found
-
-    def items(self, key: str) -> list[_Reader] | None:
-        found: list[Any] | None = self.get(key, list, "a list")
-        return None if found is None else [_Reader(x, f"{self.where}.{key}[{i}]") for i, x in enumerate(found)]
-
-    def inner(self, key: str) -> _Reader:
-        return _Reader(self.get(key, Mapping, "an object") or {}, f"{self.where}.{key}")
+def _own_call(read: Reader) -> ToolCall:
+    return ToolCall(call_id=read.required("call_id"), name=read.required("name"), arguments=read.required("arguments"))
 
 
-def _required(read: _Reader, key: str) -> str:
-    text = read.text(key)
-    if text is None:
-        raise UserError(f"{read.where}.{key}: expected text, but it is missing")
-    return text
-
-
-def _message(read: _Reader) -> Message:
-    role = _required(read, "role")
-    if role not in _ROLES:
-        raise UserError(f"{read.where}.role: expected {', '.join(_ROLES)}, got {role!r}")
-    content = read.get("content", (str, list), "text or a list of text parts") or ""
-    if isinstance(content, list):
-        content = "".join(_required(part, "text") for part in read.items("content") or ())
-    return Message(
-        role=_ROLES[role],
-        content=content,
-        reasoning=read.text("reasoning_content") or "",
-        tool_calls=tuple(_hosted_call(c) for c in read.items("tool_calls") or ()),
-        call_id=read.text("tool_call_id") or "",
-        name=read.text("name") or "",
-    )
-
-
-def _hosted_call(read: _Reader) -> ToolCall:
-    function = read.inner("function")
-    return ToolCall(
-        call_id=_required(read, "id"), name=_required(function, "name"), arguments=_required(function, "arguments")
-    )
-
-
-def _own_call(read: _Reader) -> ToolCall:
-    return ToolCall(
-        call_id=_required(read, "call_id"), name=_required(read, "name"), arguments=_required(read, "arguments")
-    )
-
-
-def _turns_of_messages(read: _Reader, messages: list[Message]) -> tuple[list[Turn], tuple[Message, ...]]:
+def _turns_of_messages(read: Reader, messages: list[Message]) -> tuple[list[Turn], tuple[Message, ...]]:
     places = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if read.get("num_turns", int, "a whole number") is not None:
         num_turns = int(read.number("num_turns"))
@@ -262,9 +189,9 @@ def _turns_of_messages(read: _Reader, messages: list[Message]) -> tuple[list[Tur
     return turns, tuple(messages)
 
 
-def _turns_of_outputs(read: _Reader) -> list[Turn]:
+def _turns_of_outputs(read: Reader) -> list[Turn]:
     choices = read.items("choices")
-    message = _message(choices[0].inner("message")) if choices else None
+    message = read_message(choices[0].inner("message")) if choices else None
     text = read.text("output_text")
     if text is None and message is None:
         raise UserError("sample.output_text: expected text; without it, messages or choices are needed")
@@ -275,7 +202,7 @@ def _turns_of_outputs(read: _Reader) -> list[Turn]:
     own = read.items("tool_calls")
     if own is None:
         hosted = read.items("output_tools")
-        calls = tuple(_hosted_call(c) for c in hosted) if hosted is not None else message.tool_calls if message else ()
+        calls = tuple(read_call(c) for c in hosted) if hosted is not None else message.tool_calls if message else ()
         return [Turn(message=Message(role="assistant", content=text, reasoning=reasoning, tool_calls=calls))]
     by_turn: dict[int, list[ToolCall]] = {}
     for entry in own:
@@ -284,9 +211,9 @@ def _turns_of_outputs(read: _Reader) -> list[Turn]:
     return [*turns, Turn(message=Message(role="assistant", content=text, reasoning=reasoning))]
 
 
-def _results(turn: Turn, read: _Reader) -> tuple[ToolResult, ...]:
+def _results(turn: Turn, read: Reader) -> tuple[ToolResult, ...]:
     """The turn's results with what `tool_calls` knows of them."""
-    known = {_required(entry, "call_id"): entry for entry in read.items("tool_calls") or ()}
+    known = {entry.required("call_id"): entry for entry in read.items("tool_calls") or ()}
     shown = {result.call_id: result for result in turn.results}
     results: list[ToolResult] = []
     for call in turn.message.tool_calls:
@@ -308,14 +235,14 @@ def _results(turn: Turn, read: _Reader) -> tuple[ToolResult, ...]:
     return tuple(results)
 
 
-def _error(entry: _Reader) -> ToolErrorKind | None:
+def _error(entry: Reader) -> ToolErrorKind | None:
     text = entry.text("error")
     if text is not None and text not in tuple(ToolErrorKind):
         raise UserError(f"{entry.where}.error: expected one of {', '.join(ToolErrorKind)}, got {text!r}")
     return None if text is None else ToolErrorKind(text)
 
 
-def _stop_reason(read: _Reader, turns: Sequence[Turn]) -> StopReason:
+def _stop_reason(read: Reader, turns: Sequence[Turn]) -> StopReason:
     text = read.text("stop_reason")
     gradable = [reason for reason in StopReason if reason is not StopReason.WORLD_FAULT]
     if text is not None and text not in gradable:

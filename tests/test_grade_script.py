@@ -284,7 +284,7 @@ def test_a_grader_that_cannot_be_read_is_told_on_one_screen(
         ),
         ('{"item": {}, "sample": {"output_text": 3}}\n', "line 1: sample.output_text: expected text"),
         ('{"task": {"task_id": "t"}, "episode": {}}\n', "line 1: 1 problem"),
-        ("[]\n", "line 1: expected an object, got list"),
+        ("[]\n", "line 1: a JSON list; expected JSONL"),
         ("\n", "no rows"),
     ],
 )

@@ -85,6 +85,7 @@ def test_the_item_is_the_whole_row(tmp_path):
 def test_a_history_with_tool_calls_is_kept_and_the_developer_speaks_as_the_system(tmp_path):
     call = {"id": "c1", "type": "function", "function": {"name": "cat", "arguments": '{"path": "a"}'}}
     messages = [
+        # vLLM joins the parts of a text by line breaks.
         {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "input_text", "text": "brief."}]},
         {"role": "user", "content": "Read it."},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -93,7 +94,7 @@ def test_a_history_with_tool_calls_is_kept_and_the_developer_speaks_as_the_syste
     ]
     (task,) = load_tasks(make_config(tmp_path, {"messages": messages}), WORLD, "train")
     assert task.messages == (
-        Message(role="system", content="Be brief."),
+        Message(role="system", content="Be \nbrief."),
         Message(role="user", content="Read it."),
         Message(role="assistant", tool_calls=(ToolCall(call_id="c1", name="cat", arguments='{"path": "a"}'),)),
         Message(role="tool", content="42", call_id="c1", name="cat"),
@@ -151,14 +152,15 @@ def test_line_separators_of_unicode_do_not_split_a_row(tmp_path):
     ("row", "expected"),
     [
         ('{"messages": [', "line 2: not valid JSON: Expecting value at column 15"),
-        ("[1]", "line 2: row: Input should be a valid dictionary"),
-        ({"prompt": "hi"}, "line 2: messages: required (a list of chat messages)"),
-        ({"messages": []}, "line 2: messages: List should have at least 1 item"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "line 2: messages.0.role: Input should be 'system'"),
-        ({"messages": [{"role": "user"}]}, "line 2: messages.0: Value error, content: Field required"),
+        ("[1]", "line 2: a JSON list; expected JSONL: one object a line"),
+        ("3", "line 2: expected an object, got a number"),
+        ({"text": "hi"}, "line 2: messages: required (a list of chat messages), or prompt"),
+        ({"messages": []}, "line 2: messages: expected a list of chat messages, got an empty list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "line 2: messages[0].role: expected system, developer"),
+        ({"messages": [{"role": "user"}]}, "line 2: messages[0].content: expected text, but it is missing"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: messages: the last message must be"),
         (GOOD | {"tools": [{"type": "function", "function": {"name": "browse"}}]}, "line 2: tools: 'browse' is not"),
-        (GOOD | {"tools": ["search"]}, "line 2: tools.0: Input should be"),
+        (GOOD | {"tools": ["search"]}, 'line 2: tools[0]: expected {"type": "function"'),
         (GOOD | {"task_id": "row-1"}, "line 2: task_id: 'row-1' also stands in an earlier line"),
     ],
 )  # fmt: skip

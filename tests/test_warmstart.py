@@ -10,9 +10,17 @@ import torch
 from conftest import scripted_config
 
 from envs.errors import UserError
+from envs.types import Message
 from trainer.config import ModelConfig, RunConfig
 from trainer.job import Job, prepare
-from trainer.warmstart import demonstration_ledger, expert_ledger, expert_ledgers, play_expert, warm_start
+from trainer.warmstart import (
+    Demonstration,
+    demonstration_ledger,
+    expert_ledger,
+    expert_ledgers,
+    play_expert,
+    warm_start,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -92,6 +100,42 @@ def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
     assert len(ledgers) == 24
     expected = [demonstration_ledger(d, chat=job.chat) for d in played]
     assert all(ledger in expected for ledger in ledgers) and all(ledger in ledgers for ledger in expected)
+
+
+def test_a_message_that_is_not_to_be_learned_is_context_of_the_row(job: Job) -> None:
+    words = [("user", "Q"), ("assistant", "WRONG"), ("user", "Again"), ("assistant", "RIGHT")]
+    messages = tuple(Message(role=role, content=text) for role, text in words)
+    ledger = demonstration_ledger(Demonstration(messages=messages, untrained=frozenset({1})), chat=job.chat)
+    sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+    own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
+    assert own == "RIGHT<|im_end|>"
+    whole = demonstration_ledger(Demonstration(messages=messages), chat=job.chat)
+    assert whole.prompt_ids == ledger.prompt_ids, "only what is learned differs"
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>{{ m.reasoning_content | trim }}</think>
+{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_the_reasoning_of_a_demonstration_is_learned_or_refused_before_a_model_is_loaded(
+    job: Job, tiny_model: Path, tmp_path: Path
+) -> None:
+    file, template = tmp_path / "demonstrations.jsonl", tmp_path / "thinking.jinja"
+    answer = {"role": "assistant", "content": "42", "reasoning_content": " BECAUSE\n"}
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "Q"}, answer]}))
+    config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART | {"data": str(file)})
+    with pytest.raises(UserError, match=r"line 1: messages\[1\].reasoning_content: the chat template writes no reason"):
+        prepare(RunConfig.model_validate(config))
+    template.write_text(THINKING)
+    config["model"] |= {"chat_template": str(template)}
+    own = prepare(RunConfig.model_validate(config))
+    ledger = demonstration_ledger(own.demonstrations[0], chat=own.chat)
+    assert own.chat.decode(ledger.prompt_ids).endswith("<think>BECAUSE</think>\n42<|im_end|>")
 
 
 @pytest.mark.parametrize(

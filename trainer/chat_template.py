@@ -105,6 +105,8 @@ def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:
         out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
     if message.role == "tool":
         out |= {"tool_call_id": message.call_id, "name": message.name}
+    elif message.name:
+        out["name"] = message.name
     return out
 
 

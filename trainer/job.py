@@ -28,7 +28,7 @@ from trainer.engine_judge import EngineJudge
 from trainer.model_cache import resolve_model
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
-from trainer.warmstart import Demonstration
+from trainer.warmstart import Demonstration, check_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ def prepare(config: RunConfig) -> Job:
         chat_template=config.model.chat_template,
         template_kwargs=config.model.chat_template_kwargs,
     )
+    check_demonstrations(demonstrations, chat=chat)
     return Job(
         config=config,
         world=world,

@@ -4,81 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from envs.base import World
 from envs.errors import UserError
+from envs.messages import Reader, read_messages, read_tools, read_weight
 from envs.rows import read_rows
 from envs.tools import Tool, offered_tools
-from envs.types import Message, Task, ToolCall
+from envs.types import Message, Role, Task
 from trainer.config import RunConfig
 from trainer.rollout import RolloutRequest, derive_seed
 from trainer.warmstart import Demonstration
-
-
-class _Row(BaseModel):
-    """The reserved keys of a row; every other key is the item's."""
-
-    model_config = ConfigDict(extra="allow")
-
-    messages: list[_RowMessage] = Field(min_length=1)
-    tools: list[_RowTool] | None = None
-
-
-class _RowText(BaseModel):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class _RowMessage(BaseModel):
-    """A Chat Completions message. `developer` is the newer name of `system`, which open models' templates know."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_RowText] | None = None
-    tool_calls: list[_RowCall] = []
-    tool_call_id: str = ""
-    name: str = ""
-
-    @model_validator(mode="after")
-    def _has_content(self) -> _RowMessage:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content: Field required")
-        return self
-
-    def to_message(self) -> Message:
-        parts = self.content if isinstance(self.content, list) else []
-        return Message(
-            role="system" if self.role == "developer" else self.role,
-            content=self.content if isinstance(self.content, str) else "".join(part.text for part in parts),
-            tool_calls=tuple(
-                ToolCall(call_id=c.id, name=c.function.name, arguments=c.function.arguments) for c in self.tool_calls
-            ),
-            call_id=self.tool_call_id,
-            name=self.name,
-        )
-
-
-class _RowCall(BaseModel):
-    id: str
-    function: _CalledFunction
-
-
-class _CalledFunction(BaseModel):
-    name: str
-    arguments: str
-
-
-class _RowTool(BaseModel):
-    type: Literal["function"]
-    function: _RowFunction
-
-
-class _RowFunction(BaseModel):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
 
 
 def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
@@ -89,7 +24,7 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
     offered = world.make_env().tools
     tasks: dict[str, Task] = {}
     for number, where, data in read_rows(source, key=f"data.{split}"):
-        task = _task(_read_row(data, where=where), data, where=where, number=number, offered=offered)
+        task = _task(Reader(data, f"{where}:"), where=where, number=number, offered=offered)
         if task.task_id in tasks:
             raise UserError(
                 f"{where}: task_id: {task.task_id!r} also stands in an earlier line; expected one of its own"
@@ -102,46 +37,71 @@ def load_demonstrations(config: RunConfig) -> list[Demonstration]:
     """The conversations of `warmstart.data`; none without it. Raises `UserError` that names file and line."""
     if config.warmstart is None or config.warmstart.data is None:
         return []
-    demonstrations = []
-    for _, where, data in read_rows(config.warmstart.data, key="warmstart.data"):
-        row = _read_row(data, where=where)
-        if row.messages[-1].role != "assistant":
-            raise UserError(
-                f"{where}: messages: the last message must be the assistant's, it is of role {row.messages[-1].role!r}"
-            )
-        demonstrations.append(
-            Demonstration(
-                messages=tuple(m.to_message() for m in row.messages),
-                tools=tuple(t.model_dump(exclude_none=True) for t in row.tools or ()),
-            )
-        )
-    return demonstrations
+    rows = read_rows(config.warmstart.data, key="warmstart.data")
+    return [_demonstration(Reader(data, f"{where}:"), where) for _, where, data in rows]
 
 
-def _read_row(data: Any, *, where: str) -> _Row:
-    try:
-        return _Row.model_validate(data)
-    except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(map(str, error["loc"])) or "row"
-        expected = (
-            "required (a list of chat messages)" if key == "messages" and error["type"] == "missing" else error["msg"]
-        )
-        raise UserError(f"{where}: {key}: {expected}") from None
+def _demonstration(row: Reader, where: str) -> Demonstration:
+    """Whole conversations in `messages`, or TRL's `prompt` and `completion`, of which the completion is learned."""
+    if row.get("functions", list, "a list"):
+        raise row.refuse("functions", "the older name; expected tools")
+    if row.get("weight", object, "") not in (None, 1):
+        raise row.refuse("weight", "rows have no weights here, messages have; leave the row out")
+    if _has(row, "completion"):
+        if _has(row, "messages"):
+            raise row.refuse("completion", "expected messages, or prompt and completion, but not both")
+        prompt, completion = _conversation(row, "prompt", "user"), _conversation(row, "completion", "assistant")
+    else:
+        if _has(row, "prompt") and not _has(row, "messages"):
+            raise row.refuse("completion", "expected it beside prompt: text, or a list of chat messages")
+        prompt, completion = (), _conversation(row, "messages", "user")
+    messages = (*prompt, *completion)
+    if messages[-1].role != "assistant":
+        raise row.refuse("messages", f"the last message must be the assistant's, it is of role {messages[-1].role!r}")
+    given = row.value.get("completion" if prompt else "messages")
+    weights = [read_weight(Reader(message, where)) for message in given] if isinstance(given, list) else [True]
+    untrained = {i for i, trained in enumerate([*(False for _ in prompt), *weights]) if not trained}
+    if all(i in untrained for i, message in enumerate(messages) if message.role == "assistant"):
+        raise row.refuse("messages", "every assistant message has weight 0, so there is nothing to learn")
+    return Demonstration(
+        messages=messages, tools=read_tools(row, "tools") or (), untrained=frozenset(untrained), where=where
+    )
 
 
-def _task(row: _Row, data: dict[str, Any], *, where: str, number: int, offered: Mapping[str, Tool]) -> Task:
-    if row.messages[-1].role != "user":
-        raise UserError(
-            f"{where}: messages: the last message must be the user's, it is of role {row.messages[-1].role!r}"
-        )
+def _conversation(row: Reader, key: str, role: Role) -> tuple[Message, ...]:
+    """A list of messages, or in TRL's form text, which is one message of `role`."""
+    if key != "messages" and isinstance(text := row.value.get(key), str):
+        return (Message(role=role, content=text),)
+    return read_messages(row, key)
+
+
+def _has(row: Reader, key: str) -> bool:
+    return row.get(key, object, "") is not None
+
+
+def _prompt(row: Reader) -> tuple[Message, ...]:
+    """The row's `messages`, or TRL's `prompt`. Beside `messages`, a `prompt` of text is data like any other key."""
+    if not _has(row, "messages"):
+        if not _has(row, "prompt"):
+            raise row.refuse("messages", "required (a list of chat messages), or prompt as TRL's data sets have it")
+        return _conversation(row, "prompt", "user")
+    if isinstance(row.value.get("prompt"), list) and row.value["prompt"] != row.value["messages"]:
+        raise row.refuse("prompt", "differs from messages; expected one of the two: which is the model's prompt?")
+    return read_messages(row, "messages")
+
+
+def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool]) -> Task:
+    messages, tools = _prompt(row), read_tools(row, "tools")
+    if messages[-1].role != "user":
+        raise row.refuse("messages", f"the last message must be the user's, it is of role {messages[-1].role!r}")
+    # As they stand in the row: serving shows the model their nulls and further keys (`strict`, say) too.
+    definitions = {tool["function"]["name"]: tool for tool in tools or ()}
     task = Task(
-        task_id=str(data.get("task_id", f"row-{number}")),
-        messages=tuple(m.to_message() for m in row.messages),
-        tools=None if row.tools is None else tuple(t.function.name for t in row.tools),
-        # As they stand in the row: serving shows the model their nulls and further keys (`strict`, say) too.
-        definitions={t["function"]["name"]: t for t in data.get("tools") or ()},
-        item=data,
+        task_id=str(row.value.get("task_id", f"row-{number}")),
+        messages=messages,
+        tools=None if tools is None else tuple(definitions),
+        definitions=definitions,
+        item=row.value,
     )
     for name in task.tools or ():
         if name not in offered:

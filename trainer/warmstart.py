@@ -31,11 +31,15 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A conversation to imitate: every assistant message of it is the expert's."""
+    """A conversation to imitate: the assistant messages of it are the expert's."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """Definitions (Chat Completions JSON) of the tools that the expert was offered."""
+    untrained: frozenset[int] = frozenset()
+    """Places of messages that are context, though they may be the assistant's: mistakes that are put right, say."""
+    where: str = "warmstart"
+    """The file and line, or what else it came of."""
 
 
 async def play_expert(task: Task, turns: Sequence[ExpertTurn], *, world: World) -> Demonstration:
@@ -72,7 +76,8 @@ def _schemas(tools: Mapping[str, Tool]) -> tuple[Mapping[str, Any], ...]:
 def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
     """The conversation as a training row; the expert's own tokens are the trainable ones.
 
-    Raises `UserError` where the template rewrites earlier turns, so that no single row holds them all.
+    Raises `UserError` where the template rewrites earlier turns, so that no single row holds them all, and where it
+    leaves out the reasoning of a turn: the model would be taught to answer without.
     """
     messages, tools = demonstration.messages, demonstration.tools
     own = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -80,15 +85,39 @@ def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
     ledger.append_context(chat.open(messages[: own[0]] if own else messages, tools))
     for i, following in itertools.pairwise([*own, len(messages)]):
         token_ids = chat.encode_assistant(messages[:i], messages[i], tools)
-        ledger.append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
+        if i in demonstration.untrained:
+            ledger.append_context(token_ids)
+        else:
+            ledger.append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
+            if not _says(chat.decode(token_ids), messages[i].reasoning):
+                raise UserError(
+                    f"{demonstration.where}: messages[{i}].reasoning_content: the chat template writes no reasoning "
+                    "there; leave it out, or name a template that does (model.chat_template, "
+                    "model.chat_template_kwargs)"
+                )
         answers = messages[i + 1 : following]
         if not answers:
             continue
         continuation = chat.extend(messages[:i], messages[i], answers, tools, token_ids)
         if continuation.forked:
-            raise UserError("warmstart: the chat template rewrites the earlier turns of a demonstration")
+            raise UserError(
+                f"{demonstration.where}: the chat template rewrites the earlier turns of this demonstration"
+            )
         ledger.append_context(continuation.token_ids)
     return ledger
+
+
+def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat) -> None:
+    """Raise `UserError` where the template takes none of their kind: one with reasoning, one without."""
+    for thinks in (True, False):
+        of_kind = (d for d in demonstrations if any(m.reasoning for m in d.messages) == thinks)
+        for demonstration in itertools.islice(of_kind, 1):
+            demonstration_ledger(demonstration, chat=chat)
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether `words` stand in it, whatever the white space."""
+    return "".join(words.split()) in "".join(text.split())
 
 
 async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World, chat: Chat) -> Ledger:

@@ -1,0 +1,252 @@
+"""Chat messages and tool definitions as users write them: rows, demonstrations and samples are read here alike.
+
+Null says the same as a missing key, as the dumps of SDKs write it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from envs.errors import UserError
+from envs.types import Message, Role, ToolCall
+
+_MAX_NUMBER = 1e15
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    # The newer name, which open models' templates do not know.
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""One thing under the names that servers and data sets have for it."""
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "weight", *_REASONING)
+_BOOKKEEPING = (
+    *("id", "type", "status", "index", "annotations", "metadata"),
+    *("timestamp", "created", "created_at", "parsed", "parsed_arguments"),
+)
+"""Keys of messages and calls that no server shows to a model, and no training needs."""
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Typed access to JSON that a user wrote; None, like a missing key, gives the default.
+
+    Raises `UserError` that says where the value stands and what was expected.
+    """
+
+    value: Any
+    where: str
+    """Its path; a row's own is what names the row, with a colon behind it."""
+
+    def at(self, key: str) -> str:
+        return f"{self.where} {key}" if self.where.endswith(":") else f"{self.where}.{key}"
+
+    def refuse(self, key: str, expected: str) -> UserError:
+        return UserError(f"{self.at(key)}: {expected}")
+
+    def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        if not isinstance(self.value, Mapping):
+            raise UserError(f"{self.where.removesuffix(':')}: expected an object, got {in_words(self.value)}")
+        found = self.value.get(key)
+        if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
+            raise self.refuse(key, f"expected {expected}, got {in_words(found)}")
+        return found
+
+    def text(self, key: str) -> str | None:
+        found: str | None = self.get(key, str, "text")
+        return found
+
+    def required(self, key: str) -> str:
+        text = self.text(key)
+        if text is None:
+            raise self.refuse(key, "expected text, but it is missing")
+        return text
+
+    def number(self, key: str) -> float:
+        found: float = self.get(key, (int, float), "a number") or 0.0
+        if not 0 <= found <= _MAX_NUMBER:
+            raise self.refuse(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
+        return found
+
+    def items(self, key: str) -> list[Reader] | None:
+        found: list[Any] | None = self.get(key, list, "a list")
+        return None if found is None else [Reader(x, f"{self.at(key)}[{i}]") for i, x in enumerate(found)]
+
+    def inner(self, key: str) -> Reader:
+        return Reader(self.get(key, Mapping, "an object") or {}, self.at(key))
+
+    def allow(self, known: Sequence[str]) -> None:
+        """Refuse any other key that says something."""
+        for key, value in self.value.items():
+            if key not in known and key not in _BOOKKEEPING and value not in (None, "", [], {}):
+                raise self.refuse(key, f"not understood, and not to be dropped unseen; known are {', '.join(known)}")
+
+
+def in_words(value: object) -> str:
+    """What kind of JSON value it is."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def read_messages(read: Reader, key: str) -> tuple[Message, ...]:
+    """The chat messages under `key`, which must be there.
+
+    Covered: content as text or as text parts (joined by line breaks, as vLLM joins them); reasoning under each of its
+    names; arguments as JSON text or as an object; calls and results without ids, which are then given some in their
+    order. Refused: pictures, sound and files, and any key that is not understood and not empty.
+    """
+    found = read.items(key)
+    if not found:
+        raise read.refuse(key, "expected a list of chat messages" + ("" if found is None else ", got an empty list"))
+    messages = _with_ids([read_message(message) for message in found])
+    for message, each in zip(messages, found, strict=True):
+        each.allow(_MESSAGE_KEYS)
+        if each.value.get("content") is None and not message.tool_calls:
+            raise each.refuse("content", "expected text, but it is missing")
+        if message.role != "assistant" and (message.reasoning or message.tool_calls):
+            raise UserError(f"{each.where}: only the assistant reasons and calls tools; the role is {message.role!r}")
+        read_weight(each)
+        for call in each.items("tool_calls") or ():
+            call.allow(("id", "type", "function"))
+            call.inner("function").allow(("name", "arguments"))
+    return tuple(messages)
+
+
+def read_weight(read: Reader) -> bool:
+    """Whether a demonstration's message may be trained on: `weight` is 0 or 1, and 1 where it is missing."""
+    weight = read.value.get("weight")
+    if isinstance(weight, bool) or weight not in (None, 0, 1):
+        raise read.refuse("weight", f"expected 0 or 1, got {weight!r}")
+    if weight and read.value.get("role") != "assistant":
+        raise read.refuse("weight", "only the assistant's messages are trained on; expected 0, or no weight")
+    return bool(weight != 0)
+
+
+def read_message(read: Reader) -> Message:
+    """One message, whatever further keys it has."""
+    role = read.required("role")
+    if role not in _ROLES:
+        raise read.refuse("role", f"expected {', '.join(_ROLES)}, got {role!r}")
+    return Message(
+        role=_ROLES[role],
+        content=_content(read),
+        reasoning=_reasoning(read),
+        tool_calls=tuple(read_call(c) for c in read.items("tool_calls") or ()),
+        call_id=read.text("tool_call_id") or "",
+        name=read.text("name") or "",
+    )
+
+
+def _content(read: Reader) -> str:
+    content = read.get("content", (str, list), "text or a list of text parts") or ""
+    return content if isinstance(content, str) else "\n".join(_part(part) for part in read.items("content") or ())
+
+
+def _part(read: Reader) -> str:
+    if isinstance(read.value, str):
+        return read.value
+    kind = read.get("type", object, "text")
+    if kind is not None and kind not in _TEXT_PARTS:
+        raise UserError(f"{read.where}: a part of type {kind!r}; expected text parts: models see text alone here")
+    return read.required("text")
+
+
+def _reasoning(read: Reader) -> str:
+    told = {key: text for key in _REASONING if (text := read.text(key))}
+    if len(set(told.values())) > 1:
+        raise UserError(f"{read.where}: {' and '.join(told)} differ; expected the reasoning once")
+    return next(iter(told.values()), "")
+
+
+def read_call(read: Reader) -> ToolCall:
+    """A tool call of Chat Completions; its arguments may be an object too, as templates take them."""
+    function = read.inner("function")
+    if (kind := read.text("type")) not in (None, "function"):
+        raise read.refuse("type", f"expected 'function', got {kind!r}")
+    name = function.required("name")
+    arguments = function.get("arguments", (str, Mapping), "JSON text or an object")
+    if arguments is None:
+        raise function.refuse("arguments", "expected JSON text or an object, but it is missing")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(call_id=read.text("id") or "", name=name, arguments=text)
+
+
+def _with_ids(messages: Sequence[Message]) -> list[Message]:
+    """Ids for calls that have none; a result without one answers the first call before it that is still open."""
+    numbered: list[Message] = []
+    open_calls: list[ToolCall] = []
+    num_calls = 0
+    for message in messages:
+        calls: list[ToolCall] = []
+        for call in message.tool_calls:
+            # Nine characters: some templates take no other length.
+            calls.append(call if call.call_id else replace(call, call_id=f"call{num_calls:05d}"))
+            num_calls += 1
+        if message.role == "assistant":
+            open_calls = calls
+        if message.role == "tool":
+            mine = [c for c in open_calls if (message.call_id or c.call_id) == c.call_id]
+            named = [c for c in mine if c.name == message.name] or mine
+            if named:
+                open_calls.remove(named[0])
+                message = replace(message, call_id=named[0].call_id)
+        numbered.append(replace(message, tool_calls=tuple(calls)))
+    return numbered
+
+
+def read_tools(read: Reader, key: str) -> tuple[dict[str, Any], ...] | None:
+    """The function tools under `key` as Chat Completions definitions, further keys and nulls as they stand.
+
+    The flat form of the Responses API is taken too, and JSON text, as TRL's data sets have it. Refused: tools of other
+    types, and two of one name.
+    """
+    value = read.get(key, (list, str), "a list of function tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise read.refuse(key, "expected a list of function tools, or one as JSON text") from None
+    if value is None:
+        return None
+    found = Reader({key: value}, read.where).items(key) or []
+    tools: dict[str, dict[str, Any]] = {}
+    for each in found:
+        tool = _tool(each)
+        name = tool["function"]["name"]
+        if name in tools:
+            raise UserError(f"{each.where}: a second tool of the name {name!r}")
+        tools[name] = tool
+    return tuple(tools.values())
+
+
+def _tool(read: Reader) -> dict[str, Any]:
+    expected = 'expected {"type": "function", "function": {"name", "description", "parameters"}}'
+    if not isinstance(read.value, Mapping):
+        raise UserError(f"{read.where}: {expected}, got {in_words(read.value)}")
+    if read.value.get("type") != "function":
+        raise UserError(f"{read.where}: type {read.value.get('type')!r}; {expected}")
+    tool = dict(read.value)
+    if "function" not in tool and isinstance(tool.get("name"), str):
+        tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    if not isinstance(tool.get("function"), Mapping):
+        raise UserError(f"{read.where}: {expected}")
+    function = Reader(tool["function"], read.at("function"))
+    if not function.required("name"):
+        raise function.refuse("name", "expected a name, got empty text")
+    function.text("description")
+    function.get("parameters", Mapping, "a JSON schema (an object)")
+    return tool

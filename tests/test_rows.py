@@ -139,7 +139,8 @@ def test_a_row_with_nulls_in_its_tools_is_read_and_keeps_them(tmp_path):
     tool = {"type": "function", "function": function}
     demonstration = demonstration_of(tmp_path, {"messages": [QUESTION, says("assistant", "1")], "tools": [tool]})
     assert demonstration.tools == (tool,)
-    assert task_of(tmp_path, {"messages": [QUESTION], "tools": None, "answer": None}).item["answer"] is None
+    task = task_of(tmp_path, {"messages": [QUESTION], "tools": None, "answer": None, "task_id": None})
+    assert (task.task_id, task.tools, task.item["answer"]) == ("row-1", None, None)
 
 
 def test_tools_in_the_form_of_the_responses_api_or_as_json_text_are_those_of_chat_completions(tmp_path):

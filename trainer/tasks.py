@@ -97,7 +97,7 @@ def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool]) 
     # As they stand in the row: serving shows the model their nulls and further keys (`strict`, say) too.
     definitions = {tool["function"]["name"]: tool for tool in tools or ()}
     task = Task(
-        task_id=str(row.value.get("task_id", f"row-{number}")),
+        task_id=f"row-{number}" if row.value.get("task_id") is None else str(row.value["task_id"]),
         messages=messages,
         tools=None if tools is None else tuple(definitions),
         definitions=definitions,

@@ -29,6 +29,7 @@ from envs.base import Env, ExpertTurn, World
 from envs.errors import ToolError, UserError, WorldError
 from envs.loading import TARGET_PATTERN, accepted, call_user, is_async, load_target, make, required
 from envs.tools import Tool, tool
+from envs.trl_schema import trl_schema
 from envs.types import Episode, Task
 
 _OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep")
@@ -162,7 +163,8 @@ def _tools_of(instance: Any, where: str) -> dict[str, Tool]:
         if name.startswith("_") or name in ("reset", "get_reward", *hooks):
             continue
         try:
-            tools[name] = tool(getattr(instance, name))
+            method = getattr(instance, name)
+            tools[name] = dataclasses.replace(tool(method), definition=trl_schema(method))
         except TypeError as e:
             raise UserError(f"{where}: every public method is a tool: {e}") from None
     if not tools:

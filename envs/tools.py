@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.errors import PydanticUserError
 
+from envs.docstrings import read_docstring, split_choices
 from envs.errors import ToolError, UserError
 from envs.json_text import read_json
 from envs.schemas import Check, argument_check, schema_error
@@ -57,36 +59,71 @@ class Tool:
 def tool(function: Callable[..., Any]) -> Tool:
     """Make a `Tool` of a function: types from its signature, texts from its docstring.
 
-    The docstring's first paragraph describes the tool; entries `name: text` after a line `Args:` describe its
-    parameters, and may run over several lines that are indented deeper. Raises `TypeError` for a missing docstring, for
-    a parameter without an annotation or description (the model reads both), and for `*args`, `**kwargs` and
-    positional-only parameters (a call names its arguments).
+    What stands before the docstring's first section describes the tool; the parameters' texts come from its section on
+    arguments (Google's, NumPy's or reST's; see `envs.docstrings`), from `Annotated[..., Field(description=...)]` or
+    from `Annotated[..., "text"]`. `(choices: [...])` at the end of a text is what the parameter may be. Raises
+    `TypeError` for a missing docstring, for a parameter without an annotation or text (the model reads both), for a
+    type that has no JSON schema, and for `*args`, `**kwargs` and positional-only parameters (a call names its
+    arguments).
     """
     name = getattr(function, "__name__", repr(function))
-    description, texts = _split_docstring(inspect.getdoc(function) or "")
-    if not description:
-        raise TypeError(f"tool {name!r} has no docstring; the model needs one to know what the tool does")
+    signature = inspect.signature(function).parameters
     hints = get_type_hints(function, include_extras=True)
+    docs = read_docstring((inspect.getdoc(function) or "").strip(), _undocumented(signature, hints))
+    if not docs.description:
+        raise TypeError(f"tool {name!r} has no docstring; the model needs one to know what the tool does")
     fields: dict[str, Any] = {}
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise TypeError(f"tool {name!r}: parameter {parameter.name!r} can't be passed by name")
-        if parameter.name not in hints or parameter.name not in texts:
+        text = docs.texts.get(parameter.name, _text_in(hints.get(parameter.name)))
+        if parameter.name not in hints or text is None:
             raise TypeError(
                 f"tool {name!r}: parameter {parameter.name!r} needs a type annotation and a line under `Args:`"
             )
-        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        # The alias is what the model sees; the field's own name can't clash with pydantic's (`copy`, `json`, `_x`).
-        info = Field(default, alias=parameter.name, description=texts[parameter.name])
-        fields[f"arg_{parameter.name}"] = (hints[parameter.name], info)
-    arguments = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+        fields[f"arg_{parameter.name}"] = _field(parameter, hints[parameter.name], text)
+    try:
+        arguments = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+        parameters = _parameters(arguments)
+    except PydanticUserError as e:
+        raise TypeError(f"tool {name!r}: a type that has no JSON schema: {str(e).splitlines()[0]}") from None
     return Tool(
         name=name,
-        description=description,
+        description=docs.description,
         function=function,
-        parameters=_parameters(arguments),
+        parameters=parameters,
         read_arguments=functools.partial(_read_arguments, arguments),
     )
+
+
+def _undocumented(signature: Mapping[str, inspect.Parameter], hints: Mapping[str, Any]) -> list[str]:
+    """The parameters whose texts only the docstring can have."""
+    return [name for name in signature if _text_in(hints.get(name)) is None]
+
+
+def _text_in(hint: Any) -> str | None:
+    """The text of a parameter that stands in its annotation."""
+    for extra in getattr(hint, "__metadata__", ()):
+        text = extra if isinstance(extra, str) else getattr(extra, "description", None)
+        if isinstance(text, str):
+            return text
+    return None
+
+
+def _field(parameter: inspect.Parameter, hint: Any, text: str) -> Any:
+    text, choices = split_choices(text)
+    if choices is not None:
+        hint = Annotated[hint, AfterValidator(functools.partial(_chosen, choices))]
+    default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+    extra: Any = None if choices is None else {"enum": choices}
+    # The alias is what the model sees; the field's own name can't clash with pydantic's (`copy`, `json`, `_x`).
+    return hint, Field(default, alias=parameter.name, description=text, json_schema_extra=extra)
+
+
+def _chosen(choices: list[Any], value: Any) -> Any:
+    if value not in choices:
+        raise ValueError(f"Input should be one of {json.dumps(choices, ensure_ascii=False)}")
+    return value
 
 
 def _parameters(arguments: type[BaseModel]) -> dict[str, Any]:
@@ -164,25 +201,6 @@ def _completed(definition: Mapping[str, Any], known: Tool) -> Mapping[str, Any]:
         return definition
     given = {key: value for key, value in about.items() if value is not None}
     return {**definition, "function": {**known.schema()["function"], **given}}
-
-
-def _split_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    """The first paragraph, and the texts under `Args:` by parameter."""
-    lines = doc.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.strip() == "Args:"), len(lines))
-    texts: dict[str, str] = {}
-    name, depth = "", 0
-    for line in lines[start + 1 :]:
-        indent = len(line) - len(line.lstrip())
-        if not line.strip() or not indent:
-            break
-        if name and indent > depth:
-            texts[name] = f"{texts[name]} {line.strip()}".strip()
-            continue
-        name, _, text = line.strip().partition(":")
-        texts[name], depth = text.strip(), indent
-    head = "\n".join(lines[:start]).split("\n\n")[0]
-    return " ".join(head.split()), texts
 
 
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:

@@ -179,9 +179,9 @@ def test_the_public_methods_of_a_trl_style_class_are_tools() -> None:
             "type": "object",
             "properties": {"code": {"description": "what to dial", "type": "integer"}},
             "required": ["code"],
-            "additionalProperties": False,
         },
-    }
+        "return": {"type": "string"},
+    }, "as trl shows it"
     assert cls("Drawer").num_open == before, "the instance that the tools are read off is closed"
 
 

@@ -25,7 +25,7 @@ def lookup(city: str, days: Annotated[int, Field(ge=1, le=7)] = 1, unit: Literal
     """Weather of a city,
     day by day.
 
-    More for the reader of the code.
+    More about it.
 
     Args:
         city: its name: in English
@@ -50,7 +50,7 @@ def test_the_schema_comes_from_the_signature_and_the_docstring() -> None:
         "type": "function",
         "function": {
             "name": "lookup",
-            "description": "Weather of a city, day by day.",
+            "description": "Weather of a city,\nday by day.\n\nMore about it.",
             "parameters": {
                 "type": "object",
                 "properties": {

@@ -57,8 +57,13 @@ class StringCheckConfig(_Settings):
     input: str = Field(description="Template of the text that is checked.")
     reference: str = Field(description="Template of the text that it is compared with.")
     operation: Literal["eq", "ne", "like", "ilike"] = Field(
-        description="eq, ne: equal or not; like: input contains reference; ilike: the same, whatever the case."
+        description="eq, ne (or neq): equal or not; like: input contains reference; ilike: so in any capitals."
     )
+
+    @field_validator("operation", mode="before")
+    @classmethod
+    def _by_either_name(cls, operation: Any) -> Any:
+        return "ne" if operation == "neq" else operation
 
     @property
     def score_gap(self) -> float:
@@ -109,6 +114,15 @@ class JudgeMessage(_Settings):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | ContentPart | list[ContentPart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
+                raise ValueError(f"a part of type {kind!r}: judges are shown text alone here; expected text parts")
+        return content
 
     @property
     def text(self) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from envs.types import Episode, Task
 from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
 from graders.judge import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.judge_answers import answer_of, label_of, score_of
 from graders.sample import item_of, sample_of
 from graders.templates import MissingVariable, Template
 from graders.types import Grade, GraderErrorKind
@@ -25,7 +24,7 @@ _STEP = {
 
 
 class ScoreModelGrader:
-    """The judge's number, clamped to the range.
+    """The judge's number, clamped to the range; how it may be written: `graders.judge_answers`.
 
     Covered, each scored 0 and named in `errors`: a judge that refuses (MODEL_GRADER_REFUSAL), whose answer is cut off
     or holds no finite number (MODEL_GRADER_PARSE), a variable that this sample does not have (INVALID_VARIABLE, or
@@ -49,13 +48,12 @@ class ScoreModelGrader:
         return await _judged(self._config, self._question, task, episode, self._read)
 
     def _read(self, result: Any) -> tuple[float, str]:
-        is_number = isinstance(result, int | float) and not isinstance(result, bool)
-        # A whole number may be too long for a float: `isfinite` takes none of those, the clamp does.
-        if not is_number or (isinstance(result, float) and not math.isfinite(result)):
-            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
         low, high = self._config.range
-        score = float(min(max(result, low), high))
-        clamped = "" if score == result else f", clamped from {_cut(str(result), _MAX_ECHO)}"
+        number = score_of(result, (low, high))
+        if number is None:
+            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
+        score = min(max(number, low), high)
+        clamped = "" if score == number else f", clamped from {_cut(str(result), _MAX_ECHO)}"
         return score, f"gives {score:g}{clamped}"
 
     def check(self, task: Task) -> None:
@@ -80,9 +78,10 @@ class LabelModelGrader:
         return await _judged(self._config, self._question, task, episode, self._read)
 
     def _read(self, result: Any) -> tuple[float, str]:
-        if result not in self._config.labels:
+        label = label_of(result, self._config.labels)
+        if label is None:
             raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is none of the labels")
-        return float(result in self._config.passing_labels), f"chooses {result!r}"
+        return float(label in self._config.passing_labels), f"chooses {label!r}"
 
     def check(self, task: Task) -> None:
         self._question.check(task)
@@ -169,33 +168,14 @@ def _answer_schema(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_answer(reply: JudgeReply) -> dict[str, Any]:
-    """The answer's JSON object, which has a `result`. Raises `_NoResult`.
-
-    Where a server did not enforce the schema the object may stand in a fenced block at the end, behind reasoning.
-    Anywhere else it may be a quotation: the text that is judged could hold `{"result": 1}`.
-    """
+def _read_answer(reply: JudgeReply) -> Mapping[str, Any]:
+    """The answer as an object, which has a `result`. Raises `_NoResult`."""
     if reply.refusal:
         raise _NoResult(f"the judge refused: {_cut(reply.refusal, _MAX_ECHO)}", GraderErrorKind.MODEL_GRADER_REFUSAL)
-    text = reply.text.strip()
-    answer = _object(text)
-    if answer is None and text.endswith("```"):
-        block = text.removesuffix("```").rpartition("```")[2]
-        answer = _object(block.removeprefix("json"))
-    if answer is None:
-        shown = _cut(text, _MAX_ECHO) or "nothing"
-        raise _NoResult(f"the judge's answer is no JSON object (cut off, perhaps): {shown}")
+    answer = answer_of(reply.text)
     if "result" not in answer:
-        raise _NoResult(f"the judge's answer has no result: {_cut(text, _MAX_ECHO)}")
+        raise _NoResult(f"the judge's answer has no result: {_cut(reply.text, _MAX_ECHO)}")
     return answer
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _reasons(answer: Mapping[str, Any]) -> str:

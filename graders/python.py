@@ -6,12 +6,15 @@ import ast
 import json
 import math
 import signal
+import sys
+from collections.abc import Iterator
+from importlib.machinery import PathFinder
 
 from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.config import PythonConfig
 from graders.sample import item_of, sample_of
-from graders.sandbox.isolation import choose
+from graders.sandbox.isolation import choose, import_paths
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 from graders.sandbox.protocol import SOURCE_NAME
@@ -26,11 +29,13 @@ class PythonGrader:
 
     What the source does wrong (an exception, a limit, a value that is no finite number) scores 0 and is counted; what
     the sandbox does wrong is `WorldError`. `UserError` where the source can't be a grader, or where this machine can't
-    isolate it and `isolation: none` does not allow to run it all the same.
+    isolate it and `isolation: none` does not allow to run it all the same, or where the source imports a package that
+    is not installed here, outside any `try`: every grading would end there. Not covered: submodules that do not exist.
     """
 
     def __init__(self, config: PythonConfig, *, limits: Limits | None = None, num_workers: int | None = None) -> None:
         imports = check_source(config.source)
+        _check_imports(config.source)
         self._name = config.name
         self._limits = limits or Limits()
         isolation = choose(or_none=config.isolation == "none")
@@ -109,6 +114,37 @@ def _imports_of(tree: ast.Module) -> list[str]:
             # A submodule, or a name that there is no module for.
             names.update((f"{node.module}.{alias.name}", None) for alias in node.names)
     return list(names)
+
+
+def _check_imports(source: str) -> None:
+    missing = {
+        name: line for name, line in _needed_imports(ast.parse(source)) if not _can_be_imported(name.partition(".")[0])
+    }
+    if missing:
+        line = next(iter(missing.values()))
+        names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
+        raise UserError(
+            f"{_KEY}, line {line}: imports what is not installed here: {names}; install it beside this project, or "
+            "import it inside a try that does without"
+        )
+
+
+def _needed_imports(node: ast.AST) -> Iterator[tuple[str, int]]:
+    """Module and line of each import, but for those that a `try` may do without and those for type checkers."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, node.lineno) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        yield node.module, node.lineno
+    for name, value in ast.iter_fields(node):
+        is_optional = isinstance(node, ast.Try) and node.handlers and name == "body"
+        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and name == "body"
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and not is_optional and not is_for_types:
+                yield from _needed_imports(child)
+
+
+def _can_be_imported(name: str) -> bool:
+    return name in sys.stdlib_module_names or PathFinder.find_spec(name, import_paths()) is not None
 
 
 def _said(outcome: Outcome, key: str) -> object:

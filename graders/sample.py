@@ -133,7 +133,8 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
 
     With `messages` the trajectory is theirs: the last `num_turns` assistant messages, or those after the last user
     message where that key is missing. Without, it is made of `tool_calls` (or `output_tools`, or the message in
-    `choices`) and `output_text`. Its `task_id` is empty.
+    `choices`, or the first of `outputs`, as exports of graded samples have it) and `output_text`. Its `task_id` is
+    empty.
 
     Covered: `sample_of` gives the same sample again for one that it made. Not covered: tokens by turn (the totals stand
     on the last), the times of generation. Raises `UserError` naming the key for a sample that can't be read.
@@ -190,11 +191,13 @@ def _turns_of_messages(read: Reader, messages: list[Message]) -> tuple[list[Turn
 
 
 def _turns_of_outputs(read: Reader) -> list[Turn]:
-    choices = read.items("choices")
+    choices, exported = read.items("choices"), read.items("outputs") or read.items("output")
     message = read_message(choices[0].inner("message")) if choices else None
+    if message is None and exported:
+        message = read_message(Reader({"role": "assistant", **exported[0].value}, exported[0].where))
     text = read.text("output_text")
     if text is None and message is None:
-        raise UserError("sample.output_text: expected text; without it, messages or choices are needed")
+        raise UserError("sample.output_text: expected text; without it, messages, choices or outputs are needed")
     if text is None:
         assert message is not None
         text = message.content

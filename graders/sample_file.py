@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
+from envs.messages import Reader, in_words, read_messages
 from envs.problems import on_one_screen
 from envs.rows import read_rows
 from envs.types import Episode, Task
@@ -40,18 +41,22 @@ def read_samples(path: Path) -> Iterator[Row]:
 
 def _read_row(data: Any, number: int) -> Row:
     if not isinstance(data, dict):
-        raise UserError(f"expected an object, got {type(data).__name__}")
+        raise UserError(f"expected an object, got {in_words(data)}")
     if "episode" in data and "task" in data:
         task, episode = _TASK.validate_python(data["task"]), _EPISODE.validate_python(data["episode"])
         return Row(line=number, task=task, episode=episode)
-    item = data.get("item", {})
+    item = data.get("item", data.get("datasource_item"))
+    item = {} if item is None else item
     if not isinstance(item, dict):
-        raise UserError(f"item: expected an object, got {type(item).__name__}")
+        raise UserError(f"item: expected an object, got {in_words(item)}")
     sample = data.get("sample")
     if isinstance(data.get("model_sample"), str):
         sample = {"output_text": data["model_sample"]}
     if not isinstance(sample, dict):
         raise UserError("expected item and sample, item and model_sample (text), or task and episode")
     rollout_id = sample.get("rollout_id") or sample.get("trace_id") or f"line-{number}"
-    task = Task(task_id=str(item.get("task_id", f"line-{number}")), messages=(), item=item)
+    task_id = f"line-{number}" if item.get("task_id") is None else str(item["task_id"])
+    # Reward functions are shown the prompt, as in training.
+    messages = read_messages(Reader(item, "item"), "messages") if item.get("messages") else ()
+    task = Task(task_id=task_id, messages=messages, item=item)
     return Row(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))

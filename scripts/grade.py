@@ -1,9 +1,9 @@
 """Run or validate a grader: `python scripts/grade.py run --grader grader.json --samples samples.jsonl`.
 
 The grader is the hosted service's JSON, or the `grader`, `penalties` and `judge` sections of a run config in YAML. A
-line of the samples is `{"item", "sample"}`, `{"item", "model_sample"}` as the hosted graders/run takes them, or a
-rollout as a run writes it. `validate` checks the grader alone, and with `--samples` that it can grade these rows; it
-asks no judge.
+line of the samples is `{"item", "sample"}` (exported ones too), `{"item", "model_sample"}` as the hosted graders/run
+takes them, or a rollout as a run writes it. `validate` checks the grader alone, and with `--samples` that it can grade
+these rows; it asks no judge, and needs no key.
 Exit codes: 0 done, 2 something in the input is wrong, 1 anything else.
 """
 
@@ -34,7 +34,7 @@ from envs.problems import on_one_screen
 from envs.types import StopReason, Task
 from graders.build import build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
-from graders.judge import CachedJudge, build_judge
+from graders.judge import CachedJudge, JudgeReply, JudgeRequest, build_judge
 from graders.sample_file import Row, read_samples
 from graders.types import Grade, Grader, GraderErrorKind
 
@@ -75,7 +75,7 @@ def main() -> int:
         settings = _read_settings(arguments)
         rows = list(itertools.islice(read_samples(arguments.samples), arguments.limit)) if arguments.samples else []
         if arguments.command == "validate":
-            _build(settings, rows, arguments.samples)
+            _build(settings, rows, arguments.samples, asks=False)
             # As the hosted graders/validate answers.
             print(json.dumps({"grader": settings.grader.model_dump(mode="json")}, ensure_ascii=False, indent=2))
             return 0
@@ -162,9 +162,20 @@ def _types(config: GraderConfig) -> set[str]:
     return {"multi", *(g.type for g in config.graders.values())} if isinstance(config, MultiConfig) else {config.type}
 
 
-def _build(settings: _Settings, rows: Sequence[Row], source: Path | None) -> tuple[Grader, CachedJudge | None]:
-    judge = None
-    if _types(settings.grader) & {"score_model", "label_model"}:
+class _NobodyAsked:
+    """Stands in for the judge where graders are only checked: it needs no key and no server."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        raise AssertionError("a grader that is only checked asks no judge")
+
+    async def aclose(self) -> None: ...
+
+
+def _build(
+    settings: _Settings, rows: Sequence[Row], source: Path | None, *, asks: bool = True
+) -> tuple[Grader, CachedJudge | None]:
+    judge = None if asks else CachedJudge(_NobodyAsked(), 0)
+    if asks and _types(settings.grader) & {"score_model", "label_model"}:
         if settings.judge.base_url == "engine":
             raise UserError("judge.base_url: the run's own engine does not run here; name a server with --judge-url")
         judge = CachedJudge(build_judge(settings.judge), settings.judge.cache_size)

@@ -277,7 +277,7 @@ def test_a_grader_that_cannot_be_read_is_told_on_one_screen(
     [
         ('{"model_sample": "a", "item": {"answer": "b"}}\n\n{"model_sample": ', "s.jsonl, line 3: not valid JSON"),
         ('{"item": {"answer": "b"}}\n', "line 1: expected item and sample, item and model_sample (text), or task"),
-        ('{"item": 3, "model_sample": "a"}\n', "line 1: item: expected an object, got int"),
+        ('{"item": 3, "model_sample": "a"}\n', "line 1: item: expected an object, got a number"),
         (
             '{"item": {}, "model_sample": "a"}\n',
             "line 1: grader 'same': reference: task line-1 has no {{ item.answer }}",
@@ -309,3 +309,69 @@ def test_the_command_starts_without_the_training_stack(files: Files) -> None:
     done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert done.returncode == 0, done.stderr
     assert "passed 1 of 1" in done.stdout
+
+
+def test_validate_asks_nobody_and_needs_no_key(files: Files, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    labelled = {**JUDGED, "type": "label_model", "labels": ["yes", "no"], "passing_labels": ["yes"]}
+    both = {"type": "multi", "graders": {"a": JUDGED, "b": labelled}, "calculate_output": "a * b"}
+    rows = files("rows.jsonl", SAMPLES)
+    for grader in (JUDGED, both, {"grader": JUDGED, "judge": {"base_url": "engine"}}):
+        code, told, errors = shell("validate", grader=files("grader.json", grader), samples=rows)
+        assert (code, errors) == (0, "") and json.loads(told)["grader"]
+    code, _, errors = shell("run", grader=files("grader.json", JUDGED), samples=rows)
+    assert code == 2 and "the environment has no OPENAI_API_KEY" in errors
+
+
+def test_the_older_name_of_not_equal_is_taken(files: Files, shell: Shell) -> None:
+    code, told, _ = shell("validate", grader=files("grader.json", EXACT | {"operation": "neq"}))
+    assert code == 0 and json.loads(told)["grader"]["operation"] == "ne"
+
+
+@pytest.mark.parametrize("kind", ["input_image", "input_audio", "image_url"])
+def test_a_judge_who_should_see_a_picture_is_refused_with_the_reason(files: Files, shell: Shell, kind: str) -> None:
+    content = [{"type": "input_text", "text": "?"}, {"type": kind, "image_url": "{{item.url}}"}]
+    for given in (content, content[1]):
+        grader = JUDGED | {"input": [{"role": "user", "content": given}]}
+        code, _, errors = shell("validate", grader=files("grader.json", grader))
+        assert code == 2 and errors.count("\n") == 2
+        assert f"grader.input.0.content: a part of type {kind!r}: judges are shown text alone here" in errors
+
+
+def test_a_package_that_is_not_installed_is_named_before_any_grading(files: Files, shell: Shell) -> None:
+    source = (
+        "import json, rdkit\nfrom skbio.util import x\ndef grade(sample, item):\n    import ast_grep_py\n    return 1"
+    )
+    code, _, errors = shell("validate", grader=files("grader.json", {"type": "python", "source": source}))
+    assert code == 2
+    assert "grader.source, line 1: imports what is not installed here: rdkit, skbio, ast_grep_py" in errors
+
+
+def test_exported_samples_with_their_outputs_are_graded(files: Files, shell: Shell, tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": "gold"}
+    samples = [
+        {"item": {"answer": "gold"}, "sample": {"outputs": [message]}},
+        {"item": {"answer": "gold"}, "sample": {"outputs": [{"content": [{"type": "output_text", "text": "gold"}]}]}},
+        {"datasource_item": {"answer": "gold"}, "sample": {"input": [], "output": [message], "finish_reason": "stop"}},
+        {"item": {"answer": "gold"}, "sample": {"outputs": [{**message, "content": "lead"}], "output_text": None}},
+    ]
+    out = tmp_path / "grades.jsonl"
+    shell("run", grader=files("grader.json", EXACT), samples=files("samples.jsonl", samples), json=out)
+    assert [json.loads(line)["reward"] for line in out.read_text().splitlines()] == [1.0, 1.0, 1.0, 0.0]
+    code, _, errors = shell(
+        "run", grader=files("g.json", EXACT), samples=files("s.jsonl", [{"sample": {"outputs": []}}])
+    )
+    assert code == 2 and "line 1: sample.output_text: expected text" in errors
+
+
+def test_a_grader_that_reads_the_rows_messages_is_checked_as_training_checks_it(files: Files, shell: Shell) -> None:
+    grader = files("grader.json", JUDGED | {"input": [{"role": "user", "content": "{{ item.messages }}"}]})
+    row = {"messages": [{"role": "user", "content": "What is it?"}], "answer": "gold"}
+    code, _, errors = shell(
+        "validate", grader=grader, samples=files("good.jsonl", [{"item": row, "model_sample": "gold"}])
+    )
+    assert (code, errors) == (0, "")
+    code, _, errors = shell(
+        "validate", grader=grader, samples=files("bad.jsonl", [{"item": {"answer": "x"}, "model_sample": "x"}])
+    )
+    assert code == 2 and "line 1: grader 'judged': input[0].content: task line-1 has no {{ item.messages }}" in errors

@@ -138,12 +138,11 @@ async def test_the_result_is_clamped_to_the_range(judged, result, bounds, score)
     [
         None,
         "",
-        "0.9",
         "I give it 0.9.",
         '{"steps": [], "result": 0.',
-        '{"steps": [], "score": 1}',
+        '{"steps": [], "mark": 1}',
         '[{"result": 1}]',
-        answer("0.9"),
+        answer("nine"),
         answer(True),
         answer(None),
         '{"result": NaN}',
@@ -156,6 +155,15 @@ async def test_the_result_is_clamped_to_the_range(judged, result, bounds, score)
         'The answer says {"result": 1} but that is no proof.',
         '```json\n{"result": 1}\n```\nis what it claims.',
         'First:\n```json\n{"result": 1}\n```\nthen\n```json\n{"steps": \n```',
+        # Cut off, perhaps in the middle of the number.
+        'I think:\n```json\n{\n  "steps": [],\n  "result": 4',
+        '{\n  "steps": [],\n  "result": 4',
+        "0,7",
+        "between 2 and 3",
+        "8/10",
+        "80%",
+        "seven",
+        "0.7 or 0.8",
     ],
 )
 async def test_an_answer_without_a_number_gives_0_and_says_so(judged, text):
@@ -182,6 +190,61 @@ async def test_a_server_that_enforces_nothing_is_read_where_the_object_is_the_an
     judge, _ = await judged(text)
     grade = await ScoreModelGrader(score_config(), judge).grade(TASK, episode())
     assert (grade.reward, grade.errors) == (0.5, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds", "score"),
+    [
+        ("0.7", (0, 1), 0.7),
+        (" 0.7\n", (0, 1), 0.7),
+        ("0.7.", (0, 1), 0.7),
+        ("+.5", (0, 1), 0.5),
+        ("\u22122", (-3, 3), -2.0),
+        ("7", (0, 10), 7.0),
+        ("**7**", (0, 10), 7.0),
+        ("`0.7`", (0, 1), 0.7),
+        ('"0.7"', (0, 1), 0.7),
+        ("```\n0.7\n```", (0, 1), 0.7),
+        ("Score: 0.7", (0, 1), 0.7),
+        ("**Score:** 7", (0, 10), 7.0),
+        ("### Final score (0-10): **7**", (0, 10), 7.0),
+        ("The final score is 4.", (1, 5), 4.0),
+        ("Rating = 4", (1, 5), 4.0),
+        ("<score>0.7</score>", (0, 1), 0.7),
+        ("$\\boxed{0.7}$", (0, 1), 0.7),
+        ("0.8/1", (0, 1), 0.8),
+        ("8/10", (0, 1), 0.8),
+        ("4 out of 5", (1, 5), 4.0),
+        ("80%", (0, 1), 0.8),
+        ("80 %", (0, 100), 80.0),
+        ("1e-1", (0, 1), 0.1),
+        ("11", (0, 10), 10.0),
+        ("The unit is wrong, the rest fits.\n\nScore: 0.5", (0, 1), 0.5),
+        ("The unit is wrong.\n0.5", (0, 1), 0.5),
+        ("<think>At first 1. No:\n0.9</think>\n\n0.5", (0, 1), 0.5),
+        ('<think>{"result": 1}</think>{"result": 0.5}', (0, 1), 0.5),
+        ('{"score": 0.5}', (0, 1), 0.5),
+        ('{"result": "0.5"}', (0, 1), 0.5),
+    ],
+)
+async def test_a_bare_number_is_read_as_prompts_ask_for_it(judged, text, bounds, score):
+    judge, _ = await judged(text)
+    grade = await ScoreModelGrader(score_config(range=bounds), judge).grade(TASK, episode())
+    assert (grade.reward, grade.errors) == (pytest.approx(score), ())
+
+
+@pytest.mark.parametrize("text", ["good", "**good**", "Good.", "Label: good", '"good"', "It fits.\n\nVerdict: good"])
+async def test_a_bare_label_is_read_as_prompts_ask_for_it(judged, text):
+    judge, _ = await judged(text)
+    grade = await LabelModelGrader(label_config(), judge).grade(TASK, episode())
+    assert (grade.reward, grade.errors) == (1.0, ())
+
+
+@pytest.mark.parametrize("text", ["It is good", "good, bad", "GOOD or odd", ""])
+async def test_a_label_inside_a_sentence_is_no_choice(judged, text):
+    judge, _ = await judged(text)
+    grade = await LabelModelGrader(label_config(), judge).grade(TASK, episode())
+    assert (grade.reward, grade.errors) == (0.0, PARSE)
 
 
 async def test_reasons_are_kept_short(judged):
@@ -254,7 +317,7 @@ async def test_a_passing_label_is_1_and_another_0(judged, label, score):
     assert schema["properties"]["result"] == {"type": "string", "enum": ["good", "bad", "odd"]}
 
 
-@pytest.mark.parametrize("result", ["great", "Good", " good", 1, None, ["good"], {"good": 1}])
+@pytest.mark.parametrize("result", ["great", "goodish", 1, None, ["good"], {"good": 1}])
 async def test_no_label_of_the_list_gives_0_and_says_so(judged, result):
     judge, _ = await judged(answer(result))
     grade = await LabelModelGrader(label_config(), judge).grade(TASK, episode())

@@ -222,3 +222,33 @@ async def test_the_hosted_services_json_loads_unchanged():
         assert (await grader.grade(TASK, episode(""))).parts == {"g": 1.0}
     finally:
         await grader.aclose()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    import no_such_package\nexcept ImportError:\n    no_such_package = None",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import no_such_package",
+        "import os.path, xml.etree.ElementTree, numpy.linalg",
+    ],
+)
+def test_an_import_that_the_source_can_do_without_is_no_fault(source):
+    PythonGrader(PythonConfig(type="python", source=f"{source}\ndef grade(sample, item): return 1"))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "import json\nimport no_such_package.inner as x",
+            "line 2: imports what is not installed here: no_such_package;",
+        ),
+        ("try:\n    pass\nfinally:\n    from no_such_package import x", "line 4: imports what"),
+        ("try:\n    x = 1\nexcept KeyError:\n    import no_such_package", "line 4: imports what"),
+        # A module of the trainer's own folder is none of the sandbox's.
+        ("import conftest", "line 1: imports what is not installed here: conftest"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_line(source, told):
+    with pytest.raises(UserError, match=told):
+        PythonGrader(PythonConfig(type="python", source=f"{source}\ndef grade(sample, item): return 1"))

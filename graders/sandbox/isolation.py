@@ -148,7 +148,7 @@ def boot_frame(isolation: Isolation, source: str, imports: Sequence[str], limits
         isolation=isolation,
         source=source,
         imports=list(imports),
-        sys_path=_sys_path(),
+        sys_path=import_paths(),
         binds=binds,
         links=links,
         devices=[device for device in _DEVICES if Path(device).exists()],
@@ -219,7 +219,7 @@ def _has_landlock() -> bool:
     return landlock.abi() > 0
 
 
-def _sys_path() -> list[str]:
+def import_paths() -> list[str]:
     """The standard library and the installed packages, `.pth` files (editable installs) left out."""
     paths = sysconfig.get_paths()
     library = Path(paths["stdlib"])
@@ -232,7 +232,7 @@ def _visible() -> tuple[list[list[str]], list[list[str]]]:
     """What gradings may read (where it is, where they see it), and the links beside it."""
     binds: list[list[str]] = []
     links: list[list[str]] = []
-    wanted = ["/usr", sys.base_prefix, sys.base_exec_prefix, *_sys_path()[1:]]
+    wanted = ["/usr", sys.base_prefix, sys.base_exec_prefix, *import_paths()[1:]]
     for path in sorted({str(Path(path).absolute()) for path in wanted}, key=len):
         if Path(path).exists() and not any(Path(path).is_relative_to(target) for _, target in binds):
             binds.append([os.path.realpath(path), path])

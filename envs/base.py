@@ -13,7 +13,10 @@ class Env(Protocol):
     """The world of one episode. Single-use: one instance serves one episode and is never reused.
 
     What an environment may have besides stands below as protocols of one member each: `Observes`, `Responds`, `Ends`,
-    `HasState`.
+    `HasState`, `OrdersCalls`.
+
+    The calls of one turn run at the same time, sync functions in threads: tools that share state need a lock, or
+    `OrdersCalls`. Their results always stand in the order called.
     """
 
     @property
@@ -58,7 +61,7 @@ class Ends(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Asked after each turn's tool calls; True ends the episode there."""
+        """Asked after each turn's tool calls and after each of the user's replies; True ends the episode there."""
         ...
 
 
@@ -69,6 +72,14 @@ class HasState(Protocol):
     async def final_state(self) -> Mapping[str, Any]:
         """JSON values; asked once, before the episode is graded. Raises `WorldError` where it can't be had."""
         ...
+
+
+@runtime_checkable
+class OrdersCalls(Protocol):
+    """Can have the calls of one turn run one after the other, as the model wrote them, instead of all at once."""
+
+    @property
+    def calls_in_order(self) -> bool: ...
 
 
 class World(Protocol):

@@ -8,6 +8,9 @@ from enum import StrEnum
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+NOT_PARSED, NOT_RUN = "Error: your tool call could not be parsed", "Error: none of these calls was run"
+MALFORMED_NOTES = (NOT_PARSED, NOT_RUN)
+"""How the user messages begin that answer a malformed call: only the rollout says so, never a user."""
 
 
 class StopReason(StrEnum):
@@ -35,6 +38,11 @@ class StopReason(StrEnum):
     """The chat template can't render what the model wrote, not even as plain text: serving could not go on either."""
     WORLD_FAULT = "world_fault"
     """A tool server or the engine failed after its retries. Masked out of the loss."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the episode came to its own end: an answer, calls that are the answer, a game that is over."""
+        return self in (StopReason.ANSWERED, StopReason.CALLED, StopReason.ENDED)
 
 
 class ToolErrorKind(StrEnum):
@@ -134,11 +142,13 @@ class Turn:
 
     message: Message
     results: tuple[ToolResult, ...] = ()
-    """One per tool call, in the order called."""
+    """One per tool call, in the order called; where the calls are the answer, of those that no tool could take."""
     malformed: bool = False
     """The turn tried to call a tool but did not parse; it was answered with an error and is no final answer."""
     reply: str | None = None
-    """What the user said to it, where the environment has a user who answers; None where nobody did."""
+    """What the user said to it, where a user answers; None where nobody did."""
+    reply_s: float = 0.0
+    """Wall-clock time of waiting for the reply."""
     num_tokens: int = 0
     """Tokens generated in this turn."""
     num_reasoning_tokens: int = 0
@@ -172,8 +182,9 @@ class Episode:
 
     @property
     def answer(self) -> str | None:
-        """The final answer's text; None when the episode ended without one."""
-        return self.turns[-1].message.content.strip() if self.stop_reason is StopReason.ANSWERED else None
+        """The final answer's text, that beside the calls where they are the answer; None without an answer."""
+        has_answer = self.stop_reason in (StopReason.ANSWERED, StopReason.CALLED)
+        return self.turns[-1].message.content.strip() if has_answer else None
 
     @property
     def num_tool_calls(self) -> int:

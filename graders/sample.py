@@ -23,7 +23,7 @@ from typing import Any
 from envs.errors import UserError
 from envs.json_text import read_json
 from envs.messages import Reader, read_call, read_message
-from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.types import MALFORMED_NOTES, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.answers import final_answer
 
 SAMPLE_KEYS = (
@@ -34,6 +34,7 @@ SAMPLE_KEYS = (
     "output_reasoning_summary",
     "messages",
     "tool_calls",
+    "state",
     "stop_reason",
     "num_tokens",
     "num_reasoning_tokens",
@@ -70,6 +71,7 @@ def sample_of(episode: Episode) -> dict[str, Any]:
         "output_reasoning_summary": "\n\n".join(t.message.reasoning for t in episode.turns if t.message.reasoning),
         "messages": [message.to_openai() for message in episode.messages],
         "tool_calls": [call for number, turn in enumerate(episode.turns) for call in _calls_of(turn, number)],
+        "state": dict(episode.state),
         "stop_reason": episode.stop_reason.value,
         "num_tokens": episode.num_tokens,
         "num_reasoning_tokens": episode.num_reasoning_tokens,
@@ -132,12 +134,14 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
     """An episode from a sample in the hosted form; `output_text` alone suffices.
 
     With `messages` the trajectory is theirs: the last `num_turns` assistant messages, or those after the last user
-    message where that key is missing. Without, it is made of `tool_calls` (or `output_tools`, or the message in
-    `choices`, or the first of `outputs`, as exports of graded samples have it) and `output_text`. Its `task_id` is
-    empty.
+    message where that key is missing. A user message among them answers a malformed call where it begins as such an
+    answer does, and is the user's reply otherwise. Without `messages` it is made of `tool_calls` (or `output_tools`, or
+    the message in `choices`, or the first of `outputs`, as exports of graded samples have it) and `output_text`. Its
+    `task_id` is empty.
 
     Covered: `sample_of` gives the same sample again for one that it made. Not covered: tokens by turn (the totals stand
-    on the last), the times of generation. Raises `UserError` naming the key for a sample that can't be read.
+    on the last), the times of generation and of replies. Raises `UserError` naming the key for a sample that can't be
+    read.
     """
     read = Reader(sample, "sample")
     messages = read.items("messages")
@@ -151,17 +155,18 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
     if turns:
         turns[-1] = replace(turns[-1], num_tokens=num_tokens, num_reasoning_tokens=num_reasoning_tokens)
     text, stop = read.text("output_text"), _stop_reason(read, turns)
-    answer = turns[-1].message.content.strip() if turns and stop is StopReason.ANSWERED else ""
-    if text is not None and text.strip() != answer:
-        raise UserError("sample.output_text: expected the text of the last assistant message, or '' without an answer")
-    return Episode(
+    episode = Episode(
         rollout_id=rollout_id,
         task_id="",
         messages=everything,
         turns=tuple(turns),
         stop_reason=stop,
+        state=read.inner("state").value,
         latency_s=read.number("latency_s"),
     )
+    if text is not None and text.strip() != (episode.answer or ""):
+        raise UserError("sample.output_text: expected the text of the last assistant message, or '' without an answer")
+    return episode
 
 
 def _own_call(read: Reader) -> ToolCall:
@@ -184,9 +189,10 @@ def _turns_of_messages(read: Reader, messages: list[Message]) -> tuple[list[Turn
         results = tuple(
             ToolResult(call_id=m.call_id, name=m.name, output=m.content) for m in answers if m.role == "tool"
         )
-        # A turn that could not be parsed is answered by a message of the user's.
-        malformed = any(m.role == "user" for m in answers)
-        turns.append(Turn(message=messages[place], results=results, malformed=malformed))
+        said = next((m.content for m in answers if m.role == "user"), None)
+        malformed = said is not None and said.startswith(MALFORMED_NOTES)
+        reply = None if malformed else said
+        turns.append(Turn(message=messages[place], results=results, malformed=malformed, reply=reply))
     return turns, tuple(messages)
 
 
@@ -256,7 +262,7 @@ def _stop_reason(read: Reader, turns: Sequence[Turn]) -> StopReason:
         has_messages = read.get("messages", list, "a list") is not None
         waits = has_messages and bool(turns and turns[-1].message.tool_calls) and not read.text("output_text")
         reason = StopReason.MAX_TURNS if waits else StopReason.ANSWERED
-    if reason is StopReason.ANSWERED and not turns:
+    if reason in (StopReason.ANSWERED, StopReason.CALLED) and not turns:
         raise UserError("sample.messages: expected an assistant message after the last of the user's")
     return reason
 

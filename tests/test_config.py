@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from envs.errors import UserError
+from envs.remote.config import RemoteConfig
 from trainer.config import RunConfig, load_config, validate_config
+from trainer.job import build_world
+from trainer.tasks import load_tasks
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = {"output_dir": "runs/x", "grader": {"type": "numeric"}}
@@ -70,7 +73,7 @@ def test_later_overrides_win_and_the_rest_stays(tmp_path):
     [
         ({"optim": {"learning_rte": 1}}, "optim.learning_rte: unknown key; did you mean learning_rate?"),
         ({"lss": {}}, "lss: unknown key; did you mean loss?"),
-        ({"rollout": {"zzz": 1}}, "rollout.zzz: unknown key; known keys: episode_timeout_s"),
+        ({"rollout": {"zzz": 1}}, "rollout.zzz: unknown key; known keys: answer, episode_t"),
         ({"grader": {"type": "numeric", "partial_credt": 1}}, "grader.partial_credt: unknown key; did you mean"),
         ({"penalties": {"tool_calls": {"slop": 1, "slope": 1, "floor": -0.1}}}, "penalties.tool_calls.slop: unknown"),
         ({"model": {"lora": {"rank": 8}}}, "model.lora.rank: unknown key; known keys: alpha, r, target_modules"),
@@ -213,7 +216,6 @@ def test_a_bad_hosted_grader_is_named_by_its_key(grader, expected):
 @pytest.mark.parametrize(
     ("world", "expected"),
     [
-        ({"type": "remote"}, "world"),
         ({"type": "remote", "tools": [{"name": "a", "server_url": "http://x", "url": "y"}]}, "url"),
         ({"type": "finance", "companies": 3}, "world.companies: unknown key"),
         ({"companies": 3}, "world.companies: unknown key"),
@@ -222,6 +224,19 @@ def test_a_bad_hosted_grader_is_named_by_its_key(grader, expected):
 )
 def test_a_bad_world_is_named_by_its_key(world, expected):
     assert expected in refusal(world=world)
+
+
+@pytest.mark.parametrize("sections", [{}, {"world": None}, {"world": {}}, {"world": {"type": "remote"}}])
+def test_without_a_world_there_are_no_tools_and_never_those_of_the_demo(sections):
+    data = {"train": "a.jsonl", "eval": "b.jsonl"}
+    config = validate_config(MINIMAL | {"data": data} | sections, source="c.yaml")
+    assert config.world == RemoteConfig() and not build_world(config.world).make_env().tools
+
+
+def test_without_world_and_data_there_is_nothing_to_train_on():
+    config = validate_config(dict(MINIMAL), source="c.yaml")
+    with pytest.raises(UserError, match=r"^data: expected a data section with train and eval"):
+        load_tasks(config, build_world(config.world), "train")
 
 
 def test_the_engine_can_judge_only_beside_an_adapter():

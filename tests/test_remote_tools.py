@@ -310,7 +310,7 @@ def test_the_world_brings_no_tasks():
     world = RemoteWorld(
         RemoteConfig.model_validate({"type": "remote", "tools": [{"name": "a", "server_url": "http://x"}]})
     )
-    with pytest.raises(UserError, match="expected a `data` section"):
+    with pytest.raises(UserError, match="data: expected a data section"):
         world.tasks("train")
     assert world.expert_episode(TASK, 0) == ()
     assert not world.make_env().tools["a"].parameters
@@ -322,7 +322,6 @@ TOOL = {"name": "a", "server_url": "http://localhost:1/x"}
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({}, "at least one tool or MCP server"),
         ({"tools": [TOOL, TOOL]}, "two tools are named 'a'"),
         ({"tools": [TOOL | {"server_url": "ftp://x"}]}, "tools.0.server_url"),
         ({"tools": [TOOL | {"timeout_s": 0}]}, "tools.0.timeout_s"),

@@ -146,8 +146,12 @@ _LIMITS = {
     "(rollout.max_tool_output_chars)",
     StopReason.MAX_TURN_TOKENS: "the length of a turn; raise rollout.max_turn_tokens",
     StopReason.MAX_TURNS: "the number of turns; raise rollout.max_turns, or tell the model its limit",
+    StopReason.MAX_USER_TURNS: "how often the user may speak; raise rollout.max_user_turns, or let the user come to an "
+    "end",
     StopReason.MAX_TOOL_CALLS: "the call budget; raise rollout.max_tool_calls, or tell the model its budget",
     StopReason.WALL_CLOCK: "the wall clock; raise rollout.episode_timeout_s, or look for a slow tool",
+    StopReason.TEMPLATE_REFUSED: "a chat template that can't render what the model wrote; choose another template "
+    "(model.chat_template), or train on: the model learns not to write it",
 }
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from envs.types import Message, ToolCall
+from envs.types import NOT_RUN, Message, ToolCall
 from trainer.call_signs import opening_tag, tag_after
 from trainer.chat_parsing import (
     ParsedTurn,
@@ -194,7 +194,7 @@ class Chat:
             parsed,
             message=calls_as_text(parsed.message),
             malformed=True,
-            complaint=f"Error: none of these calls was run, the chat format refuses them: {refusal}",
+            complaint=f"{NOT_RUN}, the chat format refuses them: {refusal}",
         )
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -166,7 +166,7 @@ def _errors(policies: Sequence[Policy]) -> dict[str, list[float]]:
                 count["malformed call"] += turn.malformed
                 count.update(f"tool: {result.error}" for result in turn.results if result.error is not None)
             count.update(f"grader: {kind}" for kind in (rollout.grade.errors if rollout.grade else ()))
-            if rollout.episode.stop_reason != "answered":
+            if not rollout.episode.stop_reason.is_complete:
                 count[f"ended by {rollout.episode.stop_reason}"] += 1
     names = sorted({name for count in counts for name in count if count[name]})
     return {n: [c[n] / len(p.rollouts) for c, p in zip(counts, policies, strict=True)] for n in names}

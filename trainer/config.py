@@ -84,6 +84,9 @@ class EngineConfig(Section):
     )
 
 
+Answer = Literal["text", "tool_calls"]
+
+
 class RolloutConfig(Section):
     """How episodes are run."""
 
@@ -96,6 +99,14 @@ class RolloutConfig(Section):
     group_size: int = Field(8, ge=2, description="rollouts of one task")
     max_turns: int = Field(12, ge=1, description="model generations in an episode")
     max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
+    max_user_turns: int = Field(
+        10, ge=0, description="messages that a simulated user may add to the prompt's; without such a user no limit"
+    )
+    answer: Answer = Field(
+        "text",
+        description="text: the first turn without calls is the answer; tool_calls: the first turn with calls, which "
+        "are not run, so that the tools that rows define need no server; graders read sample.output_tools",
+    )
     max_turn_tokens: int = Field(256, ge=1, description="generated tokens in one turn")
     max_episode_tokens: int = Field(
         1024, ge=16, description="tokens of a whole episode, prompt and tool outputs included"
@@ -191,7 +202,11 @@ class CheckpointConfig(Section):
 
 
 def _world_type(value: Any) -> str:
-    return str(value.get("type", "finance") if isinstance(value, dict) else getattr(value, "type", "finance"))
+    return str(value.get("type", "remote") if isinstance(value, dict) else getattr(value, "type", "remote"))
+
+
+def _empty_where_null(value: Any) -> Any:
+    return {} if value is None else value
 
 
 WorldConfig = Annotated[
@@ -224,7 +239,11 @@ class RunConfig(Section):
     seed: int = 0
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
-    world: Annotated[WorldConfig, Field(description="the environment")] = FinanceConfig()
+    world: Annotated[
+        WorldConfig,
+        BeforeValidator(_empty_where_null),
+        Field(description="the environment; left out, null or {}: no tools, the rows of `data` are single answers"),
+    ] = RemoteConfig()
     data: DataConfig | None = None
     grader: Annotated[GraderOrFile, Field(description="the score: settings, or a file that holds them")]
     penalties: PenaltiesConfig = PenaltiesConfig()

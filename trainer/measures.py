@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from envs.types import StopReason
 from trainer.rollout import Rollout
 
 
@@ -49,7 +48,7 @@ MEASURES = (
         unit="share",
         format="{:.1%}",
         better=+1,
-        of=_graded(lambda r: r.episode.stop_reason is StopReason.ANSWERED),
+        of=_graded(lambda r: r.episode.stop_reason.is_complete),
     ),
     Measure(
         key="tool_calls",

@@ -9,24 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from envs.base import Env, World
+from envs.base import Ends, Env, HasState, Observes, OrdersCalls, Responds, World
 from envs.errors import WorldError, first_error
-from envs.tools import Tool, call_tool, offered_tools
-from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.tools import Tool, call_tool
+from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, Grader
-from trainer.chat import Chat
+from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
-from trainer.engine import Engine, Sampling
+from trainer.engine import Completion, Engine, Sampling
+from trainer.offer import tools_offered
 from trainer.samples import Ledger
 
-MALFORMED_ANSWER = (
-    "Error: your tool call could not be parsed. Write it exactly in the format given, or answer the question."
-)
+MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
 OVER_BUDGET_ANSWER = "Error: the tool call budget is used up. Answer now."
 
 
@@ -65,13 +65,21 @@ class RolloutRequest:
 class _Live:
     """An episode in the making."""
 
+    env: Env
+    request: RolloutRequest
     messages: list[Message]
-    ledgers: list[Ledger]
+    ledgers: list[Ledger] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
+    seen_tools: list[tuple[str, Tool]] | None = None
+    """What the environment had when it was last looked at."""
+    tools: dict[str, Tool] = field(default_factory=dict)
+    """What the model is offered of them."""
+    schemas: list[dict[str, Any]] = field(default_factory=list)
     num_tool_calls: int = 0
+    num_replies: int = 0
     num_drifted_turns: int = 0
     waiting_for: str = ""
-    """The remote tool whose server is being asked at the moment."""
+    """Who is being asked at the moment and keeps the model waiting: a remote tool, or the user."""
     over_budget: bool = False
     """The model has been told that its call budget is used up."""
 
@@ -143,8 +151,8 @@ class RolloutWorker:
         return rollout
 
     async def _attempt(self, request: RolloutRequest, rollout_id: str, temperature: float, number: int) -> Rollout:
-        live = _Live(messages=list(request.task.messages), ledgers=[])
         env = self._world.make_env()
+        live = _Live(env=env, request=request, messages=list(request.task.messages))
         start = time.perf_counter()
         episode: Episode | None = None
         grade: Grade | None = None
@@ -152,7 +160,13 @@ class RolloutWorker:
         if self._live:
             self._live.opened(rollout_id)
         try:
-            stop, error = await self._play(env, live, request, rollout_id, temperature)
+            stop, error = await self._play(live, rollout_id, temperature)
+            state: dict[str, Any] = {}
+            if stop is not StopReason.WORLD_FAULT:
+                try:
+                    state = await self._final_state(env)
+                except WorldError as e:
+                    stop, error = StopReason.WORLD_FAULT, str(e)
             episode = Episode(
                 rollout_id=rollout_id,
                 task_id=request.task.task_id,
@@ -160,6 +174,7 @@ class RolloutWorker:
                 turns=tuple(live.turns),
                 stop_reason=stop,
                 error=error,
+                state=state,
                 latency_s=time.perf_counter() - start,
             )
             if stop is not StopReason.WORLD_FAULT:
@@ -185,18 +200,15 @@ class RolloutWorker:
             num_attempts=number,
         )
 
-    async def _play(
-        self, env: Env, live: _Live, request: RolloutRequest, rollout_id: str, temperature: float
-    ) -> tuple[StopReason, str]:
+    async def _play(self, live: _Live, rollout_id: str, temperature: float) -> tuple[StopReason, str]:
         """The episode's turns in the opened environment: why they ended, and the world's fault where it was that."""
         try:
             async with asyncio.timeout(self._config.episode_timeout_s) as limit:
-                await env.open(request.task, rollout_id)
-                if observation := getattr(env, "observation", None):
+                await live.env.open(live.request.task, rollout_id)
+                if isinstance(live.env, Observes) and (observation := live.env.observation):
                     prompt = live.messages[-1]
                     live.messages[-1] = replace(prompt, content=prompt.content + observation)
-                tools = offered_tools(request.task, env.tools)
-                return await self._turns(live, request, tools, temperature), ""
+                return await self._turns(live, temperature), ""
         except WorldError as e:
             return StopReason.WORLD_FAULT, str(e)
         except TimeoutError:
@@ -209,77 +221,143 @@ class RolloutWorker:
                 return StopReason.WORLD_FAULT, f"{live.waiting_for} did not answer in the episode's time"
             return StopReason.WALL_CLOCK, ""
 
-    async def _turns(
-        self, live: _Live, request: RolloutRequest, tools: dict[str, Tool], temperature: float
-    ) -> StopReason:
-        """Generate, call tools, repeat; appends to `live` as it goes, so that a time-out loses nothing."""
+    async def _turns(self, live: _Live, temperature: float) -> StopReason:
+        """Generate, call tools or hear the user, repeat; appends to `live` as it goes: a time-out loses nothing."""
         config = self._config
-        schemas = [t.schema() for t in tools.values()]
+        self._look_at_tools(live)
         live.ledgers.append(Ledger())
-        live.ledgers[-1].append_context(self._chat.open(live.messages, schemas))
-        for turn in range(config.max_turns):
-            ledger = live.ledgers[-1]
-            room = config.max_episode_tokens - len(ledger)
+        live.ledgers[-1].append_context(self._chat.open(live.messages, live.schemas))
+        for number in range(config.max_turns):
+            room = config.max_episode_tokens - len(live.ledgers[-1])
             if room <= 0:
                 return StopReason.MAX_EPISODE_TOKENS
-            sampling = Sampling(
-                max_tokens=min(config.max_turn_tokens, room),
-                temperature=temperature,
-                top_p=config.top_p,
-                seed=derive_seed(request.seed, turn),
-            )
-            start = time.perf_counter()
-            completion = await self._engine.generate(ledger.prompt_ids, sampling)
-            generation_s = time.perf_counter() - start
-            ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
-            parsed = self._chat.parse(completion.token_ids, schemas, turn=turn)
-            message = parsed.message
-            before = list(live.messages)
-            live.messages.append(message)
-            live.turns.append(
-                Turn(
-                    message=message,
-                    malformed=parsed.malformed,
-                    num_tokens=len(completion.token_ids),
-                    num_reasoning_tokens=parsed.num_reasoning_tokens,
-                    generation_s=generation_s,
-                )
-            )
-            was_over_budget = live.over_budget
-            start = time.perf_counter()
-            results = await self._call_tools(live, message, tools)
-            tools_s = time.perf_counter() - start
-            answers = [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
-            if parsed.malformed:
-                answers.append(Message(role="user", content=parsed.complaint or MALFORMED_ANSWER))
-            live.turns[-1] = replace(live.turns[-1], results=tuple(results), tools_s=tools_s)
-            live.messages += answers
+            before, was_over_budget = list(live.messages), live.over_budget
+            completion, parsed = await self._generate(live, number, min(config.max_turn_tokens, room), temperature)
+            await self._answer_calls(live, parsed)
             if not completion.finished:
                 cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
                 return StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_EPISODE_TOKENS
-            if not answers:
-                return StopReason.ANSWERED
-            if was_over_budget:
+            if config.answer == "tool_calls" and parsed.message.tool_calls:
+                return StopReason.CALLED
+            if not parsed.message.tool_calls and not parsed.malformed:
+                if stop := await self._hear_user(live):
+                    return stop
+            elif was_over_budget:
                 return StopReason.MAX_TOOL_CALLS
-            continuation = self._chat.extend(before, message, answers, schemas, completion.token_ids)
-            live.num_drifted_turns += continuation.drifted
-            if continuation.forked:
-                live.ledgers.append(Ledger())
-            live.ledgers[-1].append_context(continuation.token_ids)
+            if isinstance(live.env, Ends) and live.env.is_over:
+                return StopReason.ENDED
+            try:
+                self._continue(live, before, completion)
+            except TemplateRefused:
+                return StopReason.TEMPLATE_REFUSED
         return StopReason.MAX_TURNS
 
-    async def _call_tools(self, live: _Live, message: Message, tools: dict[str, Tool]) -> list[ToolResult]:
-        """Run the turn's calls concurrently; results in the order called. Calls over the budget are not run."""
+    def _look_at_tools(self, live: _Live) -> bool:
+        """Take up the tools that the environment has now; True where the model is offered others than before."""
+        seen = list(live.env.tools.items())
+        if seen == live.seen_tools:
+            return False
+        live.seen_tools = seen
+        live.tools = tools_offered(live.request.task, dict(seen), answer=self._config.answer)
+        schemas, before = [t.schema() for t in live.tools.values()], live.schemas
+        live.schemas = schemas
+        return schemas != before
+
+    async def _generate(
+        self, live: _Live, number: int, max_tokens: int, temperature: float
+    ) -> tuple[Completion, ParsedTurn]:
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=self._config.top_p,
+            seed=derive_seed(live.request.seed, number),
+        )
+        ledger = live.ledgers[-1]
+        start = time.perf_counter()
+        completion = await self._engine.generate(ledger.prompt_ids, sampling)
+        generation_s = time.perf_counter() - start
+        ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
+        parsed = self._chat.parse(completion.token_ids, live.schemas, turn=number)
+        live.messages.append(parsed.message)
+        live.turns.append(
+            Turn(
+                message=parsed.message,
+                malformed=parsed.malformed,
+                num_tokens=len(completion.token_ids),
+                num_reasoning_tokens=parsed.num_reasoning_tokens,
+                generation_s=generation_s,
+            )
+        )
+        return completion, parsed
+
+    async def _answer_calls(self, live: _Live, parsed: ParsedTurn) -> None:
+        """The results of the last turn's calls, and what is said to a malformed one."""
+        start = time.perf_counter()
+        if self._config.answer == "tool_calls":
+            # Nothing was run; what remains are the calls that no tool could have taken.
+            checked = [await self._call_tool(live.tools, call) for call in parsed.message.tool_calls]
+            results = [result for result in checked if result.error]
+        else:
+            results = await self._call_tools(live, parsed.message)
+        live.turns[-1] = replace(live.turns[-1], results=tuple(results), tools_s=time.perf_counter() - start)
+        live.messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
+        if parsed.malformed:
+            live.messages.append(Message(role="user", content=parsed.complaint or MALFORMED_ANSWER))
+
+    async def _hear_user(self, live: _Live) -> StopReason | None:
+        """What the user says to a turn without calls; where they say nothing more, or may not, why the episode ends."""
+        if not isinstance(live.env, Responds):
+            return StopReason.ANSWERED
+        start = time.perf_counter()
+        live.waiting_for = "the user"
+        reply = await live.env.respond(live.messages[-1])
+        live.waiting_for = ""
+        if reply is None:
+            return StopReason.ANSWERED
+        if not isinstance(reply, str):
+            raise TypeError(f"respond gave {type(reply).__name__}; expected the user's words, or None")
+        if live.num_replies == self._config.max_user_turns:
+            return StopReason.MAX_USER_TURNS
+        live.num_replies += 1
+        # Half of a surrogate pair, which JSON can smuggle in, no tokenizer takes.
+        reply = reply.encode("utf-8", "replace").decode()
+        live.turns[-1] = replace(live.turns[-1], reply=reply, reply_s=time.perf_counter() - start)
+        live.messages.append(Message(role="user", content=reply))
+        return None
+
+    def _continue(self, live: _Live, before: list[Message], completion: Completion) -> None:
+        """The prompt of the next turn. Other tools are another prompt: they begin a row, as a forking template does."""
+        schemas = live.schemas
+        if self._look_at_tools(live):
+            live.ledgers.append(Ledger())
+            live.ledgers[-1].append_context(self._chat.open(live.messages, live.schemas))
+            return
+        message, *answers = live.messages[len(before) :]
+        continuation = self._chat.extend(before, message, answers, schemas, completion.token_ids)
+        live.num_drifted_turns += continuation.drifted
+        if continuation.forked:
+            live.ledgers.append(Ledger())
+        live.ledgers[-1].append_context(continuation.token_ids)
+
+    async def _call_tools(self, live: _Live, message: Message) -> list[ToolResult]:
+        """Run the turn's calls, concurrently unless the environment wants them in order; results in the order called.
+
+        Calls over the budget are not run.
+        """
+        tools = live.tools
         budget_left = max(0, self._config.max_tool_calls - live.num_tool_calls)
         live.num_tool_calls += len(message.tool_calls)
         allowed, refused = message.tool_calls[:budget_left], message.tool_calls[budget_left:]
         live.over_budget |= bool(refused)
-        # Where one call fails for good, the others must not go on in an environment that is being closed.
-        async with first_error(), asyncio.TaskGroup() as group:
-            running = [group.create_task(self._call_tool(tools, call)) for call in allowed]
-            live.waiting_for = next((c.name for c in allowed if c.name in tools and tools[c.name].is_remote), "")
+        live.waiting_for = next((c.name for c in allowed if c.name in tools and tools[c.name].is_remote), "")
+        if isinstance(live.env, OrdersCalls) and live.env.calls_in_order:
+            done = [await self._call_tool(tools, call) for call in allowed]
+        else:
+            # Where one call fails for good, the others must not go on in an environment that is being closed.
+            async with first_error(), asyncio.TaskGroup() as group:
+                running = [group.create_task(self._call_tool(tools, call)) for call in allowed]
+            done = [t.result() for t in running]
         live.waiting_for = ""
-        done = [t.result() for t in running]
         over = [
             ToolResult(call_id=c.call_id, name=c.name, output=OVER_BUDGET_ANSWER, error=ToolErrorKind.OVER_BUDGET)
             for c in refused
@@ -292,6 +370,25 @@ class RolloutWorker:
         if len(output) > limit:
             output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
         return replace(result, output=output, num_tokens=self._chat.num_tokens(output))
+
+    async def _final_state(self, env: Env) -> dict[str, Any]:
+        """What the environment tells graders, as JSON values. Raises `WorldError` where it does not answer."""
+        if not isinstance(env, HasState):
+            return {}
+        limit_s = self._config.tool_timeout_s
+        try:
+            async with asyncio.timeout(limit_s) as limit:
+                state = await env.final_state()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise WorldError(f"final_state: no answer within {limit_s:g} s") from None
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(dict(state), allow_nan=False))
+        except (TypeError, ValueError) as e:
+            e.add_note("final_state must give a mapping of JSON values")
+            raise
+        return plain
 
 
 async def _timed_grade(grader: Grader, task: Task, episode: Episode) -> Grade:

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
-from envs.types import StopReason
 from graders.types import Grade
 from trainer.rollout import Rollout
 from trainer.samples import Sample
@@ -20,10 +19,12 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
 
     Tokens are generated tokens: `completion_tokens` in all, of which `reasoning_tokens` by the reasoning parser and
     `answer_tokens` the others (tool calls and answers). Latencies are in seconds. `tool_calls` counts malformed calls
-    too. `correct` is the share that passed, where the grader says what passes. Keys `stop/…` are shares;
-    `tool/NAME/calls` and `errors` are per rollout, `latency_s` and `tokens` per call; `part/…` and `score/…` are reward
-    parts and the scores of a `multi`'s graders; `grader_error/…` and `judge_tokens/…` are per rollout;
-    `watch/divergence` is how much more the grader gives than the one that is never trained on.
+    too. `answered` is the share of episodes that came to their own end: an answer, calls that are the answer, a game
+    that is over; `user_turns` counts the replies of a simulated user. `correct` is the share that passed, where the
+    grader says what passes. Keys `stop/…` are shares; `tool/NAME/calls` and `errors` are per rollout, `latency_s` and
+    `tokens` per call; `part/…` and `score/…` are reward parts and the scores of a `multi`'s graders; `grader_error/…`
+    and `judge_tokens/…` are per rollout; `watch/divergence` is how much more the grader gives than the one that is
+    never trained on.
     """
     graded = [r for r in rollouts if r.grade is not None]
     metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
@@ -33,7 +34,7 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     episodes = [r.episode for r in graded]
     metrics |= {
         "reward": fmean(r.grade.reward for r in graded if r.grade is not None),
-        "answered": fmean(e.stop_reason is StopReason.ANSWERED for e in episodes),
+        "answered": fmean(e.stop_reason.is_complete for e in episodes),
         "turns": fmean(len(e.turns) for e in episodes),
         "tool_calls": fmean(e.num_tool_calls for e in episodes),
         "invalid_calls": fmean(e.num_invalid_calls for e in episodes),
@@ -46,6 +47,8 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
         "forks": fmean(len(r.ledgers) - 1 for r in graded),
         "drifted_turns": fmean(r.num_drifted_turns for r in graded),
     }
+    if replies := sum(t.reply is not None for e in episodes for t in e.turns):
+        metrics["user_turns"] = replies / len(episodes)
     passed = [r.grade.passed for r in graded if r.grade is not None and r.grade.passed is not None]
     if passed:
         metrics["correct"] = fmean(passed)

@@ -85,6 +85,7 @@ def _facts(row: Mapping[str, Any], episode: Mapping[str, Any]) -> list[Fact]:
         ("latency", seconds(episode.get("latency_s"))),
         ("generating", seconds(math.fsum(number(t.get("generation_s")) or 0 for t in turns))),
         ("in tools", seconds(math.fsum(number(t.get("tools_s")) or 0 for t in turns))),
+        ("waiting for the user", seconds(s) if (s := math.fsum(number(t.get("reply_s")) or 0 for t in turns)) else ""),
         ("grading", seconds(grader_s) if grader_s else ""),
         ("reasoning tokens", f"{reasoning:,.0f}" if reasoning else ""),
         ("training rows", str(n) if (n := len(_mappings(row.get("ledgers")))) > 1 else ""),
@@ -127,7 +128,7 @@ def _numbers(value: object) -> list[tuple[str, float | None]]:
 
 def _messages(episode: Mapping[str, Any], num_prompt: int) -> list[dict[str, Any]]:
     """All messages; to the model's own and to tool results what the turn knows of them."""
-    turns = iter(_mappings(episode.get("turns")))
+    turns, turn = iter(_mappings(episode.get("turns"))), _mapping(None)
     results: list[Mapping[str, Any]] = []
     out = []
     for i, message in enumerate(_mappings(episode.get("messages"))):
@@ -141,6 +142,8 @@ def _messages(episode: Mapping[str, Any], num_prompt: int) -> list[dict[str, Any
             result, *results = results
             facts = [_tokens(result.get("num_tokens")), seconds(result.get("latency_s"))]
             error = text(result.get("error"))
+        elif role == "user" and turn.get("reply") is not None:
+            facts = ["the simulated user", seconds(turn.get("reply_s"))]
         calls = _mappings(message.get("tool_calls"))
         out.append(
             {

@@ -27,11 +27,14 @@ class RemoteToolConfig(BaseModel):
 
 
 class RemoteConfig(BaseModel):
-    """Tools that live in other processes. Tasks come from the `data` section."""
+    """Tools that live in other processes, or none at all: the empty world, whose rows are single answers.
+
+    Tasks come from the `data` section.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    type: Literal["remote"]
+    type: Literal["remote"] = "remote"
     tools: list[RemoteToolConfig] = Field(default=[], description="Tools by the hosted protocol, over HTTP.")
     mcp: list[McpServerConfig] = Field(default=[], description="MCP servers, whose tools are offered beside them.")
     open_url: str | None = Field(
@@ -45,8 +48,6 @@ class RemoteConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_distinct_tools(self) -> RemoteConfig:
-        if not self.tools and not self.mcp:
-            raise ValueError("expected at least one tool or MCP server")
         names = [tool.name for tool in self.tools]
         for name in names:
             if names.count(name) > 1:

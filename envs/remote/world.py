@@ -64,7 +64,10 @@ class RemoteWorld:
         return RemoteEnv(callers=self._callers, mcp=self._mcp, hooks=self._hooks)
 
     def tasks(self, split: str) -> Sequence[Task]:
-        raise UserError("world: the remote world brings no tasks of its own; expected a `data` section")
+        raise UserError(
+            "data: expected a data section with train and eval: the remote world, which is also what stands where "
+            "`world` is left out, brings no tasks of its own (the demo's is named: world: {type: finance})"
+        )
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
         return ()

@@ -3,6 +3,7 @@
 AgentRFTError
 ├── UserError(ValueError)     a config, data set or grader is wrong: one screen, exit code 2, nothing loaded
 ├── WorldError                a tool server, judge or engine failed: the rollout is masked, never scored 0
+│   └── Unscored              the user's reward functions passed the rollout over: masked too, but not tried again
 ├── ToolError                 a tool refuses its arguments: shown to the model, the episode goes on
 └── PublishError              the engine does not run the policy that is being trained: the run stops
 
@@ -25,6 +26,10 @@ class UserError(AgentRFTError, ValueError):
 
 class WorldError(AgentRFTError):
     """The world around the model failed, not the model. The rollout is masked out of the loss and counted."""
+
+
+class Unscored(WorldError):
+    """Every reward function gave None: there is nothing to learn from this rollout, and another try gives no more."""
 
 
 class ToolError(AgentRFTError):

@@ -179,6 +179,9 @@ class Episode:
     state: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What the environment says of its final state (JSON values); graders read it as `sample.state`."""
     latency_s: float = 0.0
+    completion_ids: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    """The tokens behind the prompt, from the first that the model sampled to the last, tool results between them
+    included; where the template rewrote earlier text, of each row its own. None where they are not known."""
 
     @property
     def answer(self) -> str | None:

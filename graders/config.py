@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from envs.errors import UserError
+from envs.loading import TARGET_PATTERN
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
 _MARGIN = 1e-6
@@ -209,15 +210,42 @@ class EndpointConfig(_Continuous):
     timeout_s: float = Field(default=600.0, gt=0, description="Of one request.")
 
 
+class CustomTarget(_Settings):
+    """One of several graders of the user's own, whose rewards are summed."""
+
+    target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
+    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    weight: float = Field(default=1.0, description="What its reward is multiplied with, as trl's reward_weights.")
+
+
 class CustomConfig(_Continuous):
-    """The user's own Python: a class with `grade(task, episode)`, or a TRL-style reward function."""
+    """The user's own Python: classes with `grade(task, episode)`, or TRL-style reward functions."""
 
     type: Literal["custom"]
     name: str = Field(default="custom", min_length=1)
-    target: str = Field(
-        pattern=r"^[^:]+:[A-Za-z_][\w.]*$", description="`package.module:Name` or `path/to/file.py:name`."
+    target: str | None = Field(
+        default=None, pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`."
     )
-    kwargs: dict[str, Any] = Field(default={}, description="A class is made with them.")
+    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    targets: list[CustomTarget] | None = Field(
+        default=None,
+        min_length=1,
+        description="Several, in place of target: the reward is the weighted sum, as trl's reward_funcs give it. Names "
+        "of targets, or {target, kwargs, weight}.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _by_name(cls, targets: Any) -> Any:
+        return [{"target": t} if isinstance(t, str) else t for t in targets] if isinstance(targets, list) else targets
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> CustomConfig:
+        if (self.target is None) == (self.targets is None):
+            raise ValueError("expected target or targets, one of the two")
+        if self.targets is not None and self.kwargs:
+            raise ValueError("kwargs: with targets they stand beside each target")
+        return self
 
 
 SingleGraderConfig = Annotated[

@@ -4,55 +4,128 @@ A class: `grade` is sync or async and gives a `Grade` or a number. It may have `
 `take_metrics()`, as graders have.
 
 A reward function is called as trl's GRPOTrainer calls it, with a batch of one: `prompts` and `completions` are lists of
-message lists (tool calls with their arguments decoded, without ids), every key of the row is a list, `log_extra(column,
+message lists (tool calls with their arguments decoded, without ids), `completion_ids` the token ids behind the prompt
+(tool results included, up to the last that the model sampled), every key of the row is a list, `log_extra(column,
 values)` and `log_metric(name, value)` are there, and `environments` where the world's are TRL-style. It gives
-`list[float | None]`, sync or async. Where it has no `**kwargs` it gets what it names. Not covered, for graders know
-neither tokens nor the trainer: `completion_ids` and `trainer_state`; a function that names them is refused.
+`list[float | None]`, sync or async. Where it has no `**kwargs` it gets what it names. A factory of reward functions is
+called with `kwargs`, or without any where it needs none. Not covered: `trainer_state`, which graders do not know (a
+function that needs it is refused), and reward models (trl scores those itself).
 
-None is an error, for with one grader no score is left; in trl the other functions would make it up. Errors of the
-user's code stop the run, `WorldError` aside, which masks the rollout. Sync code runs in a thread.
+Of several `targets` the reward is the weighted sum. None passes the rollout over, as in trl: the other rewards make
+up the sum; where all give None, `Unscored` masks the rollout. Errors of the user's code stop the run, `WorldError`
+aside, which masks the rollout. Sync code runs in a thread.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from envs.custom import live_environment
-from envs.errors import UserError
+from envs.errors import Unscored, UserError, first_error
 from envs.loading import accepted, call_user, load_target, make, required
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
-from graders.types import Grade, Grader
+from graders.types import Grade, Grader, taken_metrics
 
 _RESERVED = ("prompt", "completion", "completion_ids")
 """Columns that trl does not hand on."""
-_OFFERED = ("prompts", "completions", "log_extra", "log_metric", "environments")
-_UNKNOWN = ("completion_ids", "trainer_state")
+_COMPLETIONS = ("prompts", "completions", "completion_ids")
+_OFFERED = (*_COMPLETIONS, "log_extra", "log_metric", "environments")
+_UNKNOWN = "trainer_state"
 _MARGIN = 1e-9
 
 
 def load_custom_grader(config: CustomConfig) -> Grader:
     """Raises `UserError` for a target that can't be loaded or is no grader."""
-    where = f"grader.target {config.target!r}"
-    target = load_target(config.target, key="grader.target")
-    if isinstance(target, type):
-        target = make(target, config.kwargs, where=where)
-    elif config.kwargs:
-        raise UserError(f"{where}: kwargs: a class is made with them, but this is {type(target).__name__}")
+    if config.target is not None:
+        return _load(config.target, config.kwargs, config.name, key="grader.target")
+    assert config.targets is not None, "target or targets, the config says"
+    parts: dict[str, tuple[Grader, float]] = {}
+    for place, part in enumerate(config.targets):
+        name = part.target.rpartition(":")[2].rpartition(".")[2]
+        name = f"{name}_{place + 1}" if name in parts else name
+        parts[name] = (_load(part.target, part.kwargs, name, key=f"grader.targets.{place}.target"), part.weight)
+    return _SumOfRewards(parts, config.name)
+
+
+def _load(name: str, kwargs: Mapping[str, Any], grader_name: str, *, key: str) -> Grader:
+    where = f"{key} {name!r}"
+    target = load_target(name, key=key)
+    is_factory = callable(target) and not isinstance(target, type) and not callable(getattr(target, "grade", None))
+    if isinstance(target, type) or (is_factory and (kwargs or _is_bare_factory(target))):
+        target = make(target, kwargs, where=where)
+    elif kwargs:
+        raise UserError(f"{where}: kwargs: a class or a factory is called with them, not {type(target).__name__}")
     if callable(getattr(target, "grade", None)):
-        return _ClassGrader(target, config.name)
+        return _ClassGrader(target, grader_name)
     if callable(target):
-        return _FunctionGrader(target, config.name, where=where)
+        return _FunctionGrader(target, grader_name, where=where)
     raise UserError(
         f"{where}: expected a class with grade(task, episode) or a function f(prompts, completions, **columns), got "
         f"{type(target).__name__}"
     )
+
+
+def _is_bare_factory(function: Callable[..., Any]) -> bool:
+    """Takes nothing of what a reward function is given, and needs nothing else."""
+    return not required(function) and not accepted(function, dict.fromkeys(_COMPLETIONS))
+
+
+class _SumOfRewards:
+    """The weighted sum of what several graders give; those that give None are left out of it, as in trl."""
+
+    def __init__(self, parts: Mapping[str, tuple[Grader, float]], name: str) -> None:
+        self._parts = dict(parts)
+        self._name = name
+
+    async def grade(self, task: Task, episode: Episode) -> Grade:
+        async with first_error(), asyncio.TaskGroup() as group:
+            running = {
+                name: group.create_task(_or_none(part, task, episode)) for name, (part, _) in self._parts.items()
+            }
+        given = {name: grade for name, t in running.items() if (grade := t.result()) is not None}
+        if not given:
+            raise Unscored(f"{self._name}: every one of {', '.join(self._parts)} gave None")
+        reward = sum(self._parts[name][1] * grade.reward for name, grade in given.items())
+        return Grade(
+            reward=reward,
+            parts={self._name: reward},
+            explanation="; ".join(
+                f"{name} {given[name].reward:.6g} ({given[name].explanation})".removesuffix(" ()")
+                if name in given
+                else f"{name} gave None"
+                for name in self._parts
+            ),
+            scores={name: grade.reward for name, grade in given.items()},
+            errors=tuple(dict.fromkeys(kind for grade in given.values() for kind in grade.errors)),
+        )
+
+    def check(self, task: Task) -> None:
+        for part, _ in self._parts.values():
+            if check := getattr(part, "check", None):
+                check(task)
+
+    def take_metrics(self) -> dict[str, float]:
+        return {name: value for part, _ in self._parts.values() for name, value in taken_metrics(part).items()}
+
+    async def aclose(self) -> None:
+        for part, _ in self._parts.values():
+            if close := getattr(part, "aclose", None):
+                await close()
+
+
+async def _or_none(grader: Grader, task: Task, episode: Episode) -> Grade | None:
+    try:
+        return await grader.grade(task, episode)
+    except Unscored:
+        return None
 
 
 class EnvReward:
@@ -104,11 +177,12 @@ class _FunctionGrader:
         self._where = where
         self._logged: dict[str, list[float]] = defaultdict(list)
         needed = required(function)
-        if unknown := [parameter for parameter in needed if parameter in _UNKNOWN]:
-            raise UserError(f"{where}: {unknown[0]!r} can't be given: graders know neither tokens nor the trainer")
-        if not accepted(function, dict.fromkeys(("prompts", "completions"))):
+        if _UNKNOWN in needed:
+            raise UserError(f"{where}: {_UNKNOWN!r} can't be given: graders do not know the trainer")
+        if not accepted(function, dict.fromkeys(_COMPLETIONS)):
             raise UserError(f"{where}: expected a function f(prompts, completions, **columns)")
         self._columns = [parameter for parameter in needed if parameter not in _OFFERED]
+        self._needs_tokens = "completion_ids" in needed
 
     def check(self, task: Task) -> None:
         if missing := [column for column in self._columns if column not in task.item or column in _RESERVED]:
@@ -132,6 +206,12 @@ class _FunctionGrader:
             "log_extra": log_extra,
             "log_metric": log_metric,
         }
+        if episode.completion_ids is not None:
+            offered["completion_ids"] = [list(episode.completion_ids)]
+        elif self._needs_tokens:
+            raise UserError(
+                f"{self._where}: needs 'completion_ids', but this sample has no tokens; a run's rollouts have"
+            )
         if (environment := live_environment(episode.rollout_id)) is not None:
             offered["environments"] = [environment]
         given = await _in_words_of(self._name, self._function, **accepted(self._function, offered))
@@ -202,7 +282,7 @@ async def _in_words_of(name: str, function: Callable[..., Any], *args: Any, **kw
 
 def _number(value: Any, name: str) -> float:
     if value is None:
-        raise ValueError(f"grader {name!r} gave None: with one grader no score is left; expected a number")
+        raise Unscored(f"{name} gave None")
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def _read_row(data: Any, number: int) -> Row:
         raise UserError(f"expected an object, got {in_words(data)}")
     if "episode" in data and "task" in data:
         task, episode = _TASK.validate_python(data["task"]), _EPISODE.validate_python(data["episode"])
-        return Row(line=number, task=task, episode=episode)
+        return Row(line=number, task=task, episode=replace(episode, completion_ids=_completion_ids(data)))
     item = data.get("item", data.get("datasource_item"))
     item = {} if item is None else item
     if not isinstance(item, dict):
@@ -60,3 +60,9 @@ def _read_row(data: Any, number: int) -> Row:
     messages = read_messages(Reader(item, "item"), "messages") if item.get("messages") else ()
     task = Task(task_id=task_id, messages=messages, item=item)
     return Row(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
+
+
+def _completion_ids(rollout: dict[str, Any]) -> tuple[int, ...] | None:
+    """As `trainer.samples.completion_ids` has them, of the rollout's rows; None without any."""
+    rows = [row for row in rollout.get("ledgers") or () if row["sampled"]]
+    return tuple(i for row in rows for i in row["token_ids"][row["sampled"][0][0] : row["sampled"][-1][1]]) or None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from envs.custom import CustomEnvConfig, CustomWorld
-from envs.errors import UserError, WorldError
+from envs.errors import Unscored, UserError, WorldError
 from envs.loading import load_target
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.build import build_grader
@@ -22,6 +24,7 @@ from graders.types import Grade, GraderErrorKind
 
 PROMPT = (Message(role="system", content="Be brief."), Message(role="user", content="What is in the drawer?"))
 TASK = Task(task_id="t", messages=PROMPT, item={"code": 7, "answer": "gold"})
+TOKENS = (0, 0, 1, 0, 2)
 
 
 def played(answer: str | None = "gold", *, rollout_id: str = "r", output: str = "it opens") -> Episode:
@@ -161,6 +164,26 @@ def wants_tokens(completions: list[Any], completion_ids: list[Any], **kwargs: An
     return [1.0]
 
 
+def wants_the_trainer(completions: list[Any], trainer_state: Any, **kwargs: Any) -> list[float]:
+    return [1.0]
+
+
+def counts_tokens(completion_ids: list[list[int]]) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def get_bonus(size: float = 0.5) -> Any:
+    def bonus(completions: list[Any], **kwargs: Any) -> list[float]:
+        return [size] * len(completions)
+
+    return bonus
+
+
+class NoGrade:
+    def grade(self, task: Task, episode: Episode) -> float | None:
+        return None
+
+
 def of_numbers(x: float) -> float:
     return x
 
@@ -228,7 +251,6 @@ async def test_what_a_function_logs_is_kept() -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("none_at_all", "grader 'mine' gave None: with one grader no score is left"),
         ("not_finite", "grader 'mine' gave nan; expected a finite number"),
         ("too_many", "reward function 'mine': expected one reward for one completion, got 2"),
         ("no_list", "reward function 'mine': expected a list with one reward, got float"),
@@ -238,6 +260,12 @@ async def test_no_reward_is_never_taken_for_one(name: str, told: str) -> None:
     with pytest.raises(ValueError, match=told) as caught:
         await grader(name).grade(TASK, played())
     assert not isinstance(caught.value, WorldError)
+
+
+@pytest.mark.parametrize("name", ["none_at_all", "NoGrade"])
+async def test_a_reward_of_none_masks_the_rollout(name: str) -> None:
+    with pytest.raises(Unscored, match="mine gave None"):
+        await grader(name).grade(TASK, played())
 
 
 async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> None:
@@ -251,10 +279,12 @@ async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> No
 @pytest.mark.parametrize(
     ("name", "kwargs", "told"),
     [
-        ("wants_tokens", {}, "'completion_ids' can't be given"),
+        ("wants_the_trainer", {}, "'trainer_state' can't be given: graders do not know the trainer"),
         ("of_numbers", {}, r"expected a function f\(prompts, completions, \*\*columns\)"),
         ("seen", {}, r"expected a class with grade\(task, episode\) or a function .*, got dict"),
-        ("by_name", {"x": 1}, "kwargs: a class is made with them, but this is function"),
+        ("by_name", {"x": 1}, "kwargs: got an unexpected keyword argument 'x'|kwargs: missing a required argument"),
+        ("seen", {"x": 1}, "kwargs: a class or a factory is called with them, not dict"),
+        ("get_bonus", {"x": 1}, "kwargs: got an unexpected keyword argument 'x'"),
         ("Checks", {"x": 1}, "kwargs: got an unexpected keyword argument 'x'"),
     ],
 )
@@ -268,6 +298,98 @@ def test_a_row_without_a_column_that_the_function_needs_is_told_before_the_run()
     config = CustomConfig(type="custom", target=f"{__file__}:by_name")
     with pytest.raises(UserError, match=r"task 't9' has no key 'answer', which the function needs"):
         build_grader(config, PenaltiesConfig(), tasks=[TASK, row])
+
+
+async def test_factories_make_reward_functions() -> None:
+    assert (await grader("get_bonus", size=0.25).grade(TASK, played())).reward == 0.25
+    assert (await grader("get_bonus").grade(TASK, played())).reward == 0.5, (
+        "one that needs nothing is called all the same"
+    )
+
+
+async def test_a_function_of_tokens_is_given_those_behind_the_prompt_or_says_that_there_are_none() -> None:
+    counting = grader("counts_tokens")
+    assert (await counting.grade(TASK, replace(played(), completion_ids=(5, 6, 7)))).reward == 3.0
+    with pytest.raises(UserError, match="needs 'completion_ids', but this sample has no tokens"):
+        await counting.grade(TASK, played())
+
+
+def summed(*targets: Any) -> Any:
+    named = [f"{__file__}:{t}" if isinstance(t, str) else t | {"target": f"{__file__}:{t['target']}"} for t in targets]
+    return load_custom_grader(CustomConfig.model_validate({"type": "custom", "name": "sum", "targets": named}))
+
+
+async def test_the_reward_of_several_functions_is_their_weighted_sum_and_none_is_left_out() -> None:
+    both = summed(
+        {"target": "by_name", "weight": 2}, "none_at_all", {"target": "get_bonus", "kwargs": {"size": 0.25}}, "Checks"
+    )
+    grade = await both.grade(TASK, played("gold"))
+    assert (grade.reward, grade.parts) == (3.25, {"sum": 3.25})
+    assert grade.scores == {"by_name": 1.0, "get_bonus": 0.25, "Checks": 1.0}
+    assert grade.explanation == "by_name 1; none_at_all gave None; get_bonus 0.25; Checks 1"
+    with pytest.raises(UserError, match="no key 'answer'"):
+        both.check(Task(task_id="t", messages=PROMPT, item={}))
+    await both.aclose()
+
+
+async def test_where_all_functions_give_none_the_rollout_is_masked() -> None:
+    with pytest.raises(Unscored, match="sum: every one of none_at_all, none_at_all_2 gave None"):
+        await summed("none_at_all", "none_at_all").grade(TASK, played())
+    with pytest.raises(KeyError):
+        await summed("none_at_all", "fails").grade(TASK, played())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target": "a:b", "targets": ["c:d"]}, {"targets": ["a:b"], "kwargs": {"x": 1}}, {"targets": []}]
+)
+def test_either_a_target_or_targets_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CustomConfig.model_validate({"type": "custom", **settings})
+
+
+async def test_the_rewards_that_trl_ships_give_here_what_they_give_there() -> None:
+    """All in a sum, held against trl's own functions and its rule for None."""
+    from trl import rewards
+
+    factories = {
+        "get_soft_overlong_punishment": {"max_completion_len": 8, "soft_punish_cache": 4},
+        "get_cosine_scaled_reward": {"max_len": 10},
+        "get_repetition_penalty_reward": {"ngram_size": 2},
+    }
+    plain = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+    shipped = {**{name: {} for name in plain}, **factories}
+    assert set(shipped) == {name for names in rewards._import_structure.values() for name in names}
+    functions = {n: getattr(rewards, n)(**k) if k else getattr(rewards, n) for n, k in shipped.items()}
+    targets = [{"target": f"trl.rewards:{n}", "kwargs": k, "weight": 0.5} for n, k in shipped.items()]
+    all_of_them = load_custom_grader(CustomConfig.model_validate({"type": "custom", "targets": targets}))
+    cases = [
+        (r"<think>Half of it.</think>It is $\boxed{\frac{1}{2}}$", r"$\frac{1}{2}$", (1, 2, 3, 4, 5)),
+        (r"It is $\boxed{3}$", "$4$", (7, 7, 7, 7, 7, 7)),
+        (r"<think>Who knows?</think>It is $\boxed{3}$", "no number", tuple(range(12))),
+    ]
+    num_none = 0
+    for answer, solution, tokens in cases:
+        task = Task(task_id="t", messages=PROMPT, item={"solution": solution})
+        message = Message(role="assistant", content=answer)
+        episode = Episode(
+            rollout_id="r",
+            task_id="t",
+            messages=(*PROMPT, message),
+            turns=(Turn(message=message),),
+            stop_reason=StopReason.ANSWERED,
+            completion_ids=tokens,
+        )
+        theirs = {
+            name: function(
+                prompts=[[]], completions=[[{"content": answer}]], completion_ids=[list(tokens)], solution=[solution]
+            )[0]
+            for name, function in functions.items()
+        }
+        grade = await all_of_them.grade(task, episode)
+        assert grade.scores == {name: reward for name, reward in theirs.items() if reward is not None}
+        assert grade.reward == pytest.approx(sum(0.5 * reward for reward in theirs.values() if reward is not None))
+        num_none += sum(reward is None for reward in theirs.values())
+    assert num_none == 3
 
 
 # ---- environments that own the reward
@@ -365,7 +487,7 @@ async def test_a_reward_function_is_called_as_trl_calls_it() -> None:
     await env.open(TASK, "r-1")
     recorder, recorded = grader("record"), of_file("seen")
     recorded.clear()
-    assert (await recorder.grade(TASK, played(rollout_id="r-1"))).reward == 0.5
+    assert (await recorder.grade(TASK, replace(played(rollout_id="r-1"), completion_ids=TOKENS))).reward == 0.5
     ours = dict(recorded)
     await env.close(None)
 
@@ -382,16 +504,20 @@ async def test_a_reward_function_is_called_as_trl_calls_it() -> None:
     drawer = of_file("Drawer")()
     assert drawer.reset(prompt=prompt, **TASK.item) == getattr(env, "observation")  # noqa: B009
     trainer = trl_trainer(written, drawer, of_file("record"))
-    completions = GRPOTrainer._tool_call_loop(
+    _, completions, completion_ids, *_ = GRPOTrainer._tool_call_loop(
         trainer, [list(prompt)], [[9]], [[0]], [[_Parsed(written).parse_response([0])]], None, None, {}
-    )[1]
+    )
+    # Each turn is one token there, and so is what follows each turn's calls.
+    assert completion_ids == [list(TOKENS)]
     recorded.clear()
-    rewards = GRPOTrainer._calculate_rewards(trainer, [{"prompt": prompt, **TASK.item}], [prompt], completions, [[0]])
+    rewards = GRPOTrainer._calculate_rewards(
+        trainer, [{"prompt": prompt, **TASK.item}], [prompt], completions, completion_ids
+    )
     theirs = dict(recorded)
 
     assert rewards.tolist() == [[0.5]]
-    assert set(theirs) - set(ours) == {"completion_ids", "trainer_state"}
+    assert set(theirs) - set(ours) == {"trainer_state"}
     assert set(ours) <= set(theirs)
-    for key in ("prompts", "completions", "code", "answer"):
+    for key in ("prompts", "completions", "completion_ids", "code", "answer"):
         assert ours[key] == theirs[key], key
     assert [type(e).__name__ for e in ours["environments"]] == ["Drawer"]

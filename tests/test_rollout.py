@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
 
-from envs.errors import ToolError, WorldError
+from envs.errors import ToolError, Unscored, WorldError
 from envs.tools import Tool, schema_tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind
 from graders.types import Grade
@@ -19,6 +20,7 @@ from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
 from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, Rollout, RolloutRequest, RolloutWorker
+from trainer.runs import rollout_from_json, rollout_to_json
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))
 CONFIG = RolloutConfig(max_turns=6, max_tool_calls=4, max_turn_tokens=64, max_episode_tokens=900, world_retries=2)
@@ -522,6 +524,34 @@ async def test_a_judge_that_cannot_be_reached_masks_the_rollout_with_its_cause(c
     played = await play(chat, lambda prompt, seed: "42", set_up=set_up, world_retries=1)
     assert played.rollout.grade is None and played.rollout.num_attempts == 2
     assert played.episode.error == "grader: the judge is out"
+
+
+async def test_a_rollout_that_all_reward_functions_pass_over_is_masked_and_not_tried_again(chat):
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        async def pass_over(task: Task, episode: Episode) -> Grade:
+            raise Unscored("mine gave None")
+
+        grader.grade = pass_over
+
+    played = await play(chat, lambda prompt, seed: "42", set_up=set_up)
+    assert played.rollout.grade is None and played.rollout.is_unscored and played.rollout.num_attempts == 1
+    assert played.episode.error == "grader: mine gave None" and played.episode.stop_reason is StopReason.ANSWERED
+    stored = json.loads(json.dumps(rollout_to_json(played.rollout)))
+    assert rollout_from_json(stored) == played.rollout
+
+
+async def test_an_episode_knows_its_tokens_behind_the_prompt_tool_results_included(chat):
+    written = [call("echo", text="7"), "It is 7."]
+    played = await play(chat, written)
+    (ledger,) = played.rollout.ledgers
+    ids = played.episode.completion_ids
+    assert ids == tuple(ledger.prompt_ids[-len(ids) :]), "all tokens behind the prompt"
+    text = chat.decode(ids)
+    assert text.startswith(f"{written[0]}{STOP}") and text.endswith(f"{written[1]}{STOP}")
+    assert "heard 7" in text
+    stored = rollout_to_json(played.rollout)
+    assert stored["episode"]["completion_ids"] is None, "the ledger holds them already"
+    assert rollout_from_json(json.loads(json.dumps(stored))).episode.completion_ids == ids
 
 
 async def test_a_judge_that_comes_back_grades_the_retry(chat):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from envs.base import Ends, Env, HasState, Observes, OrdersCalls, Responds, World
-from envs.errors import WorldError, first_error
+from envs.errors import Unscored, WorldError, first_error
 from envs.tools import Tool, call_tool
 from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, Grader
@@ -24,7 +24,7 @@ from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Engine, Sampling
 from trainer.offer import tools_offered
-from trainer.samples import Ledger
+from trainer.samples import Ledger, completion_ids
 
 MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
 OVER_BUDGET_ANSWER = "Error: the tool call budget is used up. Answer now."
@@ -42,6 +42,8 @@ class Rollout:
     """None where the world failed: masked out of the loss."""
     watch: Grade | None = None
     """What the grader that is never trained on gave; None without one, and where it failed."""
+    is_unscored: bool = False
+    """The user's reward functions all gave None: masked, but no fault of the world's, and not tried again."""
     num_drifted_turns: int = 0
     """Turns whose raw text differs from what serving would render for the parsed message."""
     num_attempts: int = 1
@@ -146,7 +148,7 @@ class RolloutWorker:
         for attempt in range(1 + self._config.world_retries):
             rollout_id = request.rollout_id if attempt == 0 else f"{request.rollout_id}-retry{attempt}"
             rollout = await self._attempt(request, rollout_id, temperature, attempt + 1)
-            if rollout.grade is not None:
+            if rollout.grade is not None or rollout.is_unscored:
                 break
         return rollout
 
@@ -157,6 +159,7 @@ class RolloutWorker:
         episode: Episode | None = None
         grade: Grade | None = None
         watch: Grade | None = None
+        is_unscored = False
         if self._live:
             self._live.opened(rollout_id)
         try:
@@ -176,11 +179,13 @@ class RolloutWorker:
                 error=error,
                 state=state,
                 latency_s=time.perf_counter() - start,
+                completion_ids=completion_ids(live.ledgers),
             )
             if stop is not StopReason.WORLD_FAULT:
                 try:
                     grade = await _timed_grade(self._grader, request.task, episode)
                 except WorldError as e:
+                    is_unscored = isinstance(e, Unscored)
                     episode = replace(episode, error=f"grader: {e}")
                 # What only watches must not cost a rollout.
                 with contextlib.suppress(WorldError):
@@ -196,6 +201,7 @@ class RolloutWorker:
             ledgers=tuple(live.ledgers),
             grade=grade,
             watch=watch,
+            is_unscored=is_unscored,
             num_drifted_turns=live.num_drifted_turns,
             num_attempts=number,
         )

@@ -37,7 +37,7 @@ from graders.sample import own_data
 from graders.types import Grade
 from trainer.config import RunConfig
 from trainer.rollout import Rollout
-from trainer.samples import Ledger
+from trainer.samples import Ledger, completion_ids
 
 _EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
 
@@ -241,26 +241,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
     """A rollout as a JSON object; `rollout_from_json` reads it back.
 
-    Of the task's item, what its messages and definitions say already is left out: `item_of` adds it again.
+    What stands there twice is left out: of the task's item its messages and definitions (`item_of` adds them again), of
+    the episode its token ids.
     """
     return {
-        "episode": _EPISODE.dump_python(rollout.episode, mode="json"),
+        "episode": _EPISODE.dump_python(replace(rollout.episode, completion_ids=None), mode="json"),
         "task": _TASK.dump_python(replace(rollout.task, item=own_data(rollout.task)), mode="json"),
         "grade": None if rollout.grade is None else asdict(rollout.grade),
         "watch": None if rollout.watch is None else asdict(rollout.watch),
         "ledgers": [ledger.to_json() for ledger in rollout.ledgers],
+        "is_unscored": rollout.is_unscored,
         "num_drifted_turns": rollout.num_drifted_turns,
         "num_attempts": rollout.num_attempts,
     }
 
 
 def rollout_from_json(record: dict[str, Any]) -> Rollout:
+    ledgers = tuple(Ledger.from_json(row) for row in record["ledgers"])
     return Rollout(
-        episode=_EPISODE.validate_python(record["episode"]),
+        episode=replace(_EPISODE.validate_python(record["episode"]), completion_ids=completion_ids(ledgers)),
         task=_TASK.validate_python(record["task"]),
         grade=None if record["grade"] is None else _GRADE.validate_python(record["grade"]),
         watch=None if record.get("watch") is None else _GRADE.validate_python(record["watch"]),
-        ledgers=tuple(Ledger.from_json(row) for row in record["ledgers"]),
+        ledgers=ledgers,
+        is_unscored=record.get("is_unscored", False),
         num_drifted_turns=record["num_drifted_turns"],
         num_attempts=record["num_attempts"],
     )

@@ -48,6 +48,13 @@ class Ledger:
     def num_trainable(self) -> int:
         return sum(self._trainable)
 
+    @property
+    def completion_ids(self) -> list[int]:
+        """From the first sampled token to the last, with what stands between."""
+        if not any(self._trainable):
+            return []
+        return self._token_ids[self._trainable.index(True) : len(self) - self._trainable[::-1].index(True)]
+
     def append_context(self, token_ids: Iterable[int]) -> None:
         """Append tokens that the policy did not choose: the prompt, tool results, the template's glue."""
         for token_id in token_ids:
@@ -108,6 +115,11 @@ class Ledger:
         ledger.append_context(token_ids[start:])
         assert not logprobs, "more log-probabilities than sampled tokens"
         return ledger
+
+
+def completion_ids(rows: Iterable[Ledger]) -> tuple[int, ...]:
+    """What stands behind the prompt: of each row everything from its first sampled token to its last."""
+    return tuple(token_id for row in rows for token_id in row.completion_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from scripted_engine import call, engine_starter
 from servers import REPOSITORY, running
 
 from envs.errors import UserError
+from envs.remote.config import RemoteConfig
 from trainer.config import load_config
 from trainer.hosted_job import TakenJob, take_job
 from trainer.train import train
@@ -180,6 +181,22 @@ def test_older_top_level_hyperparameters_count_where_the_method_says_nothing(wri
     assert made.config.rollout.tasks_per_step == 4 and made.config.optim.num_steps == 20
     assert said(made, "hyperparameters.batch_size").startswith("2 not taken over")
     assert said(made, "hyperparameters.lr") == "unknown key; not taken over"
+
+
+def test_a_job_without_tools_gets_an_empty_world_never_a_demo_s(write):
+    made = taken(write, job_of(tools=[]))
+    assert made.sections["world"] == {"type": "remote", "tools": []}
+    assert made.config.world == RemoteConfig() and made.config.rollout.answer == "text"
+
+
+def test_rows_with_tools_that_no_server_has_are_graded_by_their_calls(write, tmp_path):
+    lookup = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object", "properties": {}}}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"tools": [lookup]}) + "\n")
+    made = taken(write, job_of(tools=[]))
+    assert made.config.rollout.answer == "tool_calls"
+    assert "rollout.answer tool_calls" in said(made, "method.reinforcement.tools")
+    served = taken(write, job_of(tools=[]), "world={type: custom, target: 'tools.py:Env'}")
+    assert served.config.rollout.answer == "text"
 
 
 def test_a_graders_source_of_several_lines_reads_in_the_yaml_as_it_was_written(write):

@@ -237,7 +237,7 @@ def _rollout(method: Reinforcement) -> Iterator[_Take]:
 
 def _ends_at_calls(method: Reinforcement, train: Any, given: Mapping[str, Any]) -> bool:
     """Whether the rows' tools are served by nobody: the hosted service then grades the calls themselves."""
-    if method.tools or find(given, "world") is not MISSING or "answer" not in RolloutConfig.model_fields:
+    if method.tools or find(given, "world") is not MISSING:
         return False
     return _have_tools(train, "training_file")
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import aiohttp
 from yarl import URL
 
 from envs.errors import UserError, WorldError
+from envs.variables import expand
 
 _RETRIED_STATUSES = (408, 425, 429)
 """The server says "later"; what to do about that is not the model's to learn."""
@@ -34,7 +33,6 @@ _MAX_SHOWN = 200
 _METRICS = ("requests", "retries", "failures", "timeouts", "too_large", "breaker_opened", "breaker_wait_s")
 # Its own generator: the run's must not depend on how often a server failed.
 _jitter = random.Random()
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class RequestTooLarge(ValueError):
@@ -88,21 +86,14 @@ class HttpReply:
             raise ValueError("JSON that is nested too deep") from None
 
 
-def resolve_headers(headers: Mapping[str, str], where: str) -> dict[str, str]:
-    """The headers with each ${NAME} replaced by the environment variable; `where` names their place in the config.
+def resolve_headers(headers: Mapping[str, str], where: str, own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The headers with each ${NAME} replaced (see `envs.variables`); `where` names their place in the config.
 
     Raises `UserError` for a variable that is not set and for a value that can't stand in a header.
     """
-
-    def value_of(match: re.Match[str]) -> str:
-        value = os.environ.get(match[1])
-        if value is None:
-            raise UserError(f"{where}: the environment variable {match[1]} is not set")
-        return value
-
     resolved: dict[str, str] = {}
     for name, text in headers.items():
-        value = _VARIABLE.sub(value_of, text)
+        value = expand(text, where, own)
         if not name or any(ord(char) < 32 or ord(char) == 127 for char in name + value):
             raise UserError(f"{where}: header {name!r}: expected a name and a value on one line")
         resolved[name] = value

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from envs.remote.mcp import McpServerConfig
+from envs.remote.mcp_config import McpServerConfig
 
 _URL = r"^https?://"
 

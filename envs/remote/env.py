@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from envs.errors import WorldError
 from envs.http import HttpCaller
@@ -49,7 +50,7 @@ class RemoteEnv:
         self._task, self._rollout_id = task, rollout_id
         await self._hooks.opened(rollout_id, task.item)
         for server in self._servers:
-            session = server.session(rollout_id)
+            session = server.session(rollout_id, task.item)
             self._sessions.append((server, session))
             await session.open()
 
@@ -62,6 +63,11 @@ class RemoteEnv:
                     await session.close()
         finally:
             await self._hooks.closed(self._rollout_id, self._task.item, episode)
+
+    async def final_state(self) -> Mapping[str, Any]:
+        """What the MCP servers' `state_call`s answer, by the servers' names."""
+        asked = [(server.config.name, session) for server, session in self._sessions if server.config.state_call]
+        return {name: await session.state() for name, session in asked}
 
     async def _call(self, call: ToolCall) -> str:
         assert self._task is not None, "a tool was called before its environment was opened"

@@ -2,12 +2,12 @@
 
     server = McpServer(config)
     server.definitions()                    Chat Completions definitions; before any model is loaded
-    session = server.session(rollout_id)    one per rollout
+    session = server.session(rollout_id, item)    one per rollout
     await session.open(); await session.call(name, arguments); await session.close()
     await server.aclose()                   at the end of the run
 
-The server learns the rollout as `trace_id` in every call's `_meta`; with `per_rollout` also in the environment variable
-TRACE_ID (stdio) or the header X-Trace-Id (HTTP).
+The server learns the rollout as `trace_id`, and the row as `item`, in every call's `_meta`; with `per_rollout` the
+rollout also in the environment variable TRACE_ID (stdio) or the header X-Trace-Id (HTTP).
 
 The SDK is imported where it is used: loading a config must stay quick.
 """
@@ -15,45 +15,16 @@ The SDK is imported where it is used: loading a config must stay quick.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from envs.errors import UserError, WorldError
+from envs.errors import ToolError, UserError, WorldError
+from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpCallConfig, McpServerConfig
 from envs.remote.mcp_connection import Connection
-
-
-class McpServerConfig(BaseModel):
-    """One MCP server: started by `command`, or reached at `url`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    name: str = Field(min_length=1, description="In messages and metrics.")
-    command: str | None = Field(default=None, min_length=1, description="Started as a process that speaks over stdio.")
-    args: list[str] = []
-    env: dict[str, str] = Field(
-        default={}, description="Added to HOME, LOGNAME, PATH, SHELL, TERM and USER; the server inherits nothing else."
-    )
-    url: str | None = Field(default=None, pattern=r"^https?://", description="A streamable HTTP server.")
-    headers: dict[str, str] = {}
-    tools: list[str] | None = Field(default=None, min_length=1, description="Offered by name; null: all.")
-    per_rollout: bool = Field(
-        default=True, description="A session, and with stdio a process, for each rollout; false: one for all."
-    )
-    timeout_s: float = Field(default=600.0, gt=0, description="Of one call.")
-    start_timeout_s: float = Field(default=60.0, gt=0, description="From the start of the server to its first answer.")
-
-    @model_validator(mode="after")
-    def _is_reached_in_one_way(self) -> McpServerConfig:
-        if (self.command is None) == (self.url is None):
-            raise ValueError("expected either command (stdio) or url (streamable HTTP)")
-        if self.command is None and (self.args or self.env):
-            raise ValueError("args and env go with command, not with url")
-        if self.url is None and self.headers:
-            raise ValueError("headers go with url, not with command")
-        return self
+from envs.variables import fill
 
 
 class McpServer:
@@ -65,7 +36,10 @@ class McpServer:
     """
 
     def __init__(self, config: McpServerConfig) -> None:
+        """Raises `UserError` for an environment variable that is not set."""
+        config.resolved({TRACE_ID: "", ROLLOUT_DIR: ""})
         self.config = config
+        self._bound: dict[str, set[str]] = {}
         self._definitions: list[dict[str, Any]] | None = None
         self._open: set[Connection] = set()
         self._shared: Connection | None = None
@@ -76,7 +50,8 @@ class McpServer:
     def definitions(self) -> list[dict[str, Any]]:
         """The offered tools, as Chat Completions definitions, in the server's order; asked for once.
 
-        Raises `UserError` where the server can't be reached, offers nothing, or lacks a tool that the config names.
+        Under the names that the model calls them by, and without the arguments that are bound. Raises `UserError` where
+        the server can't be reached, offers nothing, or lacks a tool or an argument that the config names.
         """
         if self._definitions is None:
             # In a thread of its own: an event loop may be running in this one.
@@ -97,13 +72,40 @@ class McpServer:
         if not listed:
             raise UserError(f"MCP server {name!r}: expected tools, it lists none")
         names = [definition["function"]["name"] for definition in listed]
-        if unknown := [tool for tool in wanted or () if tool not in names]:
-            raise UserError(f"MCP server {name!r}: tools: no tool named {unknown[0]!r}; it has {', '.join(names)}")
-        return [d for d in listed if wanted is None or d["function"]["name"] in wanted]
+        calls = {"open_call": self.config.open_call, "state_call": self.config.state_call}
+        asked = [("tools", tool) for tool in wanted or ()] + [(key, call.tool) for key, call in calls.items() if call]
+        for key, tool in asked:
+            if tool not in names:
+                raise UserError(f"MCP server {name!r}: {key}: no tool named {tool!r}; it has {', '.join(names)}")
+        for definition in listed:
+            self._bind(definition["function"])
+        for argument in self.config.bind:
+            if not any(argument in bound for bound in self._bound.values()):
+                raise UserError(f"MCP server {name!r}: bind: no tool of it has an argument named {argument!r}")
+        offered = [d for d in listed if wanted is None or d["function"]["name"] in wanted]
+        for definition in offered:
+            definition["function"]["name"] = self.config.prefix + definition["function"]["name"]
+        return offered
 
-    def session(self, rollout_id: str) -> McpSession:
-        """What one rollout holds of this server; not yet open."""
-        return McpSession(self, rollout_id)
+    def _bind(self, about: dict[str, Any]) -> None:
+        """Takes what the config gives out of a tool's schema."""
+        parameters = dict(about["parameters"])
+        properties = known if isinstance(known := parameters.get("properties"), dict) else {}
+        bound = set(self.config.bind).intersection(properties)
+        self._bound[about["name"]] = bound
+        if bound:
+            parameters["properties"] = {key: value for key, value in properties.items() if key not in bound}
+            if isinstance(required := parameters.get("required"), list):
+                parameters["required"] = [key for key in required if key not in bound]
+            about["parameters"] = parameters
+
+    def bound(self, tool: str) -> dict[str, Any]:
+        """The arguments that the config gives to a tool, by the server's own name; known once it has been listed."""
+        return {key: value for key, value in self.config.bind.items() if key in self._bound.get(tool, ())}
+
+    def session(self, rollout_id: str, item: Mapping[str, Any] | None = None) -> McpSession:
+        """What one rollout of a row holds of this server; not yet open."""
+        return McpSession(self, rollout_id, item or {})
 
     async def connect(self, rollout_id: str) -> Connection:
         """A connection for this rollout alone. Raises `WorldError`."""
@@ -140,38 +142,68 @@ class McpServer:
 class McpSession:
     """A rollout's session with one server; with `per_rollout` false, its share in the one that all use."""
 
-    def __init__(self, server: McpServer, rollout_id: str) -> None:
+    def __init__(self, server: McpServer, rollout_id: str, item: Mapping[str, Any]) -> None:
         self._server = server
         self._rollout_id = rollout_id
+        self._item = item
         self._own: Connection | None = None
 
     async def open(self) -> None:
-        """Raises `WorldError` when the server can't be had."""
-        if self._server.config.per_rollout:
+        """Raises `WorldError` when the server can't be had, or refuses its `open_call`."""
+        config = self._server.config
+        if config.per_rollout:
             self._own = await self._server.connect(self._rollout_id)
         else:
             await self._server.shared()
+        if config.open_call is not None:
+            await self._our_call(config.open_call, "open_call")
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """What the tool answers, as text for the model.
+        """What the tool answers, as text for the model, who calls it by its prefixed name.
 
         Raises `ToolError` with what the model should see, and `WorldError` where the server failed: it did not
         answer in time, or the connection broke. A call that broke the shared connection is repeated once on a new one;
         a session that belongs to a rollout has lost its state with the connection, so nothing is repeated there.
         """
-        if self._server.config.per_rollout:
-            assert self._own is not None, "the session is not open"
-            return await self._own.call(name, arguments, self._rollout_id)
-        connection = await self._server.shared()
+        name = name.removeprefix(self._server.config.prefix)
+        return await self._call(name, {**arguments, **self._filled(self._server.bound(name), "bind")})
+
+    async def state(self) -> Any:
+        """What `state_call` answers: the value where it is JSON, else the text. Raises `WorldError`."""
+        assert self._server.config.state_call is not None, "the server has no state_call"
+        text = await self._our_call(self._server.config.state_call, "state_call")
         try:
-            return await connection.call(name, arguments, self._rollout_id)
-        except WorldError:
-            if not connection.is_broken:
-                raise
-        return await (await self._server.shared()).call(name, arguments, self._rollout_id)
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
 
     async def close(self) -> None:
         """Safe to call whether or not `open` succeeded, and again."""
         own, self._own = self._own, None
         if own is not None:
             await self._server.disconnect(own)
+
+    async def _our_call(self, call: McpCallConfig, key: str) -> str:
+        try:
+            return await self._call(call.tool, self._filled(call.arguments, f"{key}.arguments"))
+        except ToolError as e:
+            raise WorldError(f"MCP server {self._server.config.name!r}: {key}: {call.tool}: {e}") from None
+
+    def _filled(self, arguments: dict[str, Any], key: str) -> dict[str, Any]:
+        own = {TRACE_ID: self._rollout_id, ROLLOUT_DIR: self._own.folder if self._own else ""}
+        where = f"MCP server {self._server.config.name!r}: {key}"
+        filled: dict[str, Any] = fill(arguments, where, item=self._item, own=own)
+        return filled
+
+    async def _call(self, name: str, arguments: dict[str, Any]) -> str:
+        meta = {"trace_id": self._rollout_id, "item": self._item}
+        if self._server.config.per_rollout:
+            assert self._own is not None, "the session is not open"
+            return await self._own.call(name, arguments, meta)
+        connection = await self._server.shared()
+        try:
+            return await connection.call(name, arguments, meta)
+        except WorldError:
+            if not connection.is_broken:
+                raise
+        return await (await self._server.shared()).call(name, arguments, meta)

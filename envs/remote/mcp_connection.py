@@ -13,18 +13,17 @@ import string
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import ValidationError
 
 from envs.errors import ToolError, WorldError
+from envs.remote.mcp_answers import readable, text_of
+from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 
 if TYPE_CHECKING:
     from mcp import Client
-    from mcp_types import CallToolResult
-
-    from envs.remote.mcp import McpServerConfig
 
 _CLOSE_S = 10.0
 """The SDK gives a stdio server about six seconds to end; an HTTP server has as long to answer."""
@@ -45,8 +44,11 @@ class Connection:
     """An entered SDK client, held by a task of its own: its contexts must be left in the task that entered them."""
 
     def __init__(self, config: McpServerConfig, *, rollout_id: str) -> None:
+        """`rollout_id` is empty where the connection is no rollout's: for the list of tools, or for all rollouts."""
         self._config = config
-        self._rollout_id = rollout_id
+        self._trace_id = urllib.parse.quote(rollout_id, safe=_PLAIN)
+        self.folder = ""
+        """The rollout's own, where the config asks for one; from `open` to `close`."""
         self._stop = asyncio.Event()
         self._owner: asyncio.Task[None] | None = None
         self._client: Client | None = None
@@ -59,6 +61,9 @@ class Connection:
 
     async def open(self) -> None:
         ready = asyncio.get_running_loop().create_future()
+        if self._config.has_folder:
+            self.folder = tempfile.mkdtemp(prefix="agent-rft-mcp-")
+        self._config = self._config.resolved({TRACE_ID: self._trace_id or "tools", ROLLOUT_DIR: self.folder})
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in `close`
         self._owner = asyncio.create_task(self._hold(ready), name=f"mcp {self._config.name}")
         waiting: set[asyncio.Future[Any]] = {self._owner, ready}
@@ -85,6 +90,8 @@ class Connection:
             self._owner.exception()
         if self._errors is not None:
             self._errors.close()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _hold(self, ready: asyncio.Future[None]) -> None:
         async with self._connected() as self._client:
@@ -98,13 +105,15 @@ class Connection:
         from mcp.client.stdio import StdioServerParameters, stdio_client
         from mcp.client.streamable_http import streamable_http_client
 
-        config, trace_id = self._config, urllib.parse.quote(self._rollout_id, safe=_PLAIN)
+        config, trace_id = self._config, self._trace_id
         if config.command is not None:
             command, args = _launch(config)
             env = {**config.env, **({"TRACE_ID": trace_id} if trace_id else {})}
             assert self._errors is not None
-            parameters = StdioServerParameters(command=command, args=args, env=env)
-            async with Client(stdio_client(parameters, errlog=self._errors)) as client:
+            parameters = StdioServerParameters(
+                command=command, args=args, env=env, cwd=config.cwd, encoding_error_handler="replace"
+            )
+            async with Client(readable(stdio_client(parameters, errlog=self._errors))) as client:
                 yield client
             return
         assert config.url is not None
@@ -116,7 +125,7 @@ class Connection:
         ) as http:
             transport = streamable_http_client(config.url, http_client=http, max_sse_event_size=_MAX_EVENT_BYTES)
             # Versions of the protocol from 2026 on know no sessions over HTTP: state per rollout needs the former ones.
-            async with Client(transport, mode="legacy" if config.per_rollout else "auto") as client:
+            async with Client(readable(transport), mode="legacy" if config.per_rollout else "auto") as client:
                 yield client
 
     async def list_tools(self) -> list[dict[str, Any]]:
@@ -137,12 +146,11 @@ class Connection:
                 break
         return listed
 
-    async def call(self, name: str, arguments: dict[str, Any], trace_id: str) -> str:
+    async def call(self, name: str, arguments: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
         assert self._client is not None
-        meta: Any = {"trace_id": trace_id}
-        call = self._client.call_tool(name, arguments, meta=meta)
+        call = self._client.call_tool(name, _encodable(arguments), meta=_encodable(meta))
         result = await self._ask(call, name, self._config.timeout_s)
-        text = _text(result)
+        text = text_of(result)
         if (size := len(text.encode("utf-8", "replace"))) > _MAX_OUTPUT_BYTES:
             raise ToolError(
                 f"the output of {name} is too large: {size:,} bytes, at most {_MAX_OUTPUT_BYTES:,} are read"
@@ -211,27 +219,12 @@ def _launch(config: McpServerConfig) -> tuple[str, list[str]]:
     return sys.executable, ["-I", "-S", "-c", _LAUNCH, str(os.getpid()), config.command, *config.args]
 
 
+def _encodable(value: Mapping[str, Any]) -> Any:
+    """Half of a surrogate pair, which the model may write, would end the connection."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 @functools.cache
 def _ssl_context() -> ssl.SSLContext:
     """One for all sessions: making it reads the certificates from disk."""
     return ssl.create_default_context()
-
-
-def _text(result: CallToolResult) -> str:
-    """Texts joined; other content is named; structured content as JSON where there is nothing else."""
-    if not result.content and result.structured_content is not None:
-        return json.dumps(result.structured_content, ensure_ascii=False)
-    return "\n".join(_content_texts(result.content))
-
-
-def _content_texts(content: Iterable[Any]) -> Iterable[str]:
-    for block in content:
-        match block.type:
-            case "text":
-                yield block.text
-            case "resource":
-                yield getattr(block.resource, "text", None) or f"[resource {block.resource.uri}]"
-            case "resource_link":
-                yield f"[resource {block.uri}]"
-            case other:
-                yield f"[{other}]"

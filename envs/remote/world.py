@@ -53,12 +53,15 @@ class RemoteWorld:
         for server_config in config.mcp:
             server = McpServer(server_config)
             self._mcp[server] = {
-                definition["function"]["name"]: schema_tool(definition, _unbound, is_remote=True)
+                definition["function"]["name"]: schema_tool(definition, _unbound, is_remote=True, is_strict=False)
                 for definition in server.definitions()
             }
         names = Counter([*self._callers, *(name for tools in self._mcp.values() for name in tools)])
         if twice := [name for name, count in names.items() if count > 1]:
-            raise UserError(f"world: {twice[0]!r} is offered by two servers; leave it out of one of them by name")
+            raise UserError(
+                f"world: {twice[0]!r} is offered by two servers; leave it out of one of them by name, or give an MCP "
+                "server's tools a prefix"
+            )
 
     def make_env(self) -> RemoteEnv:
         return RemoteEnv(callers=self._callers, mcp=self._mcp, hooks=self._hooks)

@@ -1,0 +1,152 @@
+"""What MCP servers answer, read as far as it can be: a request never waits for an answer that has come.
+
+*Covered*: lone halves of surrogate pairs; a result that is no object, or cut off: an error at once; lists of tools with
+entries that are none; content of unknown kinds, or null; output schemas, which are not enforced (the server's text
+counts).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+if TYPE_CHECKING:
+    from mcp.shared.message import SessionMessage
+    from mcp_types import CallToolResult
+
+_ID = re.compile(r'"id"\s*:\s*(\d+|"[^"\\]*")')
+_KINDS = ("text", "image", "audio", "resource", "resource_link")
+_MAX_SHOWN = 200
+
+
+@contextlib.asynccontextmanager
+async def readable(transport: Any) -> AsyncIterator[Any]:
+    """An SDK transport whose stream gives messages that the SDK can read."""
+    async with transport as (read, write):
+        yield _Readable(read), write
+
+
+class _Readable:
+    """The SDK's `ReadStream`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @property
+    def last_context(self) -> Any:
+        return getattr(self._stream, "last_context", None)
+
+    async def receive(self) -> Any:
+        return _read(await self._stream.receive())
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def __aiter__(self) -> _Readable:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _read(await self._stream.__anext__())
+
+    async def __aenter__(self) -> _Readable:
+        await self._stream.__aenter__()
+        return self
+
+    async def __aexit__(self, *of: Any) -> bool | None:
+        left: bool | None = await self._stream.__aexit__(*of)
+        return left
+
+
+def _read(item: Any) -> Any:
+    """A message, or the error that the SDK made of one."""
+    from mcp_types import JSONRPCResponse
+
+    if isinstance(item, ValidationError):
+        item = _mended(item)
+    message = getattr(item, "message", None)
+    if isinstance(message, JSONRPCResponse):
+        _make_plain(message.result)
+    return item
+
+
+def _mended(error: ValidationError) -> SessionMessage | ValidationError:
+    from mcp.shared.message import SessionMessage
+    from mcp_types import JSONRPCError, jsonrpc_message_adapter
+    from mcp_types.jsonrpc import PARSE_ERROR, ErrorData
+
+    # What could not be read: the line, or the object that the line held.
+    inputs = [fault["input"] for fault in error.errors(include_url=False, include_context=False)]
+    line = next((value for value in inputs if isinstance(value, str) and '"jsonrpc"' in value), None)
+    whole = next((value for value in inputs if isinstance(value, dict) and "jsonrpc" in value), None)
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(line) if line is not None else whole
+        text = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
+        return SessionMessage(jsonrpc_message_adapter.validate_json(text, by_name=False))
+    if isinstance(whole, dict):
+        request_id, shown = whole.get("id"), whole.get("result")
+    else:
+        found = _ID.search(line or "")
+        request_id, shown = json.loads(found[1]) if found else None, line
+    if not isinstance(request_id, int | str):
+        return error
+    fault = ErrorData(code=PARSE_ERROR, message=f"an answer that can't be read: {shown!r:.{_MAX_SHOWN}}")
+    return SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=fault))
+
+
+def _make_plain(result: dict[str, Any]) -> None:
+    """Changes what the SDK would refuse as a whole for the sake of a part."""
+    if isinstance(tools := result.get("tools"), list):
+        result["tools"] = [plain for tool in tools if (plain := _plain_tool(tool)) is not None]
+    if "content" in result or "structuredContent" in result:
+        content = result.get("content")
+        blocks = content if isinstance(content, list) else [] if content is None else [content]
+        result["content"] = [_plain_block(block) for block in blocks]
+        if not isinstance(result.get("structuredContent", {}), dict):
+            result["structuredContent"] = {"result": result["structuredContent"]}
+
+
+def _plain_tool(tool: Any) -> dict[str, Any] | None:
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+        return None
+    plain = {key: value for key, value in tool.items() if key != "outputSchema"}
+    if not isinstance(plain.get("inputSchema"), dict):
+        plain["inputSchema"] = {"type": "object"}
+    # The protocol's newer versions insist on it; schemas may leave it out.
+    plain["inputSchema"] = {"type": "object"} | plain["inputSchema"]
+    if not isinstance(plain.get("description"), str):
+        plain.pop("description", None)
+    return plain
+
+
+def _plain_block(block: Any) -> Any:
+    if isinstance(block, str):
+        return {"type": "text", "text": block}
+    if isinstance(block, Mapping) and block.get("type") in _KINDS:
+        return block
+    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
+    return {"type": "text", "text": f"[{kind}]"}
+
+
+def text_of(result: CallToolResult) -> str:
+    """Texts joined; other content is named; structured content as JSON where there is nothing else."""
+    if not result.content and result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    return "\n".join(_content_texts(result.content))
+
+
+def _content_texts(content: Iterable[Any]) -> Iterable[str]:
+    for block in content:
+        match block.type:
+            case "text":
+                yield block.text
+            case "resource":
+                yield getattr(block.resource, "text", None) or f"[resource {block.resource.uri}]"
+            case "resource_link":
+                yield f"[resource {block.uri}]"
+            case other:
+                yield f"[{other}]"

@@ -1,0 +1,74 @@
+"""`${NAME}` and `{{item.KEY}}` in what a config says: one rule wherever a secret, an id or a row can stand.
+
+The config itself keeps the text, so that no secret reaches the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from envs.errors import UserError
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_ITEM = re.compile(r"\{\{\s*item((?:\.[\w-]+|\[\d+\])+)\s*\}\}")
+_STEP = re.compile(r"[\w-]+")
+
+
+def expand(text: str, where: str, own: Mapping[str, str] | None = None) -> str:
+    """`text` with each ${NAME} replaced by `own`'s value or else the environment variable's.
+
+    `where` names the place in the config. Raises `UserError` for a variable that is not set.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        value = (own or {}).get(match[1], os.environ.get(match[1]))
+        if value is None:
+            raise UserError(f"{where}: the environment variable {match[1]} is not set")
+        return value
+
+    return _VARIABLE.sub(value_of, text)
+
+
+def fill(value: Any, where: str, *, item: Mapping[str, Any], own: Mapping[str, str]) -> Any:
+    """A JSON value with each ${NAME} and {{item.KEY}} in its texts replaced.
+
+    A text that is nothing but one {{item.KEY}} becomes the row's value, of whatever type; elsewhere what is no text is
+    written as JSON. Raises `UserError` for a key that the row does not have.
+    """
+    if isinstance(value, dict):
+        return {key: fill(inner, where, item=item, own=own) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [fill(inner, where, item=item, own=own) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if whole := _ITEM.fullmatch(value.strip()):
+        return _of_row(item, whole[1], where)
+
+    def text_of(match: re.Match[str]) -> str:
+        found = _of_row(item, match[1], where)
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+    # The row's own text is not looked through for variables.
+    parts = _ITEM.split(value)
+    texts = [expand(text, where, own) for text in parts[::2]]
+    filled = [text_of(match) for match in _ITEM.finditer(value)]
+    return "".join(a + b for a, b in zip(texts, [*filled, ""], strict=True))
+
+
+def uses(value: Any, name: str) -> bool:
+    """Whether ${NAME} stands anywhere in a JSON value."""
+    return f"${{{name}}}" in json.dumps(value)
+
+
+def _of_row(item: Mapping[str, Any], path: str, where: str) -> Any:
+    found: Any = item
+    for step in _STEP.findall(path):
+        try:
+            found = found[int(step)] if isinstance(found, list) else found[step]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise UserError(f"{where}: the row has no {{{{item{path}}}}}; its keys are: {', '.join(item)}") from None
+    return found

@@ -160,9 +160,10 @@ async def test_a_server_is_prepared_with_the_row_and_asked_for_its_state():
         },
         "state_call": {"tool": "notes"},
     }
-    async with opened(server(**settings), server("unstructured", "plain", tools=["bare"], state_call={"tool": "tell"})) as (env,):
+    plain = server("unstructured", "plain", tools=["bare"], state_call={"tool": "tell"})
+    async with opened(server(**settings), plain) as (env,):
         assert list(env.tools) == ["tell", "bare"] and isinstance(env, HasState)
-        assert await env.final_state() == {"odd": [{"text": "x of r", "n": 3}], "plain": "as text"}
+        assert await env.final_state() == {"odd": [{"text": "x of r", "owner": 3}], "plain": "as text"}
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ class ScriptedEngine:
         token_ids = [*self._tokenizer.encode(text, add_special_tokens=False), self._stop_id][: sampling.max_tokens]
         completion = Completion(
             token_ids=token_ids,
-            logprobs=self._logprobs([*prompt_ids, *token_ids], len(prompt_ids), sampling.temperature),
+            logprobs=self._logprobs([*prompt_ids, *token_ids], len(prompt_ids), sampling.temperature, sampling.schema),
+            constrained_from=0 if sampling.schema else None,
             finished=token_ids[-1] == self._stop_id,
             policy_version=self.version,
         )
@@ -106,17 +107,38 @@ class ScriptedEngine:
         self.is_shut_down = True
 
     @torch.no_grad()
-    def _logprobs(self, token_ids: Sequence[int], start: int, temperature: float) -> list[float]:
+    def _logprobs(
+        self, token_ids: Sequence[int], start: int, temperature: float, schema: str | None = None
+    ) -> list[float]:
         """Of the tokens from position `start` on. The head is applied in pieces: the vocabulary is large."""
         ids = torch.tensor([list(token_ids)])
         hidden_TH = self._base.model(input_ids=ids).last_hidden_state[0, start - 1 : -1]
         targets_T = ids[0, start:]
+        forbidden_TV = self._forbidden(targets_T.tolist(), schema) if schema else None
         out: list[float] = []
         for i in range(0, len(targets_T), _HEAD_ROWS):
             logits = self._base.lm_head(hidden_TH[i : i + _HEAD_ROWS]) / (temperature or 1.0)
+            if forbidden_TV is not None:
+                logits = logits.masked_fill(forbidden_TV[i : i + _HEAD_ROWS], -torch.inf)
             logprobs = torch.log_softmax(logits.float(), dim=-1)
             out += logprobs.gather(1, targets_T[i : i + _HEAD_ROWS, None])[:, 0].tolist()
         return out
+
+    def _forbidden(self, answer: list[int], schema: str) -> torch.Tensor:
+        """xgrammar applied to logits of zero, as vLLM applies it."""
+        import xgrammar
+
+        vocab_size = self._base.config.vocab_size
+        info = xgrammar.TokenizerInfo.from_huggingface(self._tokenizer, vocab_size=vocab_size)
+        matcher = xgrammar.GrammarMatcher(
+            xgrammar.GrammarCompiler(info).compile_json_schema(schema), override_stop_tokens=[self._stop_id]
+        )
+        logits_TV, bitmask = torch.zeros(len(answer), vocab_size), xgrammar.allocate_token_bitmask(1, vocab_size)
+        for i, token_id in enumerate(answer):
+            matcher.fill_next_token_bitmask(bitmask)
+            xgrammar.apply_token_bitmask_inplace(logits_TV[i : i + 1], bitmask)
+            matcher.accept_token(token_id)
+        return logits_TV.isinf()
 
 
 def engine_starter(

@@ -7,16 +7,18 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from envs.errors import PublishError, WorldError
 from trainer.canary import Canary
+from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
 from trainer.engine import Completion, Sampling, VllmEngine, _engine_environment
 from trainer.policy import Policy
@@ -94,7 +96,12 @@ def change_adapter(policy: Policy, *, size: float, seed: int) -> None:
 def as_row(prompt: list[int], completion: Completion) -> Sample:
     ledger = Ledger()
     ledger.append_context(prompt)
-    ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
+    ledger.append_sampled(
+        completion.token_ids,
+        completion.logprobs,
+        completion.policy_version,
+        constrained_from=completion.constrained_from,
+    )
     return ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t")
 
 
@@ -272,3 +279,55 @@ def test_engines_started_together_share_out_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     assert cores(8) == "2,3,5,7,8", "more processes than cores: each uses them all"
     assert os.environ["LOCAL_WORLD_SIZE"] == "9"
+
+
+VERDICT = {
+    "type": "object",
+    "properties": {
+        "explanation": {"type": "string", "maxLength": 60},
+        "score": {"type": "integer", "minimum": 0, "maximum": 100},
+        "kind": {"enum": ["right", "wrong"]},
+    },
+    "required": ["explanation", "score", "kind"],
+    "additionalProperties": False,
+}
+
+
+def _questions(smollm2: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    asked = [f"Is {i} + {i} = {2 * i + i % 2}? Explain, and give a score." for i in range(6)]
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in asked
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_probabilities(
+    merged: Rig, smollm2: Path, temperature: float
+) -> None:
+    chat = Chat(smollm2)
+    merged.policy._grammar = chat.grammar(json.dumps(VERDICT), vocab_size=49152)
+
+    async def answers() -> list[Completion]:
+        how = [replace(sampling(i, 160), schema=json.dumps(VERDICT), temperature=temperature) for i in range(6)]
+        asked = zip(_questions(smollm2), how, strict=True)
+        return await asyncio.gather(*(merged.engine.generate(prompt, s) for prompt, s in asked))
+
+    completions = merged.loop.run(answers())
+    rows = []
+    for prompt, completion in zip(_questions(smollm2), completions, strict=True):
+        assert completion.finished and completion.constrained_from == 0
+        jsonschema.validate(json.loads(chat.parse(completion.token_ids).message.content), VERDICT)
+        rows.append(as_row(prompt, completion))
+    trainer = torch.cat(merged.policy.logprobs(rows, temperature=temperature, adapter=merged.engine._version > 0))
+    engine = torch.tensor([x for c in completions for x in c.logprobs])
+    assert (trainer - engine).abs().mean() < TOLERANCE
+    # Where one token alone is allowed, both are certain.
+    forced = trainer == 0
+    assert forced.sum() > 5 and engine[forced].abs().max() < 1e-4
+    free = [replace(row, constrained=()) for row in rows]
+    unmasked = torch.cat(merged.policy.logprobs(free, temperature=temperature, adapter=merged.engine._version > 0))
+    assert (unmasked - engine).abs().mean() > 3 * TOLERANCE

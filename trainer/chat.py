@@ -33,6 +33,7 @@ from trainer.chat_parsing import (
     with_cached_vocabulary,
 )
 from trainer.chat_template import FALLBACK_TEMPLATE, Renderer, TemplateRefused, calls_as_text, read_template
+from trainer.grammar import Grammar
 
 __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
@@ -200,6 +201,16 @@ class Chat:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, special tokens included. For people and for comparison; never to be encoded again."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    # ---- answers with a form
+
+    def grammar(self, schema: str, *, vocab_size: int) -> Grammar:
+        """What may be written, stop tokens included, where the answer must fit a JSON schema."""
+        return Grammar(self._tokenizer, schema, vocab_size=vocab_size, stop_token_ids=self.stop_token_ids)
+
+    def check_response_format(self, response_format: Mapping[str, Any], schema: str) -> None:
+        """Raise `UserError` where `vllm serve` would not simply constrain the answer to the schema."""
+        self._parser.check_response_format(response_format, schema)
 
     # ---- serving
 

@@ -57,6 +57,7 @@ class TurnParser:
         from vllm.parser import ParserManager
 
         self.tool_parser = tool_parser
+        self._reasoning_name = reasoning_parser
         self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs)
         self._stop_token_ids = stop_token_ids
@@ -123,6 +124,21 @@ class TurnParser:
         """The tools as `vllm serve` hands them to the template: its own field order, unknown keys dropped."""
         request = self._request(tools_json)
         return [tool.model_dump() for tool in request.tools] if request.tools else None
+
+    def check_response_format(self, response_format: Mapping[str, Any], schema: str) -> None:
+        """Raise `UserError` where the parsers make something else of a request's format than its JSON schema."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        asked = {"model": "policy", "messages": [], "response_format": response_format}
+        request = self._new_parser(None).adjust_request(ChatCompletionRequest.model_validate(asked))
+        served = request.extract_structured_outputs()
+        is_schema = served is not None and (served.json_object or served.json == json.loads(schema))
+        if not is_schema:
+            raise UserError(
+                f"rollout.response_format: under the parsers {self.tool_parser!r} and {self._reasoning_name!r} "
+                "`vllm serve` builds a grammar of its own around the schema, which training does not support; leave "
+                "response_format out, or ask for the form in the prompt"
+            )
 
     def _pieces(self, body: Sequence[int], prime: Sequence[int], *, skip_special_tokens: bool) -> list[str]:
         """The text of each token as vLLM's incremental detokenizer gives it: half a character gives nothing."""

@@ -25,12 +25,32 @@ from envs.problems import on_one_screen
 from envs.remote.config import RemoteConfig
 from envs.rows import FileOrDataset
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
+from trainer.response_format import ResponseFormat
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _read_file(what: str) -> BeforeValidator:
+    """For a value given as a path: the JSON (or YAML) there, as the hosted service takes it."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ValueError(f"{what} file {value}: {e.strerror or e}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as e:
+            raise ValueError(f"{what} file {value}: neither JSON nor YAML: {e}") from None
+
+    return BeforeValidator(read)
+
+
+GraderOrFile = Annotated[GraderConfig, _read_file("grader")]
 
 
 class LoraConfig(Section):
@@ -116,6 +136,14 @@ class RolloutConfig(Section):
     max_tool_output_chars: int = Field(20_000, ge=1, description="longer tool outputs are cut, and say so")
     temperature: float = Field(1.0, gt=0, description="sampling temperature in training")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 biases the policy gradient")
+    response_format: Annotated[
+        ResponseFormat | None,
+        _read_file("response_format"),
+        Field(
+            description="the form of every answer, as Chat Completions takes it (type json_schema, json_object or "
+            "text), or a file that holds it; tasks may offer no tools then"
+        ),
+    ] = None
     world_retries: int = Field(2, ge=0, description="fresh attempts at a rollout lost to a fault of the world")
 
 
@@ -215,21 +243,6 @@ WorldConfig = Annotated[
     | Annotated[CustomEnvConfig, Tag("custom")],
     Discriminator(_world_type),
 ]
-
-
-def _read_grader_file(value: Any) -> Any:
-    """A grader given as a path: its JSON (or YAML) as the hosted service takes it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"grader file {value}: {e.strerror or e}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ValueError(f"grader file {value}: neither JSON nor YAML: {e}") from None
-
-
-GraderOrFile = Annotated[GraderConfig, BeforeValidator(_read_grader_file)]
 
 
 class RunConfig(Section):

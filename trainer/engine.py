@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from envs.errors import PublishError, UserError, WorldError
 from trainer.config import EngineConfig, ModelConfig
+from trainer.grammar import first_constrained
 
 _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 """vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
@@ -48,6 +49,8 @@ class Completion:
     """False when the turn was cut off at `max_tokens`."""
     policy_version: int
     """Updates that the weights had seen."""
+    constrained_from: int | None = None
+    """The first token that was sampled under the grammar of `Sampling.schema`; None where there is no schema."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,9 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    schema: str | None = None
+    """A JSON schema that the text after the reasoning fits: all other tokens are masked before the softmax, in
+    sampling and in the log-probabilities."""
 
 
 class Engine(Protocol):
@@ -88,8 +94,11 @@ class VllmEngine:
     serve another; in adapter mode the adapter's name (`policy-v{N}`) does the same once more.
     """
 
-    def __init__(self, llm: Any, *, merged: bool, seeded: bool, stop_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, llm: Any, *, merged: bool, seeded: bool, stop_token_ids: Sequence[int], model: ModelConfig
+    ) -> None:
         self._llm = llm
+        self._model = model
         self._seeded = seeded
         self._merged = merged
         self._stop_token_ids = list(stop_token_ids)
@@ -123,6 +132,7 @@ class VllmEngine:
             "block_size": 32,
         }
         with _engine_environment(engine, device=device, local_rank=local_rank):
+            from vllm.config import StructuredOutputsConfig
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -144,11 +154,15 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 # The model's own sampling defaults must not change the policy that is trained.
                 generation_config="vllm",
+                # The trainer masks by xgrammar, too. A grammar begins where the reasoning ends, as in `vllm serve`.
+                structured_outputs_config=StructuredOutputsConfig(
+                    backend="xgrammar", reasoning_parser=model.reasoning_parser or ""
+                ),
                 disable_log_stats=True,
                 **(on_cpu if device == "cpu" else {}),
             )
             llm = AsyncLLM.from_engine_args(args)
-        return cls(llm, merged=merged, seeded=engine.seeded_requests, stop_token_ids=stop_token_ids)
+        return cls(llm, merged=merged, seeded=engine.seeded_requests, stop_token_ids=stop_token_ids, model=model)
 
     @property
     def publishes_merged(self) -> bool:
@@ -156,6 +170,7 @@ class VllmEngine:
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         params = SamplingParams(
             max_tokens=sampling.max_tokens,
@@ -165,15 +180,27 @@ class VllmEngine:
             logprobs=0,
             stop_token_ids=self._stop_token_ids,
             detokenize=False,
+            structured_outputs=StructuredOutputsParams(json=sampling.schema) if sampling.schema else None,
         )
         version = self._version
         output = (await self._request(prompt_ids, params)).outputs[0]
+        token_ids = list(output.token_ids)
         return Completion(
-            token_ids=list(output.token_ids),
+            token_ids=token_ids,
+            constrained_from=self._constrained_from(prompt_ids, token_ids) if sampling.schema else None,
             logprobs=[entry[t].logprob for t, entry in zip(output.token_ids, output.logprobs, strict=True)],
             finished=output.finish_reason == "stop",
             policy_version=version,
         )
+
+    def _constrained_from(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+        if not self._model.reasoning_parser:
+            return 0
+        from vllm.reasoning import ReasoningParserManager
+
+        parser = ReasoningParserManager.get_reasoning_parser(self._model.reasoning_parser)
+        kwargs = {"chat_template_kwargs": self._model.chat_template_kwargs}
+        return first_constrained(parser(self._llm.get_tokenizer(), **kwargs), prompt_ids, token_ids)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
@@ -245,7 +272,15 @@ class VllmEngine:
         self._live_requests += 1
         try:
             adapter = None if base else self._lora
-            stream = self._llm.generate(prompt, params, str(next(self._request_ids)), lora_request=adapter)
+            stream = self._llm.generate(
+                prompt,
+                params,
+                str(next(self._request_ids)),
+                lora_request=adapter,
+                # A judge does not reason: the structure of its answer holds from the first token on.
+                reasoning_ended=True if base else None,
+                reasoning_parser_kwargs={"chat_template_kwargs": self._model.chat_template_kwargs},
+            )
             (output,) = [output async for output in stream]
             return output
         except EngineGenerateError as e:

@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens out of hidden states, without ever holding the logits of all positions.
 
-Shape suffixes: N trainable tokens, H hidden size, V vocabulary, C tokens of one chunk, T positions.
+Shape suffixes: N trainable tokens, H hidden size, V vocabulary, W words of 32 vocabulary entries,
+C tokens of one chunk, T positions.
 """
 
 from __future__ import annotations
@@ -62,13 +63,22 @@ class TokenLogprobs(torch.autograd.Function):
     logits are at hand and keeps (N, H) instead of (N, V); the backward pass is one multiplication. The idea of
     computing the gradient in the forward pass: Liger kernel, Hsu et al. 2024, arXiv:2410.10989.
 
+    `allowed_NW` (int32, bit v % 32 of word v // 32) leaves only some tokens of the vocabulary to choose from: the
+    softmax is over those. Where one token alone is allowed, its log-probability and the gradient are 0.
+
     Covered: log-softmax in float32 whatever the weights' dtype; scaled and capped logits, a bias. Not covered: a
-    trainable head.
+    trainable head; targets that are not allowed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, needs_grad: bool
+        ctx: Any,
+        hidden_NH: Tensor,
+        head: Head,
+        targets_N: Tensor,
+        temperature: float,
+        allowed_NW: Tensor | None,
+        needs_grad: bool,
     ) -> Tensor:
         weight_VH = head.weight_VH
         chunk = max(1, CHUNK_BYTES // (4 * weight_VH.shape[0]))
@@ -80,6 +90,8 @@ class TokenLogprobs(torch.autograd.Function):
             targets_C1 = targets_N[part, None]
             logits_CV = head.logits(hidden_NH[part])
             slopes_CV = head.slopes(logits_CV) if needs_grad else None
+            if allowed_NW is not None:
+                logits_CV.masked_fill_(~_unpacked(allowed_NW[part], weight_VH.shape[0]), -torch.inf)
             if temperature != 1.0:
                 logits_CV /= temperature
             normaliser_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
@@ -97,18 +109,26 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad_NH,) = ctx.saved_tensors
-        return (grads[0][:, None] * grad_NH).to(grad_NH.dtype), None, None, None, None
+        return (grads[0][:, None] * grad_NH).to(grad_NH.dtype), None, None, None, None, None
 
 
-def token_logprobs(hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float) -> Tensor:
-    """(N,) log-probabilities in float32 or better; differentiable in `hidden_NH`."""
+def token_logprobs(
+    hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, *, allowed_NW: Tensor | None = None
+) -> Tensor:
+    """(N,) log-probabilities in float32 or better; differentiable in `hidden_NH`. See `TokenLogprobs`."""
     needs_grad = torch.is_grad_enabled() and hidden_NH.requires_grad
     logprobs_N: Tensor = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head, targets_N, temperature, needs_grad
+        hidden_NH, head, targets_N, temperature, allowed_NW, needs_grad
     )
     return logprobs_N
+
+
+def _unpacked(allowed_CW: Tensor, vocabulary_size: int) -> Tensor:
+    """(C, V) booleans."""
+    bits_32 = torch.arange(32, dtype=torch.int32, device=allowed_CW.device)
+    return ((allowed_CW[:, :, None] >> bits_32) & 1).bool().flatten(1)[:, :vocabulary_size]
 
 
 _TOLERANCE = 0.01

@@ -25,7 +25,10 @@ from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
 from trainer.engine import check_engine
 from trainer.engine_judge import EngineJudge
+from trainer.grammar import Grammar, check_schema
 from trainer.model_cache import resolve_model
+from trainer.offer import tools_offered
+from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
 from trainer.warmstart import Demonstration, check_demonstrations
@@ -50,6 +53,8 @@ class Job:
     eval_tasks: Sequence[Task]
     model_path: Path
     chat: Chat
+    grammar: Grammar | None
+    """Of the answers, where `rollout.response_format` gives them a form."""
 
     def metrics(self) -> dict[str, float]:
         """What world, graders and judge counted since the last call."""
@@ -80,6 +85,7 @@ def prepare(config: RunConfig) -> Job:
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
     _check_strata(config, train_tasks)
     tasks = [*train_tasks, *eval_tasks]
+    _check_response_format(config, world, tasks)
     demonstrations = load_demonstrations(config)
     preflight = load_preflight(config.curriculum)
     engine_judge = EngineJudge() if config.judge.base_url == "engine" else None
@@ -110,6 +116,7 @@ def prepare(config: RunConfig) -> Job:
         eval_tasks=eval_tasks,
         model_path=model_path,
         chat=chat,
+        grammar=_grammar(config.rollout.response_format, chat=chat, model_path=model_path),
     )
 
 
@@ -122,6 +129,26 @@ def build_world(config: WorldConfig) -> World:
             return RemoteWorld(config)
         case CustomEnvConfig():
             return CustomWorld(config)
+
+
+def _check_response_format(config: RunConfig, world: World, tasks: Sequence[Task]) -> None:
+    schema = schema_text(config.rollout.response_format)
+    if schema is None:
+        return
+    in_world = world.make_env().tools
+    for task in tasks:
+        tools_offered(task, in_world, config.rollout)
+    check_schema(schema)
+
+
+def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: Path) -> Grammar | None:
+    schema = schema_text(response_format)
+    if response_format is None or schema is None:
+        return None
+    from transformers import AutoConfig
+
+    chat.check_response_format(response_format.model_dump(mode="json", by_alias=True), schema)
+    return chat.grammar(schema, vocab_size=AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
 
 
 def _check_trackers(config: RunConfig) -> None:

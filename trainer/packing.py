@@ -25,6 +25,9 @@ class Row(Protocol):
     @property
     def trainable(self) -> Sequence[bool]: ...
 
+    @property
+    def constrained(self) -> Sequence[tuple[int, int]]: ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
@@ -38,6 +41,8 @@ class Microbatch:
     """Into the flattened (B·T) positions: those whose output predicts a trainable token."""
     targets_N: Tensor
     """The trainable tokens themselves."""
+    constrained: tuple[tuple[int, int], ...]
+    """[start, end) in the N tokens of each answer that was sampled under a grammar, from the grammar's start."""
 
     def to(self, device: torch.device) -> Microbatch:
         return Microbatch(
@@ -46,6 +51,7 @@ class Microbatch:
             token_ids_BT=self.token_ids_BT.to(device),
             positions_N=self.positions_N.to(device),
             targets_N=self.targets_N.to(device),
+            constrained=self.constrained,
         )
 
 
@@ -99,10 +105,14 @@ def _tensors(rows: Sequence[Row], indices: Sequence[int], lengths: Sequence[int]
     positions: list[int] = []
     targets: list[int] = []
     num_trainable: list[int] = []
+    constrained: list[tuple[int, int]] = []
     for b, i in enumerate(indices):
         row = rows[i]
         token_ids_BT[b, : lengths[i]] = torch.tensor(row.token_ids[: lengths[i]], dtype=torch.long)
         trained = [t for t, trainable in enumerate(row.trainable) if trainable]
+        for start, end in row.constrained:
+            first = len(targets) + trained.index(start)
+            constrained.append((first, first + end - start))
         positions += [b * num_positions + t - 1 for t in trained]
         targets += [row.token_ids[t] for t in trained]
         num_trainable.append(len(trained))
@@ -112,4 +122,5 @@ def _tensors(rows: Sequence[Row], indices: Sequence[int], lengths: Sequence[int]
         token_ids_BT=token_ids_BT,
         positions_N=torch.tensor(positions, dtype=torch.long),
         targets_N=torch.tensor(targets, dtype=torch.long),
+        constrained=tuple(constrained),
     )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trainer import adapter as lora
 from trainer.config import LossConfig, ModelConfig, OptimConfig
+from trainer.grammar import Grammar
 from trainer.head import token_logprobs
 from trainer.losses import policy_loss, reduce_metrics, token_weights
 from trainer.packing import Microbatch, Row, pack, split, used_length
@@ -50,6 +51,7 @@ class _FixedRow:
     """A row whose every token but the first is scored."""
 
     token_ids: Sequence[int]
+    constrained: Sequence[tuple[int, int]] = ()
 
     @property
     def trainable(self) -> Sequence[bool]:
@@ -66,7 +68,10 @@ class Policy:
         optim: OptimConfig,
         accelerator: Accelerator,
         seed: int,
+        *,
+        grammar: Grammar | None = None,
     ) -> None:
+        """`grammar` is that of the run's answers; without one no row may be constrained."""
         self.accelerator = accelerator
         self.num_updates = 0
         """Optimizer updates that the adapter has seen: the policy version."""
@@ -79,6 +84,7 @@ class Policy:
         self._model_path = model_path
         self._optim = optim
         self._seed = seed
+        self._grammar = grammar
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model; a warm start may train it in place before the first `update`."""
         self._head = lora.read_head(self.model)
@@ -92,8 +98,9 @@ class Policy:
     def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
         """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
 
-        They are log softmax(logits / temperature): what vLLM returns under `logprobs_mode="processed_logprobs"`, as
-        long as top_p, top_k and penalties are off (they change the sampler's distribution, not this one).
+        They are log softmax(logits / temperature), over the allowed tokens only where a grammar constrained the answer:
+        what vLLM returns under `logprobs_mode="processed_logprobs"`, as long as top_p, top_k and penalties are off
+        (they change the sampler's distribution, not this one).
         Computes what it is given on the calling process; no collective calls.
         """
         out = [torch.empty(0)] * len(rows)
@@ -205,7 +212,23 @@ class Policy:
         microbatch = microbatch.to(self.accelerator.device)
         hidden_BTH = lora.hidden_states(self.model, microbatch.token_ids_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
-        return token_logprobs(hidden_NH, self._head, microbatch.targets_N, temperature)
+        allowed_NW = self._allowed(microbatch)
+        return token_logprobs(hidden_NH, self._head, microbatch.targets_N, temperature, allowed_NW=allowed_NW)
+
+    def _allowed(self, microbatch: Microbatch) -> Tensor | None:
+        """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.
+
+        Walked anew at each pass: the masks of a whole step would take more memory than the time is worth.
+        """
+        if not microbatch.constrained:
+            return None
+        assert self._grammar is not None, "constrained rows, but the run's config has no rollout.response_format"
+        num_words = -(-len(self._head.weight_VH) // 32)
+        allowed_NW = torch.full((len(microbatch.targets_N), num_words), -1, dtype=torch.int32)
+        token_ids = microbatch.targets_N.tolist()
+        for start, end in microbatch.constrained:
+            self._grammar.fill(allowed_NW, start, token_ids[start:end])
+        return allowed_NW.to(self.accelerator.device)
 
     def _reference_logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
         if self._reference is None:

@@ -24,6 +24,7 @@ from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Engine, Sampling
 from trainer.offer import tools_offered
+from trainer.response_format import schema_text
 from trainer.samples import Ledger, completion_ids
 
 MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
@@ -264,7 +265,7 @@ class RolloutWorker:
         if seen == live.seen_tools:
             return False
         live.seen_tools = seen
-        live.tools = tools_offered(live.request.task, dict(seen), answer=self._config.answer)
+        live.tools = tools_offered(live.request.task, dict(seen), self._config)
         schemas, before = [t.schema() for t in live.tools.values()], live.schemas
         live.schemas = schemas
         return schemas != before
@@ -277,19 +278,21 @@ class RolloutWorker:
             temperature=temperature,
             top_p=self._config.top_p,
             seed=derive_seed(live.request.seed, number),
+            schema=schema_text(self._config.response_format),
         )
         ledger = live.ledgers[-1]
         start = time.perf_counter()
         completion = await self._engine.generate(ledger.prompt_ids, sampling)
         generation_s = time.perf_counter() - start
-        ledger.append_sampled(completion.token_ids, completion.logprobs, completion.policy_version)
-        parsed = self._chat.parse(completion.token_ids, live.schemas, turn=number)
+        token_ids, version = completion.token_ids, completion.policy_version
+        ledger.append_sampled(token_ids, completion.logprobs, version, constrained_from=completion.constrained_from)
+        parsed = self._chat.parse(token_ids, live.schemas, turn=number)
         live.messages.append(parsed.message)
         live.turns.append(
             Turn(
                 message=parsed.message,
                 malformed=parsed.malformed,
-                num_tokens=len(completion.token_ids),
+                num_tokens=len(token_ids),
                 num_reasoning_tokens=parsed.num_reasoning_tokens,
                 generation_s=generation_s,
             )

@@ -23,13 +23,14 @@ class Ledger:
     `prompt_ids`. Nothing is ever removed or changed.
     """
 
-    __slots__ = ("_logprobs", "_token_ids", "_trainable", "_versions")
+    __slots__ = ("_constrained", "_logprobs", "_token_ids", "_trainable", "_versions")
 
     def __init__(self) -> None:
         self._token_ids: list[int] = []
         self._trainable: list[bool] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._constrained: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return len(self._token_ids)
@@ -60,11 +61,21 @@ class Ledger:
         for token_id in token_ids:
             self._append(token_id, trainable=False, logprob=0.0, version=UNTRAINABLE_VERSION)
 
-    def append_sampled(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+    def append_sampled(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        version: int,
+        *,
+        constrained_from: int | None = None,
+    ) -> None:
         """Append what the engine sampled under policy `version`, the stop token included if it was sampled.
 
-        `logprobs` are those of the distribution that was sampled from, that is after temperature.
+        `logprobs` are those of the distribution that was sampled from, that is after temperature and, from the token
+        `constrained_from` on, under the grammar of the answer's schema.
         """
+        if constrained_from is not None and constrained_from < len(token_ids):
+            self._constrained.append((len(self) + constrained_from, len(self) + len(token_ids)))
         assert len(token_ids) == len(logprobs), f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities"
         assert version >= 0 and self._token_ids, "a sampled token has a policy version and a prompt before it"
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
@@ -83,6 +94,7 @@ class Ledger:
             trainable=tuple(self._trainable),
             logprobs=tuple(self._logprobs),
             versions=tuple(self._versions),
+            constrained=tuple(self._constrained),
             advantage=advantage,
             rollout_id=rollout_id,
             task_id=task_id,
@@ -93,6 +105,7 @@ class Ledger:
         """A JSON object that `from_json` reads back bit for bit.
 
         `sampled` lists `[start, end, version]` of each run of trainable tokens; `logprobs` holds theirs, in order.
+        `constrained`, left out where empty, lists `[start, end]` of each answer that was sampled under a grammar.
         """
         runs: list[list[int]] = []
         for i, (trainable, version) in enumerate(zip(self._trainable, self._versions, strict=True)):
@@ -103,7 +116,8 @@ class Ledger:
             else:
                 runs.append([i, i + 1, version])
         logprobs = [x for x, trainable in zip(self._logprobs, self._trainable, strict=True) if trainable]
-        return {"token_ids": list(self._token_ids), "sampled": runs, "logprobs": logprobs}
+        constrained = {"constrained": [list(span) for span in self._constrained]} if self._constrained else {}
+        return {"token_ids": list(self._token_ids), "sampled": runs, "logprobs": logprobs} | constrained
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Ledger:
@@ -114,6 +128,7 @@ class Ledger:
             logprobs, start = logprobs[end - begin :], end
         ledger.append_context(token_ids[start:])
         assert not logprobs, "more log-probabilities than sampled tokens"
+        ledger._constrained = [(start, end) for start, end in row.get("constrained", ())]
         return ledger
 
 
@@ -150,6 +165,9 @@ class Sample:
     """The policy version that sampled the token; -1 where untrainable."""
     advantage: float
     """Of the whole rollout."""
+    constrained: tuple[tuple[int, int], ...] = ()
+    """[start, end) of each answer that was sampled under a grammar, from the grammar's start; its log-probabilities
+    are those of what the grammar allows."""
     rollout_id: str
     task_id: str
     row: int = 0
@@ -159,6 +177,7 @@ class Sample:
         n = len(self.token_ids)
         assert n == len(self.trainable) == len(self.logprobs) == len(self.versions), "ragged sample"
         assert not (n and self.trainable[0]), "nothing precedes the first token, so nothing predicts it"
+        assert all(all(self.trainable[a:b]) for a, b in self.constrained), "a grammar constrains sampled tokens only"
         assert math.isfinite(self.advantage), f"advantage {self.advantage} of rollout {self.rollout_id}"
 
     @property

@@ -30,7 +30,7 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = job.config
     progress.phase("loading the model")
-    policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed)
+    policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)
     checkpoint = run.last_checkpoint()
     accelerator.wait_for_everyone()
     if checkpoint is not None:

@@ -11,7 +11,7 @@ from envs.messages import Reader, read_messages, read_tools, read_weight
 from envs.rows import read_rows
 from envs.tools import Tool
 from envs.types import Message, Role, Task
-from trainer.config import Answer, RunConfig
+from trainer.config import RolloutConfig, RunConfig
 from trainer.offer import tools_offered
 from trainer.rollout import RolloutRequest, derive_seed
 from trainer.warmstart import Demonstration
@@ -26,7 +26,7 @@ def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
     tasks: dict[str, Task] = {}
     for number, where, data in read_rows(source, key=f"data.{split}"):
         row = Reader(data, f"{where}:")
-        task = _task(row, where=where, number=number, offered=offered, answer=config.rollout.answer)
+        task = _task(row, where=where, number=number, offered=offered, rollout=config.rollout)
         if task.task_id in tasks:
             raise UserError(
                 f"{where}: task_id: {task.task_id!r} also stands in an earlier line; expected one of its own"
@@ -92,7 +92,7 @@ def _prompt(row: Reader) -> tuple[Message, ...]:
     return read_messages(row, "messages")
 
 
-def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool], answer: Answer) -> Task:
+def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool], rollout: RolloutConfig) -> Task:
     messages, tools = _prompt(row), read_tools(row, "tools")
     if messages[-1].role != "user":
         raise row.refuse("messages", f"the last message must be the user's, it is of role {messages[-1].role!r}")
@@ -106,14 +106,14 @@ def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool], 
         item=row.value,
     )
     for name in task.tools or ():
-        if name not in offered and answer == "text":
+        if name not in offered and rollout.answer == "text":
             raise UserError(
                 f"{where}: tools: {name!r} is not offered by the world; it offers {', '.join(offered) or 'no tools'}. "
                 "Name its server under world.tools; where calls are the answer, to be graded and never run, set "
                 "rollout.answer to tool_calls"
             )
     try:
-        tools_offered(task, offered, answer=answer)
+        tools_offered(task, offered, rollout)
     except UserError as e:
         raise UserError(f"{where}: tools: {e}") from None
     return task

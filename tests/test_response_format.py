@@ -1,0 +1,334 @@
+"""Answers with a form: what the config takes, which tokens a grammar allows, and that the update is the masked one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from policy_worker import naive_logprobs, tiny_policy
+from scripted_engine import ScriptedEngine, engine_starter
+
+from envs.errors import UserError
+from envs.tools import schema_tool
+from envs.types import Message, Task
+from trainer.chat import Chat
+from trainer.config import LossConfig, validate_config
+from trainer.grammar import Grammar, first_constrained
+from trainer.head import Head, token_logprobs
+from trainer.job import prepare
+from trainer.offer import tools_offered
+from trainer.response_format import schema_text
+from trainer.samples import Ledger, Sample
+from trainer.train import train
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"score": {"type": "integer"}, "kind": {"enum": ["right", "wrong"]}},
+    "required": ["score", "kind"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": SCHEMA, "strict": True}}
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # accelerate leaves its TensorBoard writer to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+CONSTANT = {"type": "python", "name": "g", "source": "def grade(sample, item):\n    return 1.0\n"}
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> Chat:
+    return Chat(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def grammar(chat: Chat) -> Grammar:
+    return chat.grammar(json.dumps(SCHEMA), vocab_size=2048)
+
+
+def answer_ids(chat: Chat, text: str) -> list[int]:
+    return [*chat._encode(text), chat.end_token_id]
+
+
+# --- the config ---
+
+
+def config(tmp_path: Path, rows: list[dict] | None = None, **rollout: object) -> dict:
+    rows = rows or [{"messages": [{"role": "user", "content": f"Is {i} = {i + i % 2}?"}], "n": i} for i in range(4)]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"tools": [], **row}) + "\n" for row in rows))
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "data": {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")},
+        "grader": CONSTANT,
+        "rollout": rollout,
+    }
+
+
+@pytest.mark.parametrize(
+    ("response_format", "schema"),
+    [
+        (FORMAT, json.dumps(SCHEMA)),
+        ({"type": "json_object"}, '{"type": "object"}'),
+        ({"type": "text"}, None),
+        (None, None),
+    ],
+)
+def test_a_response_format_is_written_as_a_request_writes_it(tmp_path, response_format, schema):
+    loaded = validate_config(config(tmp_path, response_format=response_format), source="test")
+    assert schema_text(loaded.rollout.response_format) == schema
+    # As the run folder keeps it.
+    assert validate_config(json.loads(json.dumps(loaded.model_dump(mode="json"))), source="again") == loaded
+
+
+def test_a_response_format_may_be_a_file(tmp_path):
+    path = tmp_path / "format.json"
+    path.write_text(json.dumps(FORMAT))
+    loaded = validate_config(config(tmp_path, response_format=str(path)), source="test")
+    assert schema_text(loaded.rollout.response_format) == json.dumps(SCHEMA)
+    with pytest.raises(UserError, match=r"rollout\.response_format.*response_format file .*no-such"):
+        validate_config(config(tmp_path, response_format=str(tmp_path / "no-such.json")), source="test")
+
+
+@pytest.mark.parametrize(
+    ("response_format", "complaint"),
+    [
+        ({"type": "json"}, "json_schema"),
+        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
+        ({"type": "json_schema", "json_schema": {"schema": SCHEMA}}, "name"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "shema": 1}}, "shema"),
+        ({"type": "json_object", "schema": SCHEMA}, "schema"),
+        ([FORMAT], "dictionary"),
+    ],
+)
+def test_a_malformed_response_format_is_refused_by_its_key(tmp_path, response_format, complaint):
+    with pytest.raises(UserError, match=rf"rollout\.response_format[\s\S]*{complaint}"):
+        validate_config(config(tmp_path, response_format=response_format), source="test")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 5}}},
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        {"type": "nonsense"},
+    ],
+)
+def test_a_schema_that_would_not_be_enforced_is_refused_before_anything_is_loaded(tmp_path, schema):
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    loaded = validate_config(config(tmp_path, response_format=response_format), source="test")
+    with pytest.raises(UserError, match=r"rollout\.response_format: vLLM's xgrammar"):
+        prepare(loaded)
+
+
+def test_a_task_that_offers_tools_is_refused_by_its_name(tmp_path, tiny_model):
+    data = config(tmp_path, response_format=FORMAT)
+    finance = data | {"world": {"type": "finance"}, "data": None, "model": {"name": str(tiny_model)}}
+    with pytest.raises(UserError, match=r"rollout\.response_format: task '.*' offers tools \(search, "):
+        prepare(validate_config(finance, source="test"))
+    call = {"type": "function", "function": {"name": "submit", "parameters": {"type": "object", "properties": {}}}}
+    rows = [{"messages": [{"role": "user", "content": "?"}]}, {"messages": [{"role": "user", "content": "!"}]}]
+    rows[1]["tools"] = [call]
+    data = config(tmp_path, rows, response_format=FORMAT, answer="tool_calls")
+    with pytest.raises(UserError, match=r"train\.jsonl, line 2: tools: rollout\.response_format: .* tools \(submit\)"):
+        prepare(validate_config(data, source="test"))
+
+
+def test_tools_that_appear_later_stop_the_run(tmp_path):
+    rollout = validate_config(config(tmp_path, response_format=FORMAT), source="test").rollout
+    task = Task(task_id="row-1", messages=(Message(role="user", content="?"),))
+    assert tools_offered(task, {}, rollout) == {}
+    with pytest.raises(UserError, match=r"task 'row-1' offers tools \(look\)"):
+        tools_offered(
+            task, {"look": schema_tool({"function": {"name": "look"}}, lambda call: "", is_remote=False)}, rollout
+        )
+
+
+def test_a_parser_with_a_grammar_of_its_own_is_refused(chat, monkeypatch):
+    def adjust(request):
+        from vllm.sampling_params import StructuredOutputsParams
+
+        request.response_format = None
+        request.structured_outputs = StructuredOutputsParams(structural_tag="{}")
+        return request
+
+    chat.check_response_format(FORMAT, json.dumps(SCHEMA))
+    chat.check_response_format({"type": "json_object"}, '{"type": "object"}')
+    monkeypatch.setattr(chat._parser, "_new_parser", lambda tools: SimpleNamespace(adjust_request=adjust))
+    with pytest.raises(UserError, match="grammar of its own"):
+        chat.check_response_format(FORMAT, json.dumps(SCHEMA))
+
+
+# --- the grammar ---
+
+
+def bits(grammar: Grammar, token_ids: list[int]) -> torch.Tensor:
+    allowed_NW = torch.full((len(token_ids) + 1, 64), -1, dtype=torch.int32)
+    grammar.fill(allowed_NW, 1, token_ids)
+    assert (allowed_NW[0] == -1).all(), "rows that are not the answer's stay free"
+    return torch.stack([(allowed_NW[1:, v // 32] >> v % 32) & 1 for v in range(2048)], dim=1).bool()
+
+
+def test_what_may_follow_continues_to_a_text_that_fits(chat, grammar):
+    ids = answer_ids(chat, '{"score": 12, "kind": "wrong"}')
+    allowed_NV = bits(grammar, ids)
+    assert all(row[t] for row, t in zip(allowed_NV, ids, strict=True))
+    stop_ids = sorted(chat.stop_token_ids)
+    assert allowed_NV[-1, stop_ids].all() and not allowed_NV[:-1, stop_ids].any()
+    # Past the first letter of "wrong" all is determined, up to where a token ends.
+    second = next(i for i in range(len(ids)) if chat.decode(ids[: i + 1]).endswith('"w'))
+    assert {chat.decode([v])[0] for v in allowed_NV[second + 1].nonzero()[:, 0].tolist()} == {"r"}
+
+
+def test_a_token_that_the_grammar_forbids_is_our_own_fault(chat, grammar):
+    with pytest.raises(AssertionError, match="forbids"):
+        bits(grammar, answer_ids(chat, '{"score": "high"}'))
+
+
+class Thinking:
+    """As vLLM's parsers of `<think>` do: token 7 ends the reasoning, 6 opens it."""
+
+    def is_reasoning_end(self, input_ids):
+        return 7 in input_ids[max((i for i, t in enumerate(input_ids) if t == 6), default=0) :]
+
+    def is_reasoning_end_streaming(self, input_ids, delta_ids):
+        return 7 in delta_ids
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampled", "start"),
+    [([1, 6], [8, 9, 7, 4, 4], 3), ([1, 6], [8, 9], 2), ([1, 6, 7], [8, 9], 0), ([1, 7, 6], [7, 5], 1)],
+)
+def test_the_grammar_starts_where_the_reasoning_ends(prompt, sampled, start):
+    assert first_constrained(Thinking(), prompt, sampled) == start
+
+
+# --- ledger and loss ---
+
+
+def constrained_sample(chat: Chat, *, advantage: float = 1.0) -> Sample:
+    """Two user turns: an answer after three free tokens of reasoning, then one without any."""
+    ledger = Ledger()
+    ledger.append_context(chat._encode("Is it right?"))
+    first = [50, 60, 70, *answer_ids(chat, '{"score": 7, "kind": "right"}')]
+    ledger.append_sampled(first, [-0.5] * len(first), 0, constrained_from=3)
+    ledger.append_context(chat._encode("And now?"))
+    second = answer_ids(chat, '{ "score": -1, "kind": "wrong"}')
+    ledger.append_sampled(second, [-0.5] * len(second), 0, constrained_from=0)
+    return ledger.to_sample(advantage=advantage, rollout_id="r", task_id="t")
+
+
+def test_a_ledger_keeps_which_tokens_a_grammar_constrained(chat):
+    sample = constrained_sample(chat)
+    (a, b), (c, d) = sample.constrained
+    assert chat.decode(sample.token_ids[a : b - 1]) == '{"score": 7, "kind": "right"}'
+    assert chat.decode(sample.token_ids[c : d - 1]) == '{ "score": -1, "kind": "wrong"}'
+    ledger = Ledger()
+    ledger.append_context([1])
+    ledger.append_sampled([2, 3, 4], [-1.0] * 3, 0, constrained_from=1)
+    ledger.append_sampled([5, 6], [-1.0] * 2, 0, constrained_from=2)
+    record = json.loads(json.dumps(ledger.to_json()))
+    assert record["constrained"] == [[2, 4]] and Ledger.from_json(record) == ledger
+    del record["constrained"]
+    free = Ledger.from_json(record)
+    assert "constrained" not in free.to_json() and free != ledger
+
+
+def masked_logprobs(policy, grammar: Grammar, sample: Sample, temperature: float) -> torch.Tensor:
+    """By the model's own logits of all positions, an explicit mask and plain autograd."""
+    logits = policy.model(input_ids=torch.tensor([sample.token_ids])).logits[0].float() / temperature
+    mask = torch.zeros_like(logits, dtype=torch.bool)
+    for start, end in sample.constrained:
+        mask[start - 1 : end - 1] = ~bits(grammar, list(sample.token_ids[start:end]))
+    logprobs = torch.log_softmax(logits.masked_fill(mask, -math.inf), dim=-1)
+    return torch.stack([logprobs[t - 1, sample.token_ids[t]] for t, on in enumerate(sample.trainable) if on])
+
+
+def test_log_probabilities_and_gradient_are_those_of_the_masked_distribution(tiny_model, chat, grammar):
+    policy = tiny_policy(tiny_model)
+    policy._grammar = grammar
+    free = [replace(constrained_sample(chat), constrained=()), constrained_sample(chat)]
+    both = policy.logprobs(free, temperature=0.7)
+    torch.testing.assert_close(both[0], naive_logprobs(policy, free[0], 0.7).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both[1], masked_logprobs(policy, grammar, free[1], 0.7).detach(), atol=1e-4, rtol=1e-4)
+    assert (both[1] == 0).sum() > 3 and (both[1] >= both[0] - 1e-5).all() and both[1].sum() > both[0].sum() + 10
+
+
+def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, chat, grammar):
+    policy, sample = tiny_policy(tiny_model), constrained_sample(chat, advantage=1.5)
+    policy._grammar = grammar
+    other = replace(sample, constrained=(), rollout_id="free", advantage=-0.5)
+    policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64)  # so that B is not zero
+    loss = torch.zeros(())
+    num_tokens = sample.num_trainable + other.num_trainable
+    for row, logprobs in (
+        (sample, masked_logprobs(policy, grammar, sample, 0.8)),
+        (other, naive_logprobs(policy, other, 0.8)),
+    ):
+        engine = torch.tensor([x for x, on in zip(row.logprobs, row.trainable, strict=True) if on])
+        weight = torch.exp(logprobs.detach() - engine).clamp(max=2.0)
+        loss = loss - (weight * torch.exp(logprobs - logprobs.detach()) * row.advantage).sum() / num_tokens
+    expected = torch.autograd.grad(loss, policy._parameters)
+    norm = torch.cat([g.flatten() for g in expected]).norm()
+    taken: list[torch.Tensor] = []
+    step = policy._optimizer.step
+    policy._optimizer.step = lambda: (taken.extend(p.grad.clone() for p in policy._parameters), step())
+    metrics = policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64)
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    scale = min(1.0, 1.0 / (float(norm) + 1e-6))
+    for ours, naive in zip(taken, expected, strict=True):
+        torch.testing.assert_close(ours, naive * scale, atol=1e-5, rtol=1e-3)
+
+
+def test_the_head_leaves_out_what_is_not_allowed_in_every_chunk(monkeypatch):
+    monkeypatch.setattr("trainer.head.CHUNK_BYTES", 4 * 70 * 3)
+    head = Head(weight_VH=torch.randn(70, 5, dtype=torch.float64), cap=2.0, scale=1.5)
+    hidden, targets = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 70, (8,))
+    allowed = torch.rand(8, 70) < 0.3
+    allowed[0] = False
+    allowed[torch.arange(8), targets] = True
+    words = torch.zeros(8, 3, dtype=torch.int64)
+    for v in range(70):
+        words[:, v // 32] |= allowed[:, v].long() << v % 32
+    packed = torch.where(words >= 2**31, words - 2**32, words).int()
+    ours = token_logprobs(hidden, head, targets, 0.6, allowed_NW=packed)
+    logits = (1.5 * 2 * torch.tanh(hidden @ head.weight_VH.T / 2) / 0.6).masked_fill(~allowed, -math.inf)
+    naive = torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, naive)
+    upstream = torch.randn(8, dtype=torch.float64)
+    gradients = [torch.autograd.grad(x, hidden, upstream)[0] for x in (ours, naive)]
+    torch.testing.assert_close(*gradients)
+    assert ours[0] == 0 and (gradients[0][0] == 0).all()
+
+
+# --- a run ---
+
+
+def script(prompt: str, seed: int) -> str:
+    return json.dumps({"score": seed % 7, "kind": "right" if seed % 2 else "wrong"})
+
+
+def test_a_run_whose_answers_have_a_form(tiny_model, tmp_path):
+    source = "def grade(sample, item):\n    return sample['output_json']['score'] / 7\n"
+    data = config(
+        tmp_path, response_format=FORMAT, tasks_per_step=2, group_size=4, max_turn_tokens=64, max_episode_tokens=512
+    )
+    data |= {
+        "model": {"name": str(tiny_model), "dtype": "float32"},
+        "grader": {"type": "python", "name": "g", "source": source},
+        "optim": {"num_steps": 2, "learning_rate": 0.001},
+    }
+    started: list[ScriptedEngine] = []
+    train(validate_config(data, source="test"), start_engine=engine_starter(script, started=started))
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    mismatch = [m[key] for m in metrics for key in m if key.endswith("/mismatch_abs")]
+    assert len(mismatch) == 2 and max(mismatch) < 1e-3
+    rollouts = sorted((tmp_path / "run" / "rollouts").glob("*"))
+    rows = [json.loads(line) for path in rollouts if path.suffix == ".jsonl" for line in path.read_text().splitlines()]
+    assert rows and all(len(r["ledgers"][0]["constrained"]) == 1 for r in rows)

@@ -1,0 +1,80 @@
+"""What a model may write under a JSON schema, token by token: `rollout.response_format`.
+
+vLLM masks the logits of a constrained turn with xgrammar, and its log-probabilities are those of what the mask leaves.
+The trainer walks the same grammar along the sampled tokens, so that both sides speak of one distribution.
+
+Shape suffixes: N trainable tokens, W words of 32 vocabulary entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from envs.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Grammar:
+    """The tokens allowed at each place of an answer that fits a JSON schema. Immutable; one serves all rows.
+
+    *Covered*: what xgrammar allows, as vLLM's backend of this name compiles it (any white space between JSON's parts).
+    *Not covered*: tokenizers in Mistral's own format (`tekken.json` without a `tokenizer.json`).
+    """
+
+    def __init__(self, tokenizer: Any, schema: str, *, vocab_size: int, stop_token_ids: Iterable[int]) -> None:
+        """`vocab_size` is that of the logits. Raises `RuntimeError` for a schema that xgrammar does not take."""
+        import xgrammar
+
+        self._new_matcher = xgrammar.GrammarMatcher
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
+        self._compiled = xgrammar.GrammarCompiler(info).compile_json_schema(schema, any_whitespace=True)
+        self._stop_token_ids = sorted(stop_token_ids)
+
+    def fill(self, allowed_NW: Tensor, start: int, token_ids: Sequence[int]) -> None:
+        """Set the rows from `start` on: bit v of row start + i says whether token v may follow `token_ids[:i]`.
+
+        `allowed_NW` is int32 and on the CPU. `token_ids` are an answer from its first token on; it may be cut off.
+        """
+        matcher = self._new_matcher(self._compiled, override_stop_tokens=self._stop_token_ids)
+        for i, token_id in enumerate(token_ids):
+            matcher.fill_next_token_bitmask(allowed_NW, start + i)
+            is_allowed = matcher.accept_token(token_id)
+            assert is_allowed, f"token {token_id} was sampled at place {i} of an answer whose grammar forbids it"
+
+
+def check_schema(schema: str) -> None:
+    """Raise `UserError` for a JSON schema that vLLM's xgrammar does not enforce wholly."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+    try:
+        validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
+    except VLLMValidationError as e:
+        raise UserError(
+            f"rollout.response_format: vLLM's xgrammar does not enforce this schema wholly: {e}. Not enforced are "
+            "multipleOf, uniqueItems, contains, unknown formats, patterns or formats together with a length, and "
+            "propertyNames or patternProperties beside properties"
+        ) from e
+
+
+def first_constrained(reasoner: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:
+    """Where the grammar of a turn starts: after its reasoning, which is free; `len(token_ids)` where that never ends.
+
+    `reasoner` is a fresh vLLM reasoning parser, asked as vLLM's `StructuredOutputManager` asks its own, token by token.
+    """
+    if reasoner.is_reasoning_end(list(prompt_ids)):
+        return 0
+    ends = getattr(reasoner, "reasoning_end_token_ids", None)
+    so_far = list(prompt_ids)
+    for i, token_id in enumerate(token_ids):
+        so_far.append(token_id)
+        if ends and reasoner.find_reasoning_end_offset([token_id]) is not None:
+            return i + 1
+        if reasoner.is_reasoning_end_streaming(so_far, [token_id]):
+            return i + 1
+    return len(token_ids)

@@ -9,6 +9,13 @@ of ours; one with `reset` a TRL-style environment, used as trl's GRPOTrainer use
   `WorldError` aside. What it returns is shown as `str` gives it.
 - `get_reward()` is the reward when the grader is `{"type": "custom", "target": "graders.custom:EnvReward"}`.
 
+What trl does not know, and what is no tool (see docs/episodes.md):
+
+- `respond(message)` is a simulated user: it gets the text of each turn without calls and gives the user's next words,
+  or None where the turn is the final answer. By its parameter's name it is told from a tool that is called respond.
+- A public attribute or property `is_over` or `done`, or a method `is_over()`, that is true ends the episode.
+- `final_state()` gives what graders read as `sample.state`, a mapping of JSON values.
+
 Where ours differs from trl: each rollout has an instance of its own, made when it opens; arguments are checked against
 the signature before the call; the error text begins with "Error: "; methods may be called `close` or `aclose` and take
 no argument, then they are no tools but are called at the end, or else `__exit__` or `__aexit__` is.
@@ -30,7 +37,8 @@ from envs.errors import ToolError, UserError, WorldError
 from envs.loading import TARGET_PATTERN, accepted, call_user, is_async, load_target, make, required
 from envs.tools import Tool, tool
 from envs.trl_schema import trl_schema
-from envs.types import Episode, Task
+from envs.types import Episode, Message, Task
+from envs.users import UserConfig
 
 _OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep")
 _live: dict[str, Any] = {}
@@ -45,6 +53,9 @@ class CustomEnvConfig(BaseModel):
     type: Literal["custom"]
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
     kwargs: dict[str, Any] = Field(default={}, description="The class or factory is called with them.")
+    user: UserConfig | None = Field(
+        default=None, description="A simulated user who answers turns without calls, where the target has none."
+    )
 
 
 def live_environment(rollout_id: str) -> Any | None:
@@ -63,13 +74,14 @@ class CustomWorld:
         self._spare: Env | None = None
         self._world: World | None = None
         self._tools: dict[str, Tool] = {}
+        self._trl_class: type | None = None
         if hasattr(made, "make_env"):
             self._world = made
         elif all(hasattr(made, name) for name in ("tools", "open", "close")):
             # Made already: the first rollout gets it.
             self._spare = made
         elif callable(getattr(made, "reset", None)):
-            self._tools = _tools_of(made, self._where)
+            self._tools, self._trl_class = _tools_of(made, self._where), type(made)
             _close_probe(made)
         else:
             raise UserError(
@@ -83,8 +95,8 @@ class CustomWorld:
     def make_env(self) -> Env:
         if self._world is not None:
             return self._world.make_env()
-        if self._tools:
-            return _TrlEnv(self._make, self._tools)
+        if self._trl_class is not None:
+            return _TrlEnv(self._make, self._tools, has_user=_has_user(self._trl_class))
         spare, self._spare = self._spare, None
         env: Env = self._make() if spare is None else spare
         return env
@@ -104,7 +116,7 @@ class CustomWorld:
     def _own(self, name: str) -> Callable[..., Any] | None:
         """A world's, or what the factory of our environments has; a TRL-style class has nothing but tools."""
         found: Callable[..., Any] | None = getattr(self._world or self._target, name, None)
-        return None if self._tools else found
+        return None if self._trl_class else found
 
 
 class _TrlEnv:
@@ -114,13 +126,35 @@ class _TrlEnv:
     Not covered: a sync method that exceeds its time is abandoned, not stopped, and the next one may run beside it.
     """
 
-    def __init__(self, make_one: Callable[[], Any], tools: Mapping[str, Tool]) -> None:
+    def __init__(self, make_one: Callable[[], Any], tools: Mapping[str, Tool], *, has_user: bool) -> None:
         self._make = make_one
         self._instance: Any = None
         self._rollout_id = ""
         self._turn = asyncio.Lock()
         self.tools = {name: dataclasses.replace(t, function=self._bound(name)) for name, t in tools.items()}
         self.observation: str | None = None
+        if has_user:
+            # An environment that has the attribute is one with a user: `envs.base.Responds`.
+            self.respond = self._respond
+
+    @property
+    def is_over(self) -> bool:
+        told = getattr(self._instance, "is_over", None)
+        if callable(told):
+            told = told()
+        done = getattr(self._instance, "done", False)
+        return bool(told) or (not callable(done) and bool(done))
+
+    async def final_state(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = {}
+        if _is_hook(self._instance, "final_state"):
+            state = await call_user(self._instance.final_state)
+        return state
+
+    async def _respond(self, message: Message) -> str | None:
+        async with self._turn:
+            said = await call_user(self._instance.respond, message=message.content)
+        return None if said is None else _content_text(said)
 
     async def open(self, task: Task, rollout_id: str) -> None:
         self._instance = await call_user(self._make)
@@ -157,7 +191,9 @@ class _TrlEnv:
 
 def _tools_of(instance: Any, where: str) -> dict[str, Tool]:
     """The public methods of the instance's class, as trl lists them."""
-    hooks = [name for name in ("close", "aclose") if _is_hook(instance, name)]
+    hooks = [name for name in ("close", "aclose", "is_over", "final_state") if _is_hook(instance, name)]
+    if _has_user(type(instance)):
+        hooks.append("respond")
     tools: dict[str, Tool] = {}
     for name, _ in inspect.getmembers(type(instance), predicate=inspect.isfunction):
         if name.startswith("_") or name in ("reset", "get_reward", *hooks):
@@ -167,9 +203,14 @@ def _tools_of(instance: Any, where: str) -> dict[str, Tool]:
             tools[name] = dataclasses.replace(tool(method), definition=trl_schema(method))
         except TypeError as e:
             raise UserError(f"{where}: every public method is a tool: {e}") from None
-    if not tools:
+    if not tools and "respond" not in hooks:
         raise UserError(f"{where}: expected public methods besides reset and get_reward: they are the tools")
     return tools
+
+
+def _has_user(cls: type) -> bool:
+    respond = getattr(cls, "respond", None)
+    return callable(respond) and [name for name in required(respond) if name != "self"] == ["message"]
 
 
 def _is_hook(instance: Any, name: str) -> bool:

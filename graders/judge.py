@@ -37,8 +37,8 @@ class JudgeRequest:
     model: str
     messages: tuple[Mapping[str, str], ...]
     """Chat Completions messages, `role` and `content`, rendered."""
-    schema: Mapping[str, Any]
-    """JSON schema that the answer must fit; the server enforces it."""
+    schema: Mapping[str, Any] | None
+    """JSON schema that the answer must fit; the server enforces it. None asks for plain text."""
     sampling: JudgeSampling
 
 
@@ -119,8 +119,11 @@ class OpenAIJudge:
     `max_tokens` only; bounds on the size of an answer; a bound over several processes (each has its own).
     """
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: JudgeConfig, *, key: str = "judge") -> None:
+        """`key` is the section of the run's config that the settings stand in; what goes wrong is told in its words."""
         self._config = config
+        self._key_of = key
+        self._role = key.rpartition(".")[2]
         self._client: Any = None
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self._meter = JudgeMeter()
@@ -133,11 +136,11 @@ class OpenAIJudge:
             # Takes seconds, which the first question, and the rollouts beside it, need not wait for.
             importlib.import_module("openai")
         except ImportError as e:
-            raise UserError(f"judge: a model grader needs the package openai; pip install openai ({e})") from None
+            raise UserError(f"{self._key_of}: it needs the package openai; pip install openai ({e})") from None
         if not self._key() and urlsplit(self._config.base_url).hostname == _OPENAI_HOST:
             raise UserError(
-                f"judge.api_key_env: the environment has no {self._config.api_key_env}; set it to your key, or set "
-                f"judge.base_url to another server or to 'engine'"
+                f"{self._key_of}.api_key_env: the environment has no {self._config.api_key_env}; set it to your key, "
+                f"set {self._key_of}.base_url to another server, or let the run's own engine answer"
             )
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
@@ -195,16 +198,17 @@ class OpenAIJudge:
         if e.code == _CONTENT_FILTER:
             return JudgeReply(text="", refusal=f"the server's content filter stopped the prompt: {said}")
         if e.status_code == 413 or e.code == "context_length_exceeded" or _TOO_LONG.search(said.lower()):
-            raise self._fault(model, f"the prompt is too long for the judge: {said}") from e
+            raise self._fault(model, f"the prompt is too long for the {self._role}: {said}") from e
         if e.status_code not in (401, 403, 404) and self._has_answered:
             raise self._fault(model, said) from e
         raise UserError(
-            f"judge: {self._config.base_url} refuses the model {model!r} or the request: {said}; check judge.base_url, "
-            f"judge.api_key_env ({self._config.api_key_env}), and the grader's model and sampling_params"
+            f"{self._key_of}: {self._config.base_url} refuses the model {model!r} or the request: {said}; check "
+            f"{self._key_of}.base_url, {self._key_of}.api_key_env ({self._config.api_key_env}), and the model's name "
+            "and sampling (a grader's model and sampling_params)"
         ) from e
 
     def _fault(self, model: str, cause: str) -> WorldError:
-        return WorldError(f"the judge {model!r} at {self._config.base_url}: {cause}")
+        return WorldError(f"the {self._role} {model!r} at {self._config.base_url}: {cause}")
 
     def _connect(self) -> Any:
         import openai
@@ -302,7 +306,7 @@ def _content_key(request: JudgeRequest) -> bytes:
     content = [
         request.model,
         [dict(m) for m in request.messages],
-        dict(request.schema),
+        request.schema and dict(request.schema),
         request.sampling.model_dump(),
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
@@ -318,11 +322,11 @@ def _parameters(request: JudgeRequest) -> dict[str, Any]:
         "max_completion_tokens": sampling.max_completions_tokens,
         "reasoning_effort": sampling.reasoning_effort,
     }
-    schema = {"name": "grade", "strict": True, "schema": dict(request.schema)}
-    return {
-        "response_format": {"type": "json_schema", "json_schema": schema},
-        **{name: value for name, value in chosen.items() if value is not None},
-    }
+    parameters: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if request.schema is not None:
+        schema = {"name": "grade", "strict": True, "schema": dict(request.schema)}
+        parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return parameters
 
 
 def _read_reply(completion: Any) -> JudgeReply:

@@ -181,7 +181,7 @@ async def test_a_user_who_does_not_answer_in_the_episodes_time_is_not_the_models
 
 
 async def test_what_is_no_text_is_not_taken_for_a_reply(chat):
-    with pytest.raises(TypeError, match="respond gave int; expected the user's words, or None"):
+    with pytest.raises(TypeError, match="the simulated user gave int; expected the user's words, or None"):
         await play(chat, ["Hello."], world=shop(lambda: Talks(3)))
 
 

@@ -294,6 +294,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _user_has_a_base_model(self) -> RunConfig:
+        user = None if isinstance(self.world, FinanceConfig) else self.world.user
+        if user is not None and user.type == "engine" and self.engine.publish == "merged":
+            raise ValueError("world.user: engine needs the base model beside the adapter; set engine.publish to lora")
+        return self
+
+    @model_validator(mode="after")
     def _quantised_weights_are_never_replaced(self) -> RunConfig:
         if self.engine.quantization and self.engine.publish == "merged":
             raise ValueError(

@@ -217,7 +217,7 @@ class VllmEngine:
         temperature: float,
         top_p: float,
         seed: int | None,
-        schema: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
     ) -> list[int]:
         """Tokens of the base model, the adapter off, whose text fits the JSON schema; the stop token included.
 
@@ -241,7 +241,7 @@ class VllmEngine:
             seed=seed,
             stop_token_ids=self._stop_token_ids,
             detokenize=False,
-            structured_outputs=StructuredOutputsParams(json=dict(schema)),
+            structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         )
         output = await self._request(prompt_ids, params, base=True)
         return list(output.outputs[0].token_ids)

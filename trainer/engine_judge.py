@@ -1,4 +1,4 @@
-"""The run's own base model as the judge: no second GPU, no other server."""
+"""The run's own base model as the judge, or as the simulated user: no second GPU, no other server."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class BaseEngine(Protocol):
         temperature: float,
         top_p: float,
         seed: int | None,
-        schema: Mapping[str, Any],
+        schema: Mapping[str, Any] | None,
     ) -> list[int]:
-        """Tokens whose text fits the JSON schema, the stop token included; cut off after `max_tokens`.
+        """Tokens whose text fits the JSON schema, if any, the stop token included; cut off after `max_tokens`.
 
         Raises `WorldError` when the request fails but the engine lives, a prompt too long for it included.
         """
@@ -84,6 +84,9 @@ class EngineJudge:
             raise
         num_tokens = len(prompt_ids) + len(token_ids)
         self._meter.answered(latency_s=time.perf_counter() - start, num_tokens=num_tokens)
+        if request.schema is None:
+            # What it reasons, where the parser tells it apart, is no part of what it says.
+            return JudgeReply(text=self._chat.parse(token_ids).message.content, num_tokens=num_tokens)
         stopped = bool(token_ids) and token_ids[-1] in self._chat.stop_token_ids
         return JudgeReply(text=self._chat.decode(token_ids[:-1] if stopped else token_ids), num_tokens=num_tokens)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.base import World
+from envs.base import Responds, World
 from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
@@ -15,6 +15,7 @@ from envs.finance.world import FinanceWorld
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.types import Task
+from envs.users import Users
 from graders.build import build_grader
 from graders.config import PenaltiesConfig
 from graders.judge import CachedJudge, Judge, build_judge
@@ -27,6 +28,7 @@ from trainer.engine import check_engine
 from trainer.engine_judge import EngineJudge
 from trainer.grammar import Grammar, check_schema
 from trainer.model_cache import resolve_model
+from trainer.model_users import ModelUsers, build_users
 from trainer.offer import tools_offered
 from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
@@ -43,8 +45,10 @@ class Job:
     grader: Grader
     watch_grader: Grader | None
     judge: Judge
-    engine_judge: EngineJudge | None
-    """Where the run's own engine is the judge: it is bound to the engine when that has started."""
+    users: Users | None
+    """Who plays the user of every rollout; None where nobody does, or the environment itself."""
+    asks_engine: Mapping[str, EngineJudge]
+    """By config key, where the run's own engine is the judge or the user: bound to the engine when it has started."""
     preflight: Mapping[str, Sequence[Visit]]
     """What a preflight has shown of the tasks; empty without one."""
     demonstrations: Sequence[Demonstration]
@@ -70,7 +74,9 @@ class Job:
                 await close()
 
     def _parts(self) -> list[object]:
-        return [part for part in (self.world, self.grader, self.watch_grader, self.judge) if part is not None]
+        return [
+            part for part in (self.world, self.users, self.grader, self.watch_grader, self.judge) if part is not None
+        ]
 
 
 def prepare(config: RunConfig) -> Job:
@@ -86,6 +92,7 @@ def prepare(config: RunConfig) -> Job:
     _check_strata(config, train_tasks)
     tasks = [*train_tasks, *eval_tasks]
     _check_response_format(config, world, tasks)
+    users = _users(config, world, tasks)
     demonstrations = load_demonstrations(config)
     preflight = load_preflight(config.curriculum)
     engine_judge = EngineJudge() if config.judge.base_url == "engine" else None
@@ -109,7 +116,11 @@ def prepare(config: RunConfig) -> Job:
         grader=grader,
         watch_grader=watch_grader,
         judge=judge,
-        engine_judge=engine_judge,
+        users=users,
+        asks_engine={
+            **({"judge.base_url": engine_judge} if engine_judge else {}),
+            **({"world.user": users.engine} if isinstance(users, ModelUsers) and users.engine else {}),
+        },
         preflight=preflight,
         demonstrations=demonstrations,
         train_tasks=train_tasks,
@@ -149,6 +160,18 @@ def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: 
 
     chat.check_response_format(response_format.model_dump(mode="json", by_alias=True), schema)
     return chat.grammar(schema, vocab_size=AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
+
+
+def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | None:
+    users = build_users(config.world)
+    if users is None:
+        return None
+    if isinstance(world.make_env(), Responds):
+        raise UserError("world.user: the environment has a user of its own (respond); leave one of the two out")
+    if check := getattr(users, "check", None):
+        for task in tasks:
+            check(task)
+    return users
 
 
 def _check_trackers(config: RunConfig) -> None:

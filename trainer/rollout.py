@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from envs.base import Ends, Env, HasState, Observes, OrdersCalls, Responds, World
+from envs.base import Ends, Env, Observes, OrdersCalls, World
 from envs.errors import Unscored, WorldError, first_error
+from envs.state import read_state
 from envs.tools import Tool, call_tool
 from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.users import Exchange, Users, hear
 from graders.types import Grade, Grader
 from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
@@ -70,6 +71,8 @@ class _Live:
 
     env: Env
     request: RolloutRequest
+    rollout_id: str
+    """The request's, or that of a retry."""
     messages: list[Message]
     ledgers: list[Ledger] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -112,6 +115,7 @@ class RolloutWorker:
         chat: Chat,
         engine: Engine,
         config: RolloutConfig,
+        users: Users | None = None,
         watch_grader: Grader | None = None,
         live: LiveRollouts | None = None,
     ) -> None:
@@ -122,6 +126,7 @@ class RolloutWorker:
         self._chat = chat
         self._engine = engine
         self._config = config
+        self._users = users
 
     async def run(
         self,
@@ -155,7 +160,7 @@ class RolloutWorker:
 
     async def _attempt(self, request: RolloutRequest, rollout_id: str, temperature: float, number: int) -> Rollout:
         env = self._world.make_env()
-        live = _Live(env=env, request=request, messages=list(request.task.messages))
+        live = _Live(env=env, request=request, rollout_id=rollout_id, messages=list(request.task.messages))
         start = time.perf_counter()
         episode: Episode | None = None
         grade: Grade | None = None
@@ -164,11 +169,11 @@ class RolloutWorker:
         if self._live:
             self._live.opened(rollout_id)
         try:
-            stop, error = await self._play(live, rollout_id, temperature)
+            stop, error = await self._play(live, temperature)
             state: dict[str, Any] = {}
             if stop is not StopReason.WORLD_FAULT:
                 try:
-                    state = await self._final_state(env)
+                    state = await read_state(env, timeout_s=self._config.tool_timeout_s)
                 except WorldError as e:
                     stop, error = StopReason.WORLD_FAULT, str(e)
             episode = Episode(
@@ -207,11 +212,11 @@ class RolloutWorker:
             num_attempts=number,
         )
 
-    async def _play(self, live: _Live, rollout_id: str, temperature: float) -> tuple[StopReason, str]:
+    async def _play(self, live: _Live, temperature: float) -> tuple[StopReason, str]:
         """The episode's turns in the opened environment: why they ended, and the world's fault where it was that."""
         try:
             async with asyncio.timeout(self._config.episode_timeout_s) as limit:
-                await live.env.open(live.request.task, rollout_id)
+                await live.env.open(live.request.task, live.rollout_id)
                 if isinstance(live.env, Observes) and (observation := live.env.observation):
                     prompt = live.messages[-1]
                     live.messages[-1] = replace(prompt, content=prompt.content + observation)
@@ -315,21 +320,22 @@ class RolloutWorker:
 
     async def _hear_user(self, live: _Live) -> StopReason | None:
         """What the user says to a turn without calls; where they say nothing more, or may not, why the episode ends."""
-        if not isinstance(live.env, Responds):
-            return StopReason.ANSWERED
+        exchange = Exchange(
+            task=live.request.task,
+            rollout_id=live.rollout_id,
+            messages=tuple(live.messages),
+            turns=tuple(live.turns),
+            seed=derive_seed(live.request.seed, "user", live.num_replies),
+        )
         start = time.perf_counter()
         live.waiting_for = "the user"
-        reply = await live.env.respond(live.messages[-1])
+        reply = await hear(live.env, self._users, exchange)
         live.waiting_for = ""
         if reply is None:
             return StopReason.ANSWERED
-        if not isinstance(reply, str):
-            raise TypeError(f"respond gave {type(reply).__name__}; expected the user's words, or None")
         if live.num_replies == self._config.max_user_turns:
             return StopReason.MAX_USER_TURNS
         live.num_replies += 1
-        # Half of a surrogate pair, which JSON can smuggle in, no tokenizer takes.
-        reply = reply.encode("utf-8", "replace").decode()
         live.turns[-1] = replace(live.turns[-1], reply=reply, reply_s=time.perf_counter() - start)
         live.messages.append(Message(role="user", content=reply))
         return None
@@ -379,25 +385,6 @@ class RolloutWorker:
         if len(output) > limit:
             output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
         return replace(result, output=output, num_tokens=self._chat.num_tokens(output))
-
-    async def _final_state(self, env: Env) -> dict[str, Any]:
-        """What the environment tells graders, as JSON values. Raises `WorldError` where it does not answer."""
-        if not isinstance(env, HasState):
-            return {}
-        limit_s = self._config.tool_timeout_s
-        try:
-            async with asyncio.timeout(limit_s) as limit:
-                state = await env.final_state()
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise WorldError(f"final_state: no answer within {limit_s:g} s") from None
-        try:
-            plain: dict[str, Any] = json.loads(json.dumps(dict(state), allow_nan=False))
-        except (TypeError, ValueError) as e:
-            e.add_note("final_state must give a mapping of JSON values")
-            raise
-        return plain
 
 
 async def _timed_grade(grader: Grader, task: Task, episode: Episode) -> Grade:

@@ -86,14 +86,14 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(job.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
-    if job.engine_judge:
+    for key, asks in job.asks_engine.items():
         if engine.publishes_merged:
             engine.shutdown()
             raise UserError(
-                "judge.base_url: engine needs the base model beside the adapter, but this machine's engine gets merged "
+                f"{key}: engine needs the base model beside the adapter, but this machine's engine gets merged "
                 "weights (no GPU); set engine.publish to lora"
             )
-        job.engine_judge.bind(cast(BaseEngine, engine), job.chat)
+        asks.bind(cast(BaseEngine, engine), job.chat)
     return engine
 
 
@@ -105,6 +105,7 @@ def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
         chat=job.chat,
         engine=engine,
         config=job.config.rollout,
+        users=job.users,
         # Two lines a rollout, of use only where something can be released.
         live=run if hasattr(job.world, "sweep") else None,
     )

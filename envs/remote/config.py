@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.remote.mcp_config import McpServerConfig
+from envs.users import UserConfig
 
 _URL = r"^https?://"
 
@@ -45,6 +46,7 @@ class RemoteConfig(BaseModel):
     )
     hook_headers: dict[str, str] = Field(default={}, description="Sent to open_url and close_url, as a tool's are.")
     hook_timeout_s: float = Field(default=60.0, gt=0, description="Of one attempt at either hook.")
+    user: UserConfig | None = Field(default=None, description="A simulated user who answers turns without calls.")
 
     @model_validator(mode="after")
     def _has_distinct_tools(self) -> RemoteConfig:

@@ -1,0 +1,32 @@
+"""What an environment tells graders of its final state."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from envs.base import Env, HasState
+from envs.errors import WorldError
+
+
+async def read_state(env: Env, *, timeout_s: float) -> dict[str, Any]:
+    """The state as JSON values; empty where the environment tells none.
+
+    Raises `WorldError` where it does not answer in time, and plain errors, with a note, for what is no JSON: a bug.
+    """
+    if not isinstance(env, HasState):
+        return {}
+    try:
+        async with asyncio.timeout(timeout_s) as limit:
+            state = await env.final_state()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise WorldError(f"final_state: no answer within {timeout_s:g} s") from None
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(state), allow_nan=False))
+    except (TypeError, ValueError) as e:
+        e.add_note("final_state must give a mapping of JSON values")
+        raise
+    return plain

@@ -13,6 +13,7 @@ from envs.types import Episode, Task
 from graders.answers import final_answer, gold_text
 from graders.config import NumericConfig
 from graders.numbers import Number, find_numbers
+from graders.plain_text import boxed
 from graders.types import Grade
 
 MAX_NUMBERS = 3
@@ -23,7 +24,7 @@ MIN_ROUNDED_DIGITS = 2
 
 
 class NumericGrader:
-    """Compares the last number of the answer with the gold number.
+    """Compares the last number of the answer, or of its last `\\boxed{…}`, with the gold number.
 
     Only one number of an answer is ever compared, so that naming several can't raise the chance of a hit. Years are
     passed over where other numbers stand.
@@ -58,7 +59,7 @@ class NumericGrader:
         return numbers[0]
 
     def _score(self, answer: str, gold: Number) -> tuple[float, str]:
-        numbers = find_numbers(answer)
+        numbers = find_numbers(boxed(answer) or "") or find_numbers(answer)
         if not numbers:
             return 0.0, f"no number in {answer!r}"
         numbers = tuple(n for n in numbers if not n.looks_like_a_year) or numbers

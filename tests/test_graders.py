@@ -17,6 +17,7 @@ from graders.build import build_grader
 from graders.config import GraderConfig, PenaltiesConfig, PenaltyConfig, check_penalties
 from graders.numbers import find_numbers
 from graders.penalties import PenalisedGrader, penalty
+from graders.plain_text import plain
 from graders.types import Grade, Grader
 
 
@@ -168,7 +169,7 @@ async def test_exact_compares_text_without_regard_to_space_and_by_default_to_cas
 
 
 @pytest.mark.parametrize(
-    "stop_reason", [s for s in StopReason if s not in (StopReason.ANSWERED, StopReason.WORLD_FAULT)]
+    "stop_reason", [s for s in StopReason if s not in (StopReason.ANSWERED, StopReason.CALLED, StopReason.WORLD_FAULT)]
 )
 @pytest.mark.parametrize("score", ["exact", "numeric"])
 async def test_an_episode_that_ended_without_an_answer_scores_nothing(score: str, stop_reason: StopReason) -> None:
@@ -416,7 +417,7 @@ def test_per_cent_is_told_from_amounts(amount: Decimal) -> None:
 def test_any_text_can_be_searched_for_numbers(text: str) -> None:
     for number in find_numbers(text):
         assert number.value.is_finite()
-        assert number.text in text
+        assert number.text in plain(text)
 
 
 @given(text=st.text(alphabet="0123456789.,-+()$%eE mk−", max_size=60))

@@ -21,6 +21,7 @@ from trainer.canary import Canary
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
 from trainer.engine import Completion, Sampling, VllmEngine, _engine_environment
+from trainer.grammar import Grammar
 from trainer.policy import Policy
 from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
@@ -43,21 +44,23 @@ class Rig:
 
 
 @contextlib.contextmanager
-def start_rig(smollm2: Path, publish: Literal["merged", "lora"]) -> Iterator[Rig]:
+def start_rig(
+    folder: Path, publish: Literal["merged", "lora"], *, model: ModelConfig | None = None, stop_token_id: int = 2
+) -> Iterator[Rig]:
     from accelerate import Accelerator
 
-    model = ModelConfig()
-    policy = Policy(smollm2, model, OptimConfig(), Accelerator(cpu=True), 0)
+    model = model or ModelConfig()
+    policy = Policy(folder, model, OptimConfig(), Accelerator(cpu=True), 0)
     with asyncio.Runner() as loop:
         engine = loop.run(
             VllmEngine.start(
-                smollm2,
+                folder,
                 model=model,
                 engine=EngineConfig(
                     publish=publish, seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16
                 ),
                 max_model_len=512,
-                stop_token_ids=[2],
+                stop_token_ids=[stop_token_id],
                 device="cpu",
             )
         )
@@ -331,3 +334,53 @@ def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_pro
     free = [replace(row, constrained=()) for row in rows]
     unmasked = torch.cat(merged.policy.logprobs(free, temperature=temperature, adapter=merged.engine._version > 0))
     assert (unmasked - engine).abs().mean() > 3 * TOLERANCE
+
+
+def _thinking(smollm2: Path, folder: Path) -> Path:
+    """The model under a tokenizer in which its end of turn, which it writes readily, closes reasoning."""
+    for path in smollm2.iterdir():
+        if path.suffix not in (".json", ".jinja"):
+            (folder / path.name).symlink_to(path)
+            continue
+        text = path.read_text().replace("<|im_end|>", "</think>").replace("<repo_name>", "<think>")
+        (folder / path.name).write_text(text)
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("generation_config.json", "eos_token_id", 0),
+        ("config.json", "eos_token_id", 0),
+    ):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {key: value}))
+    return folder
+
+
+def test_under_a_reasoning_parser_the_schema_holds_after_the_reasoning(smollm2: Path, tmp_path: Path) -> None:
+    folder = _thinking(smollm2, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    schema = json.dumps({"type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"]})
+    turns = [f'<think> I think it is right.</think>{{"score": {i}}}\n' for i in (3, 5, 2, 7, 4)]
+    # Reasoning that the prompt opens, that it has begun, that it has ended, and that finds no end in the turn.
+    heads = ["<think>", "<think> I think", "<think> I think it is right.</think>", "<think> I think"]
+    prompts = [tokenizer.encode("".join(turns) + head) for head in heads]
+    limits = [64, 64, 64, 2]
+    with start_rig(folder, "merged", model=ModelConfig(reasoning_parser="deepseek_r1"), stop_token_id=0) as rig:
+        rig.policy._grammar = Grammar(tokenizer, schema, vocab_size=49152, stop_token_ids=[0])
+
+        async def answers() -> list[Completion]:
+            how = [replace(sampling(i, limit), schema=schema) for i, limit in enumerate(limits)]
+            return await asyncio.gather(*(rig.engine.generate(p, s) for p, s in zip(prompts, how, strict=True)))
+
+        completions = rig.loop.run(answers())
+        rows = [as_row(p, c) for p, c in zip(prompts, completions, strict=True)]
+        trainer = rig.policy.logprobs(rows, temperature=1.0, adapter=False)
+    for completion, logprobs, limit in zip(completions, trainer, limits, strict=True):
+        start = completion.constrained_from
+        assert start is not None
+        reasoning, answer = completion.token_ids[:start], completion.token_ids[start:]
+        if limit == 2:
+            assert (len(reasoning), answer) == (2, [])
+        else:
+            assert not reasoning or reasoning.index(2) == start - 1
+            assert json.loads(tokenizer.decode(answer, skip_special_tokens=True)).keys() >= {"score"}
+        assert (logprobs - torch.tensor(completion.logprobs)).abs().mean() < TOLERANCE
+    assert completions[0].constrained_from and completions[1].constrained_from and completions[2].constrained_from == 0

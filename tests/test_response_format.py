@@ -160,6 +160,9 @@ def test_a_parser_with_a_grammar_of_its_own_is_refused(chat, monkeypatch):
 
     chat.check_response_format(FORMAT, json.dumps(SCHEMA))
     chat.check_response_format({"type": "json_object"}, '{"type": "object"}')
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="grammar of its own"):
+        patch.setattr(chat._parser, "_reasoning_name", "openai_gptoss")
+        chat.check_response_format(FORMAT, json.dumps(SCHEMA))
     monkeypatch.setattr(chat._parser, "_new_parser", lambda tools: SimpleNamespace(adjust_request=adjust))
     with pytest.raises(UserError, match="grammar of its own"):
         chat.check_response_format(FORMAT, json.dumps(SCHEMA))

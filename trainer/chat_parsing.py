@@ -20,6 +20,9 @@ ToolSchema = Mapping[str, Any]
 """A tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
 
 
+_OF_GPT_OSS = {"openai", "openai_gptoss"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedTurn:
     """What one generation said."""
@@ -131,9 +134,10 @@ class TurnParser:
 
         asked = {"model": "policy", "messages": [], "response_format": response_format}
         request = self._new_parser(None).adjust_request(ChatCompletionRequest.model_validate(asked))
-        served = request.extract_structured_outputs()
+        served = request.to_sampling_params(1, {}).structured_outputs
         is_schema = served is not None and (served.json_object or served.json == json.loads(schema))
-        if not is_schema:
+        # gpt-oss is told by its model type in serving, where its own parser takes the place of those named.
+        if not is_schema or {self.tool_parser, self._reasoning_name} & _OF_GPT_OSS:
             raise UserError(
                 f"rollout.response_format: under the parsers {self.tool_parser!r} and {self._reasoning_name!r} "
                 "`vllm serve` builds a grammar of its own around the schema, which training does not support; leave "

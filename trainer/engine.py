@@ -193,14 +193,22 @@ class VllmEngine:
             policy_version=version,
         )
 
+    def _reasoning(self, *, base: bool) -> dict[str, Any]:
+        """What tells vLLM where the reasoning ends, before which no grammar holds. The base as a judge does none."""
+        if not self._model.reasoning_parser:
+            return {}
+        if base:
+            return {"reasoning_ended": True}
+        return {"reasoning_parser_kwargs": {"chat_template_kwargs": self._model.chat_template_kwargs}}
+
     def _constrained_from(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:
         if not self._model.reasoning_parser:
             return 0
         from vllm.reasoning import ReasoningParserManager
 
         parser = ReasoningParserManager.get_reasoning_parser(self._model.reasoning_parser)
-        kwargs = {"chat_template_kwargs": self._model.chat_template_kwargs}
-        return first_constrained(parser(self._llm.get_tokenizer(), **kwargs), prompt_ids, token_ids)
+        reasoner = parser(self._llm.get_tokenizer(), chat_template_kwargs=self._model.chat_template_kwargs)
+        return first_constrained(reasoner, prompt_ids, token_ids)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm import SamplingParams
@@ -272,15 +280,9 @@ class VllmEngine:
         self._live_requests += 1
         try:
             adapter = None if base else self._lora
-            stream = self._llm.generate(
-                prompt,
-                params,
-                str(next(self._request_ids)),
-                lora_request=adapter,
-                # A judge does not reason: the structure of its answer holds from the first token on.
-                reasoning_ended=True if base else None,
-                reasoning_parser_kwargs={"chat_template_kwargs": self._model.chat_template_kwargs},
-            )
+            number = str(next(self._request_ids))
+            how = self._reasoning(base=base) if params.structured_outputs else {}
+            stream = self._llm.generate(prompt, params, number, lora_request=adapter, **how)
             (output,) = [output async for output in stream]
             return output
         except EngineGenerateError as e:

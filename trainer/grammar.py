@@ -54,7 +54,7 @@ def check_schema(schema: str) -> None:
 
     try:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
-    except VLLMValidationError as e:
+    except (ValueError, VLLMValidationError) as e:
         raise UserError(
             f"rollout.response_format: vLLM's xgrammar does not enforce this schema wholly: {e}. Not enforced are "
             "multipleOf, uniqueItems, contains, unknown formats, patterns or formats together with a length, and "

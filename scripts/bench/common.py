@@ -104,7 +104,8 @@ def load_policy(job: Job, accelerator: Any, adapter: Path | None) -> Any:
     from trainer.adapter import load_adapter_state
     from trainer.policy import Policy
 
-    policy = Policy(job.model_path, job.config.model, job.config.optim, accelerator, job.config.seed)
+    config = job.config
+    policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").is_file():
             raise UserError(f"--adapter {adapter}: holds no adapter_model.safetensors")

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from envs.errors import ToolError, UserError, WorldError
-from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpCallConfig, McpServerConfig
+from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 from envs.remote.mcp_connection import Connection
 from envs.variables import fill
 
@@ -155,8 +155,12 @@ class McpSession:
             self._own = await self._server.connect(self._rollout_id)
         else:
             await self._server.shared()
-        if config.open_call is not None:
-            await self._our_call(config.open_call, "open_call")
+        if (call := config.open_call) is None:
+            return
+        try:
+            await self._call(call.tool, self._filled(call.arguments, "open_call.arguments"))
+        except ToolError as e:
+            raise WorldError(f"MCP server {config.name!r}: open_call: {call.tool}: {e}") from None
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
         """What the tool answers, as text for the model, who calls it by its prefixed name.
@@ -169,9 +173,16 @@ class McpSession:
         return await self._call(name, {**arguments, **self._filled(self._server.bound(name), "bind")})
 
     async def state(self) -> Any:
-        """What `state_call` answers: the value where it is JSON, else the text. Raises `WorldError`."""
-        assert self._server.config.state_call is not None, "the server has no state_call"
-        text = await self._our_call(self._server.config.state_call, "state_call")
+        """What `state_call` answers: the value where it is JSON, else the text. Raises `WorldError`.
+
+        What the server refuses is a state too, as `{"error": text}`: what the model was to write is not there.
+        """
+        call = self._server.config.state_call
+        assert call is not None, "the server has no state_call"
+        try:
+            text = await self._call(call.tool, self._filled(call.arguments, "state_call.arguments"))
+        except ToolError as e:
+            return {"error": str(e)}
         try:
             return json.loads(text)
         except (ValueError, RecursionError):
@@ -182,12 +193,6 @@ class McpSession:
         own, self._own = self._own, None
         if own is not None:
             await self._server.disconnect(own)
-
-    async def _our_call(self, call: McpCallConfig, key: str) -> str:
-        try:
-            return await self._call(call.tool, self._filled(call.arguments, f"{key}.arguments"))
-        except ToolError as e:
-            raise WorldError(f"MCP server {self._server.config.name!r}: {key}: {call.tool}: {e}") from None
 
     def _filled(self, arguments: dict[str, Any], key: str) -> dict[str, Any]:
         own = {TRACE_ID: self._rollout_id, ROLLOUT_DIR: self._own.folder if self._own else ""}

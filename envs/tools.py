@@ -84,7 +84,7 @@ def tool(function: Callable[..., Any]) -> Tool:
         fields[f"arg_{parameter.name}"] = _field(parameter, hints[parameter.name], text)
     try:
         arguments = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
-        parameters = _parameters(arguments)
+        parameters = parameters_of(arguments)
     except PydanticUserError as e:
         raise TypeError(f"tool {name!r}: a type that has no JSON schema: {str(e).splitlines()[0]}") from None
     return Tool(
@@ -126,7 +126,8 @@ def _chosen(choices: list[Any], value: Any) -> Any:
     return value
 
 
-def _parameters(arguments: type[BaseModel]) -> dict[str, Any]:
+def parameters_of(arguments: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model's fields as a tool's parameters."""
     parameters = arguments.model_json_schema()
     parameters.pop("title", None)
     for prop in parameters.get("properties", {}).values():

@@ -27,9 +27,9 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from envs.custom import live_environment
 from envs.errors import Unscored, UserError, first_error
 from envs.loading import accepted, call_user, load_target, make, required
+from envs.trl_env import live_environment
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
 from graders.types import Grade, Grader, taken_metrics

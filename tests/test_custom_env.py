@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from envs.base import Env, ExpertTurn
-from envs.custom import CustomEnvConfig, CustomWorld, live_environment
+from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, WorldError
 from envs.loading import load_target
 from envs.tools import Tool, call_tool, tool
+from envs.trl_env import live_environment
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult
 
 TASK = Task(
@@ -274,16 +275,16 @@ async def test_our_own_protocol_is_taken_as_it_is() -> None:
 
 def test_tasks_come_from_the_data_where_the_environment_has_none() -> None:
     with pytest.raises(
-        UserError, match=r"data: world.target .*Drawer' has no tasks of its own; expected a data section"
+        UserError, match=r"data: world.target .*Plain' has no tasks of its own; expected a data section"
     ):
-        world("Drawer").tasks("train")
+        world("Plain").tasks("train")
     assert world("Drawer").expert_episode(TASK, 0) == ()
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "told"),
     [
-        ("NoEnv", {}, r"expected a world \(make_env\), .* or a TRL-style environment \(reset\), got NoEnv"),
+        ("NoEnv", {}, r"expected a world \(make_env\), .* a TRL-style environment \(reset\), .*got NoEnv"),
         ("Mute", {}, r"every public method is a tool: tool 'act' has no docstring"),
         ("Drawer", {"size": 1}, r"kwargs: got an unexpected keyword argument 'size'"),
         ("Draw", {}, r"test_custom_env.py has no 'Draw'; did you mean 'Drawer'\?"),

@@ -92,6 +92,9 @@ class TrlEnv:
 
     async def open(self, task: Task, rollout_id: str) -> None:
         row = {**task.item, "prompt": [message.to_openai() for message in task.messages]}
+        if "messages" not in task.item:
+            # A row in trl's form: its own prompt, text or messages, as trl hands it on.
+            row |= task.item
         if None in self._kinds:
             self._kind = self._kinds[None]
         else:

@@ -235,19 +235,20 @@ class _FunctionGrader:
         return taken
 
 
-def conversation(task: Task, episode: Episode) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The prompt and the completion as trl hands them to reward functions.
+def conversation(task: Task, episode: Episode) -> tuple[Any, Any]:
+    """The prompt and the completion as trl hands them to reward functions: both messages or, for rows whose `prompt` is
+    text (trl's standard form), both text.
 
-    A turn that could not be parsed is followed by the user message that said so; trl ends such an episode instead.
+    A turn that could not be parsed is followed by the user message that said so; trl ends such an episode instead. Text
+    is that of the messages, one a line; in trl it holds the markers of calls and reasoning too.
     """
     num_written = sum(turn.num_messages for turn in episode.turns)
     start = max(0, len(episode.messages) - num_written)
-    prompt = [_prompt_message(message) for message in episode.messages[:start] or task.messages]
-    return prompt, [_completion_message(message) for message in episode.messages[start:]]
-
-
-def _prompt_message(message: Message) -> dict[str, Any]:
-    return message.to_openai()
+    prompt, written = task.item.get("prompt"), episode.messages[start:]
+    if isinstance(prompt, str) and "messages" not in task.item:
+        return prompt, "\n".join(message.content for message in written if message.content)
+    messages = [message.to_openai() for message in episode.messages[:start] or task.messages]
+    return messages, [_completion_message(message) for message in written]
 
 
 def _completion_message(message: Message) -> dict[str, Any]:

@@ -434,6 +434,23 @@ def test_malformed_turns_and_odd_arguments_keep_their_place() -> None:
     assert completion[0]["tool_calls"][0]["function"] == {"name": "turn", "arguments": "{code"}
 
 
+def test_of_a_row_whose_prompt_is_text_prompt_and_completion_are_text_as_in_trl() -> None:
+    answer = Message(role="assistant", content="gold", reasoning="It shines.")
+    episode = Episode(
+        rollout_id="r",
+        task_id="t",
+        messages=(PROMPT[1], answer),
+        turns=(Turn(message=answer),),
+        stop_reason=StopReason.ANSWERED,
+    )
+    question = PROMPT[1].content
+    row = Task(task_id="t", messages=(PROMPT[1],), item={"prompt": question, "answer": "gold"})
+    assert conversation(row, episode) == (question, "gold")
+    for item in ({"prompt": [{"role": "user", "content": question}]}, {"prompt": question, "messages": []}):
+        prompt, completion = conversation(replace(row, item=item), episode)
+        assert prompt == [{"role": "user", "content": question}] and completion[0]["content"] == "gold"
+
+
 class _Parsed:
     """A tokenizer whose token n stands for the n-th parsed message."""
 

@@ -22,6 +22,9 @@ from envs.remote.env import RemoteEnv
 from envs.remote.world import RemoteWorld
 from envs.tools import call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from graders.sample import item_of
+from trainer.config import RunConfig
+from trainer.tasks import load_tasks
 
 LIMITS = HttpLimits(backoff_s=0.005, breaker_probe_s=0.02, breaker_wait_s=0.5)
 STOCK = {
@@ -219,6 +222,25 @@ async def test_each_rollout_has_its_own_trace_id_and_item():
 def hooked(server: FaultyServer) -> dict[str, Any]:
     hooks = {"open_url": server.url, "close_url": server.url, "hook_headers": {"X-Hook": "h"}}
     return {**one_tool(server), **hooks}
+
+
+async def test_the_item_that_a_server_and_its_hooks_are_sent_is_the_whole_row(tmp_path):
+    row = {
+        "messages": [{"role": "user", "content": "How many?", "name": None}],
+        "tools": [STOCK],
+        "parallel_tool_calls": False,
+        "answer": 3,
+    }
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n")
+    data = {"data": {"train": rows, "eval": rows}, "output_dir": tmp_path, "grader": {"type": "numeric"}}
+    async with FaultyServer() as server, world_of(hooked(server)) as world:
+        (task,) = load_tasks(RunConfig.model_validate(data), world, "train")
+        env = await opened(world, task)
+        await call(env)
+        await env.close(EPISODE)
+    assert [sent["item"] for sent in server.payloads] == [row] * 3
+    assert item_of(task) == row
 
 
 async def test_hooks_tell_the_server_of_each_rollout():

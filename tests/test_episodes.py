@@ -22,8 +22,11 @@ from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
 from graders.custom import conversation
 from graders.sample import episode_from_sample, sample_of
 from trainer.chat import Chat
+from trainer.config import RolloutConfig
+from trainer.expert import play_expert
 from trainer.rollout import MALFORMED_ANSWER, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.warmstart import demonstration_ledger
 
 
 @pytest.fixture(scope="session")
@@ -452,3 +455,77 @@ async def test_an_environment_may_have_the_calls_of_a_turn_one_after_the_other(c
     turns = ["\n".join(call("say", word=w, wait=n) for w, n in (("a", 20), ("b", 0))), "42"]
     played = await play(chat, turns, world=shop(Ordered), max_turn_tokens=200)
     assert [r.output for r in played.episode.turns[0].results] == ["a", "a b"]
+
+
+# --- an expert's episodes
+
+
+async def test_an_expert_talks_with_the_user_and_ends_where_the_user_does(chat):
+    world = Scripted(lambda: Talks("Green.", None))
+    turns = ["Which?", (("note", {"text": "green"}),), "Noted.", "never said"]
+    shown = await play_expert(TASK, turns, world=world)
+    assert [(m.role, m.content) for m in shown.messages[1:]] == [
+        ("assistant", "Which?"),
+        ("user", "Green."),
+        ("assistant", ""),
+        ("tool", "noted green"),
+        ("assistant", "Noted."),
+    ]
+    ledger = demonstration_ledger(shown, chat=chat)
+    assert ledger.prompt_ids[: len(chat.open(shown.messages[:3], shown.tools))] == chat.open(
+        shown.messages[:3], shown.tools
+    )
+    last = await play_expert(TASK, ["Bye."], world=Scripted(lambda: Talks("And?")))
+    assert last.messages[-1].content == "Bye.", "what the user would say to the last turn is not asked"
+
+
+async def test_an_expert_whose_tools_change_gives_a_row_for_each_set_and_each_turn_is_trained_once(chat):
+    turns = [(("enter", {"door": "left"}),), (("look", {"at": "gold"}),), "gold"]
+    shown = await play_expert(TASK, turns, world=Scripted(Doors))
+    (earlier,) = shown.earlier
+    assert [t["function"]["name"] for t in (*earlier.tools, *shown.tools)] == ["enter", "look"]
+    assert shown.messages[: len(earlier.messages)] == earlier.messages
+    trained = [
+        sum(demonstration_ledger(d, chat=chat).to_sample(advantage=0, rollout_id="", task_id="").trainable)
+        for d in (earlier, shown)
+    ]
+    alone = [
+        len(chat.encode_assistant(shown.messages[:i], shown.messages[i], d.tools))
+        for d, i in ((earlier, 1), (shown, 3), (shown, 5))
+    ]
+    assert trained == [alone[0], alone[1] + alone[2]]
+
+
+async def test_an_expert_ends_where_the_environment_is_over_or_calls_are_the_answer(chat):
+    turns = [(("move", {"to": "a1"}),), (("move", {"to": "a2"}),), "never said"]
+    shown = await play_expert(TASK, turns, world=Scripted(Game))
+    assert [m.role for m in shown.messages] == ["user", "assistant", "tool", "assistant", "tool"]
+    called = await play_expert(
+        defined(),
+        [(("buy", {"sku": "P-10"}),), "never said"],
+        world=Scripted(Env),
+        rollout=RolloutConfig(answer="tool_calls"),
+    )
+    assert [m.role for m in called.messages] == ["user", "assistant"]
+    assert [t["function"]["name"] for t in called.tools] == ["buy"]
+
+
+class Scripted:
+    """A world of environments that need no opening."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def make_env(self) -> Any:
+        env = self._make()
+
+        async def nothing(*of: object) -> None: ...
+
+        env.open, env.close = nothing, nothing
+        return env
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return []
+
+    def expert_episode(self, task: Task, seed: int) -> Sequence[Any]:
+        return ()

@@ -26,6 +26,7 @@ from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
 from trainer.engine import check_engine
 from trainer.engine_judge import EngineJudge
+from trainer.expert import Demonstration
 from trainer.grammar import Grammar, check_schema
 from trainer.model_cache import resolve_model
 from trainer.model_users import ModelUsers, build_users
@@ -33,7 +34,7 @@ from trainer.offer import tools_offered
 from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
-from trainer.warmstart import Demonstration, check_demonstrations
+from trainer.warmstart import check_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

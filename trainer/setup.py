@@ -41,7 +41,12 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     else:
         if (warmstart := config.warmstart) is not None:
             ledgers = expert_ledgers(
-                config, job.train_tasks, world=job.world, chat=job.chat, demonstrations=job.demonstrations
+                config,
+                job.train_tasks,
+                world=job.world,
+                chat=job.chat,
+                demonstrations=job.demonstrations,
+                users=job.users,
             )
             progress.phase("warm start", total=warmstart.num_steps)
             losses: list[float] = []
@@ -121,7 +126,9 @@ def canary_ids(job: Job) -> list[list[int]]:
         rows: list[list[int]] = []
         for task in job.train_tasks[:_MOST_CANARIES]:
             turns = job.world.expert_episode(task, 0)
-            ledger = await expert_ledger(task, turns, world=job.world, chat=job.chat)
+            ledger = await expert_ledger(
+                task, turns, world=job.world, chat=job.chat, users=job.users, rollout=job.config.rollout
+            )
             left = _CANARY_TOKENS - sum(map(len, rows))
             if left <= 1:
                 break

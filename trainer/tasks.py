@@ -12,9 +12,9 @@ from envs.rows import read_rows
 from envs.tools import Tool
 from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig
+from trainer.expert import Demonstration
 from trainer.offer import tools_offered
 from trainer.rollout import RolloutRequest, derive_seed
-from trainer.warmstart import Demonstration
 
 
 def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:

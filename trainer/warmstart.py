@@ -7,70 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from envs.base import ExpertTurn, World
 from envs.errors import UserError
-from envs.tools import Tool, call_tool, offered_tools
-from envs.types import Message, Task, ToolCall
+from envs.types import Task
+from envs.users import ScriptUsers, Users
 from trainer.chat import Chat
-from trainer.config import RunConfig
+from trainer.config import RolloutConfig, RunConfig
+from trainer.expert import Demonstration, play_expert
 from trainer.rollout import derive_seed
 from trainer.samples import Ledger
 
 _EXPERT_VERSION = 0
 IGNORED = -100
 """The label of a token outside the loss, by the convention of transformers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
-    """A conversation to imitate: the assistant messages of it are the expert's."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Definitions (Chat Completions JSON) of the tools that the expert was offered."""
-    untrained: frozenset[int] = frozenset()
-    """Places of messages that are context, though they may be the assistant's: mistakes that are put right, say."""
-    where: str = "warmstart"
-    """The file and line, or what else it came of."""
-
-
-async def play_expert(task: Task, turns: Sequence[ExpertTurn], *, world: World) -> Demonstration:
-    """Play the scripted turns in a real environment. Without turns there is only the prompt, and none is opened."""
-    env = world.make_env()
-    if not turns:
-        return Demonstration(messages=task.messages, tools=_schemas(offered_tools(task, env.tools)))
-    await env.open(task, f"expert-{task.task_id}")
-    try:
-        tools = offered_tools(task, env.tools)
-        messages, num_calls = list(task.messages), 0
-        for turn in turns:
-            if isinstance(turn, str):
-                messages.append(Message(role="assistant", content=turn))
-                continue
-            calls = tuple(
-                ToolCall(call_id=f"call{num_calls + i:05d}", name=name, arguments=json.dumps(dict(arguments)))
-                for i, (name, arguments) in enumerate(turn)
-            )
-            messages.append(Message(role="assistant", tool_calls=calls))
-            num_calls += len(calls)
-            for call in calls:
-                result = await call_tool(tools, call, timeout_s=60)
-                messages.append(Message(role="tool", content=result.output, call_id=result.call_id, name=result.name))
-        return Demonstration(messages=tuple(messages), tools=_schemas(tools))
-    finally:
-        await env.close(None)
-
-
-def _schemas(tools: Mapping[str, Tool]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(t.schema() for t in tools.values())
 
 
 def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
@@ -120,9 +75,17 @@ def _says(text: str, words: str) -> bool:
     return "".join(words.split()) in "".join(text.split())
 
 
-async def expert_ledger(task: Task, turns: Sequence[ExpertTurn], *, world: World, chat: Chat) -> Ledger:
-    """The training row of the scripted turns, played in a real environment."""
-    return demonstration_ledger(await play_expert(task, turns, world=world), chat=chat)
+async def expert_ledger(
+    task: Task,
+    turns: Sequence[ExpertTurn],
+    *,
+    world: World,
+    chat: Chat,
+    users: Users | None = None,
+    rollout: RolloutConfig | None = None,
+) -> Ledger:
+    """The training row of the scripted turns, played in a real environment; the last, where tools changed meanwhile."""
+    return demonstration_ledger(await play_expert(task, turns, world=world, users=users, rollout=rollout), chat=chat)
 
 
 def expert_ledgers(
@@ -132,10 +95,11 @@ def expert_ledgers(
     world: World,
     chat: Chat,
     demonstrations: Sequence[Demonstration] = (),
+    users: Users | None = None,
 ) -> list[Ledger]:
     """The rows of the whole warm start, in training order: of `demonstrations`, or of the world's expert.
 
-    Raises `UserError` when there are too few that fit into an episode.
+    Raises `UserError` when there are too few that fit into an episode, and for an expert who talks with a model.
     """
     assert config.warmstart is not None
     needed = config.warmstart.num_steps * config.warmstart.episodes_per_step
@@ -145,17 +109,20 @@ def expert_ledgers(
         rng = random.Random(derive_seed(config.seed, "warmstart"))
         for attempt in range(4 * needed):
             if demonstrations:
-                ledger = demonstration_ledger(rng.choice(demonstrations), chat=chat)
+                shown = rng.choice(demonstrations)
             else:
                 task = rng.choice(tasks)
                 turns = world.expert_episode(task, derive_seed(config.seed, "expert", attempt))
                 if not turns:
                     continue
-                ledger = await expert_ledger(task, turns, world=world, chat=chat)
-            if len(ledger) <= config.rollout.max_episode_tokens:
-                ledgers.append(ledger)
-            if len(ledgers) == needed:
-                return ledgers
+                _check_company(turns, users)
+                shown = await play_expert(task, turns, world=world, users=users, rollout=config.rollout)
+            for demonstration in (*shown.earlier, shown):
+                ledger = demonstration_ledger(demonstration, chat=chat)
+                if len(ledger) <= config.rollout.max_episode_tokens:
+                    ledgers.append(ledger)
+            if len(ledgers) >= needed:
+                return ledgers[:needed]
         raise UserError(
             f"warmstart: only {len(ledgers)} of {needed} expert episodes fit into rollout.max_episode_tokens = "
             f"{config.rollout.max_episode_tokens}, or the world has none; raise the limit, name a file of "
@@ -163,6 +130,15 @@ def expert_ledgers(
         )
 
     return asyncio.run(play())
+
+
+def _check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
+    if users is None or isinstance(users, ScriptUsers) or not any(isinstance(turn, str) for turn in turns[:-1]):
+        return
+    raise UserError(
+        "warmstart: the world's expert goes on after what it says to the user, but world.user is a model or a server, "
+        "which can be asked in rollouts only; name a file of demonstrations (warmstart.data), or a user of type script"
+    )
 
 
 def warm_start(

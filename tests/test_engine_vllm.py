@@ -17,11 +17,15 @@ import torch
 from transformers import AutoTokenizer
 
 from envs.errors import PublishError, WorldError
+from envs.remote.config import RemoteConfig
+from envs.types import Message, Task, Turn
+from envs.users import Exchange
 from trainer.canary import Canary
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
 from trainer.engine import Completion, Sampling, VllmEngine, _engine_environment
 from trainer.grammar import Grammar
+from trainer.model_users import ModelUsers, build_users
 from trainer.policy import Policy
 from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
@@ -218,6 +222,32 @@ def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig
         judged()
     prompt[:] = prompt[: len(prompt) // 40]
     assert json.loads(tokenizer.decode(before, skip_special_tokens=True))["result"] in (0, 1)
+
+
+def test_the_base_model_plays_the_user_beside_the_adapter(lora: Rig, smollm2: Path) -> None:
+    chat = Chat(smollm2)
+    user = {"type": "engine", "prompt": "You want a red mug. You talk to a shop.", "max_tokens": 24}
+    users = build_users(RemoteConfig.model_validate({"user": user}))
+    assert isinstance(users, ModelUsers) and users.engine is not None
+    users.engine.bind(lora.engine, chat)
+    said = Message(role="assistant", content="Which colour do you want?")
+    exchange = Exchange(
+        task=Task(task_id="t", messages=(Message(role="user", content="A mug, please."),)),
+        rollout_id="r",
+        messages=(Message(role="user", content="A mug, please."), said),
+        turns=(Turn(message=said),),
+        seed=1,
+    )
+
+    def heard(seed: int) -> str | None:
+        return lora.loop.run(users.reply(replace(exchange, seed=seed)))
+
+    before = [heard(seed) for seed in range(4)]
+    change_adapter(lora.policy, size=0.5, seed=9)
+    lora.loop.run(lora.engine.publish(_saved(lora), lora.policy.num_updates))
+    assert [heard(seed) for seed in range(4)] == before
+    assert len(set(before)) > 1 and all(before)
+    assert users.take_metrics()["user/requests"] == 8
 
 
 def _saved(rig: Rig) -> Path:

@@ -204,7 +204,7 @@ class EndpointConfig(_Continuous):
 
     type: Literal["endpoint"]
     name: str = Field(default="endpoint", min_length=1)
-    url: str = Field(pattern=r"^https?://")
+    url: str = Field(pattern=r"^(https?://|\$\{)")
     headers: dict[str, str] = {}
     rate_limit: float | None = Field(default=None, gt=0, description="Requests a second.")
     timeout_s: float = Field(default=600.0, gt=0, description="Of one request.")
@@ -312,8 +312,9 @@ class JudgeConfig(_Settings):
 
     base_url: str = Field(
         default="https://api.openai.com/v1",
-        pattern=r"^(https?://.+|engine)$",
-        description="The server's URL with /v1; `engine` asks the run's own base model with the adapter off.",
+        pattern=r"^(https?://.+|\$\{.+|engine)$",
+        description="The server's URL with /v1, ${NAME} in it read from the environment; `engine` asks the run's own "
+        "base model with the adapter off.",
     )
     api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds the key.")
     model: str | None = Field(default=None, description="Asked in place of the model that the graders name.")

@@ -9,6 +9,7 @@ from typing import Any
 from envs.errors import UserError, WorldError
 from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.types import Episode, Task
+from envs.variables import expand
 from graders.config import EndpointConfig
 from graders.sample import item_of, sample_of
 from graders.types import Grade, GraderErrorKind
@@ -33,7 +34,8 @@ class EndpointGrader:
         self._config = config
         self._limits = HttpLimits(timeout_s=config.timeout_s, rate_limit=config.rate_limit)
         headers = resolve_headers(config.headers, f"grader {config.name!r}: headers")
-        self._caller = HttpCaller(url=config.url, headers=headers, limits=self._limits)
+        url = expand(config.url, f"grader {config.name!r}: url")
+        self._caller = HttpCaller(url=url, headers=headers, limits=self._limits)
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
         sample, item = sample_of(episode), item_of(task)

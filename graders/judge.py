@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from envs.errors import UserError, WorldError
+from envs.variables import expand
 from graders.config import JudgeConfig, JudgeSampling
 
 _OPENAI_HOST = "api.openai.com"
@@ -215,7 +216,7 @@ class OpenAIJudge:
 
         config = self._config
         return openai.AsyncOpenAI(
-            base_url=config.base_url,
+            base_url=expand(config.base_url, f"{self._key_of}.base_url"),
             # Other servers want some key all the same, and the package demands one.
             api_key=self._key() or "none",
             timeout=openai.Timeout(config.timeout_s, connect=min(config.timeout_s, _CONNECT_TIMEOUT_S)),

@@ -207,3 +207,36 @@ async def test_two_servers_may_have_one_tool_where_a_prefix_tells_them_apart():
         assert env.tools["b.tell"].schema()["function"]["name"] == "b.tell"
         assert json.loads((await call(env, "b.tell")).output)["meta"]["trace_id"] == "r"
         assert (await call(env, "tell")).error is ToolErrorKind.UNKNOWN_TOOL
+
+
+def test_tools_and_servers_may_stand_in_files_as_other_programs_have_them(tmp_path):
+    tools = [{"name": "a", "server_url": "https://h/call", "headers": {"K": "${KEY}"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    (tmp_path / "job.json").write_text(json.dumps({"tools": tools}))
+    odd, web = {"type": "stdio", "command": "x", "args": ["y"]}, {"type": "http", "url": "http://h", "autoApprove": []}
+    servers = {"odd": odd, "web": web, "off": {**odd, "disabled": True}}
+    (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": servers}))
+    for name in ("tools.json", "job.json"):
+        config = RemoteConfig.model_validate({"tools": str(tmp_path / name), "mcp": str(tmp_path / "mcp.json")})
+        assert [tool.model_dump(include={"name", "server_url", "headers"}) for tool in config.tools] == tools
+        assert [(s.name, s.command, s.url) for s in config.mcp] == [("odd", "x", None), ("web", None, "http://h")]
+        assert RemoteConfig.model_validate_json(config.model_dump_json()) == config, "as the run folder keeps it"
+    (tmp_path / "bad.json").write_text("[")
+    for wrong, told in (("gone.json", "No such file"), ("bad.json", "not valid JSON")):
+        with pytest.raises(ValidationError, match=told):
+            RemoteConfig.model_validate({"mcp": str(tmp_path / wrong)})
+    with pytest.raises(ValidationError, match="two servers are named 'odd'"):
+        RemoteConfig.model_validate({"mcp": [server(), server()]})
+
+
+def test_headers_and_urls_are_read_from_the_environment_when_they_are_used(monkeypatch):
+    monkeypatch.setenv("MCP_KEY", "s3cret")
+    web = {"name": "web", "url": "http://h/${MCP_KEY}", "headers": {"Authorization": "Bearer ${MCP_KEY}"}}
+    config = RemoteConfig.model_validate({"mcp": [web]})
+    used = config.mcp[0].resolved({})
+    assert (used.url, used.headers) == ("http://h/s3cret", {"Authorization": "Bearer s3cret"})
+    assert "s3cret" not in config.model_dump_json()
+    with pytest.raises(UserError, match="the environment variable UNSET_KEY is not set"):
+        RemoteWorld(RemoteConfig.model_validate({"tools": [{"name": "a", "server_url": "${UNSET_KEY}/call"}]}))
+    with pytest.raises(UserError, match="the environment variable UNSET_KEY is not set"):
+        RemoteWorld(RemoteConfig.model_validate({"open_url": "https://h/${UNSET_KEY}"}))

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from envs.remote.mcp_config import McpServerConfig
 from envs.users import UserConfig
 
-_URL = r"^https?://"
+_URL = r"^(https?://|\$\{)"
+_IGNORED = ("type", "transport", "description", "autoApprove", "alwaysAllow")
+"""What other programs keep in their lists of MCP servers, which changes nothing here."""
+
+
+def _read_file(value: Any, key: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise ValueError(f"{key}: {value}: {e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{key}: {value}: not valid JSON: {e}") from None
+
+
+def _tools(value: Any) -> Any:
+    read = _read_file(value, "tools")
+    return read["tools"] if isinstance(read, dict) and "tools" in read else read
+
+
+def _servers(value: Any) -> Any:
+    read = _read_file(value, "mcp")
+    servers = read.get("mcpServers") if isinstance(read, dict) else None
+    if not isinstance(servers, dict) or not all(isinstance(about, dict) for about in servers.values()):
+        return read
+    return [
+        {"name": name, **{key: value for key, value in about.items() if key not in ("disabled", *_IGNORED)}}
+        for name, about in servers.items()
+        if not about.get("disabled")
+    ]
 
 
 class RemoteToolConfig(BaseModel):
@@ -20,7 +52,7 @@ class RemoteToolConfig(BaseModel):
     name: str = Field(min_length=1, description="The name by which the rows and the model call it.")
     server_url: str = Field(pattern=_URL, description="Calls are posted here; several tools may share it.")
     headers: dict[str, str] = Field(
-        default={}, description="Sent with every call; ${NAME} in a value is read from the environment."
+        default={}, description="Sent with every call; ${NAME} here and in the URLs is read from the environment."
     )
     timeout_s: float = Field(default=600.0, gt=0, description="Of one attempt at a call; a call has up to four.")
     rate_limit: float | None = Field(default=None, gt=0, description="Calls a second, retries included.")
@@ -36,8 +68,12 @@ class RemoteConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     type: Literal["remote"] = "remote"
-    tools: list[RemoteToolConfig] = Field(default=[], description="Tools by the hosted protocol, over HTTP.")
-    mcp: list[McpServerConfig] = Field(default=[], description="MCP servers, whose tools are offered beside them.")
+    tools: Annotated[list[RemoteToolConfig], BeforeValidator(_tools)] = Field(
+        default=[], description="Tools by the hosted protocol, over HTTP; or a file with the hosted service's JSON."
+    )
+    mcp: Annotated[list[McpServerConfig], BeforeValidator(_servers)] = Field(
+        default=[], description='MCP servers, offered beside them; or a file, `{"mcpServers": {NAME: {...}}}`.'
+    )
     open_url: str | None = Field(
         default=None, pattern=_URL, description="Told of each rollout before its first turn: type rollout.open."
     )
@@ -54,4 +90,8 @@ class RemoteConfig(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"tools: two tools are named {name!r}")
+        servers = [server.name for server in self.mcp]
+        for name in servers:
+            if servers.count(name) > 1:
+                raise ValueError(f"mcp: two servers are named {name!r}")
         return self

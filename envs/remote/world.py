@@ -18,6 +18,7 @@ from envs.remote.hooks import Hooks
 from envs.remote.mcp import McpServer
 from envs.tools import Tool, schema_tool
 from envs.types import Task, ToolCall
+from envs.variables import expand
 
 _HOOK_BREAKER_WAIT_S = 15.0
 """Shorter than a call's: a hook holds up a rollout that is over."""
@@ -107,6 +108,7 @@ class RemoteWorld:
         return Hooks(on_open=caller(config.open_url), on_close=caller(config.close_url))
 
     def _caller(self, url: str, headers: Mapping[str, str], where: str, limits: HttpLimits) -> HttpCaller:
+        url = expand(url, where.rpartition(".")[0] + " (its URL)")
         server = self._servers.setdefault(url, HttpServer(self._limits))
         made = HttpCaller(url=url, headers=resolve_headers(headers, where), limits=limits, server=server)
         self._all_callers.append((_metric_name(url), made))

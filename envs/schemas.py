@@ -35,6 +35,11 @@ _PATTERNS_S = 0.25
 _TURNS_UNKNOWN_INTO_WRONG = {
     *("not", "disallow", "oneOf", "if", "contains", "unevaluatedProperties", "unevaluatedItems")
 }
+_MAY_BE_NULL = {"const", "default"}
+_VALUES = _MAY_BE_NULL | {"enum", "examples"}
+"""Keywords that hold arguments, not schemas."""
+_BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+"""Keywords that hold schemas under names of their own."""
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _MAX_CACHED = 1024
 
@@ -42,6 +47,26 @@ Fault = tuple[tuple[int | str, ...], str]
 """Where in the arguments, and what is wrong there."""
 Check = Callable[[Any], list[Fault]]
 Keyword = Callable[[Any, Any, Any, Any], Iterator[jsonschema.ValidationError] | None]
+
+
+def without_nulls(schema: Any) -> Any:
+    """The schema without the keywords that are null, as dumps of SDKs write those that are not set.
+
+    A null that says something stays: as `const` and `default`, and inside a list of values.
+    """
+    if isinstance(schema, list):
+        return [without_nulls(inner) for inner in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    kept = {key: value for key, value in schema.items() if value is not None or key in _MAY_BE_NULL}
+    return {
+        key: {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+        if key in _BY_NAME and isinstance(value, Mapping)
+        else value
+        if key in _VALUES
+        else without_nulls(value)
+        for key, value in kept.items()
+    }
 
 
 def schema_error(parameters: Any) -> str:

@@ -19,7 +19,7 @@ from pydantic.errors import PydanticUserError
 from envs.docstrings import read_docstring, split_choices
 from envs.errors import ToolError, UserError
 from envs.json_text import read_json
-from envs.schemas import Check, argument_check, schema_error
+from envs.schemas import Check, argument_check, schema_error, without_nulls
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
 # asyncio's own pool has six threads on two cores: slow tools of a few episodes would fill it. These start on demand.
@@ -154,7 +154,7 @@ def schema_tool(
     JSON schema of an object and `is_strict`; else what is no JSON schema in them is left unchecked.
     """
     about = definition["function"]
-    name, parameters = about["name"], about.get("parameters")
+    name, parameters = about["name"], without_nulls(about.get("parameters"))
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     if is_strict and (error := schema_error(parameters)):

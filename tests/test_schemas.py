@@ -287,3 +287,31 @@ def test_tools_that_only_a_row_can_define_are_left_out_where_the_row_names_none(
 def test_a_tool_that_the_environment_does_not_have_now_is_not_offered():
     task = Task(task_id="t", messages=(), tools=("gone", "f"), definitions={"gone": define("gone")})
     assert list(offered_tools(task, {"f": schema_tool(OWN, answer, is_remote=True)})) == ["f"]
+
+
+def test_keywords_that_are_null_say_nothing_and_are_shown_as_they_stand():
+    about = {"type": "string", "description": None, "pattern": None, "anyOf": None, "default": None, "enum": ["a", "b"]}
+    parameters = {
+        "type": "object",
+        "properties": {
+            "x": about,
+            "y": {"const": None},
+            "z": {"items": None, "enum": [None, 1]},
+            "enum": {"description": None, "enum": None},
+            "gone": None,
+        },
+        "required": ["x"],
+        "additionalProperties": False,
+        "$defs": None,
+        "title": None,
+    }
+    tool = schema_tool(define(parameters=parameters), answer, is_remote=True)
+    assert tool.schema()["function"]["parameters"] == parameters
+    assert tool.read_arguments({"x": "a", "y": None, "z": None, "enum": 3})
+    for wrong in ({}, {"x": "c"}, {"x": "a", "y": 1}, {"x": "a", "z": 2}, {"x": "a", "more": 1}):
+        with pytest.raises(ValueError, match=r"^(arguments|[xyz]|more): "):
+            tool.read_arguments(wrong)
+    empty = schema_tool(
+        define(parameters={"type": "object", "properties": None, "required": None}), answer, is_remote=True
+    )
+    assert empty.read_arguments({}) == {}

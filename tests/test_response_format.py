@@ -194,22 +194,56 @@ def test_a_token_that_the_grammar_forbids_is_our_own_fault(chat, grammar):
         bits(grammar, answer_ids(chat, '{"score": "high"}'))
 
 
-class Thinking:
-    """As vLLM's parsers of `<think>` do: token 7 ends the reasoning, 6 opens it."""
+TURNS = {
+    "no reasoning": ["", "{}"],
+    "opened by the prompt": ["<think>", "maybe</think>{}"],
+    "opened by the turn": ["", "<think>maybe so</think>{}"],
+    "ended by the prompt": ["<think>\n\n</think>\n\n", "{}"],
+    "of an earlier turn": ["<think>yes</think>{}<|im_end|>\n<think>", "no</think>\n{}"],
+    "never ended": ["<think>", "maybe"],
+    "ended twice": ["<think>", "a</think>b</think>{}"],
+}
 
-    def is_reasoning_end(self, input_ids):
-        return 7 in input_ids[max((i for i, t in enumerate(input_ids) if t == 6), default=0) :]
 
-    def is_reasoning_end_streaming(self, input_ids, delta_ids):
-        return 7 in delta_ids
+@pytest.fixture(scope="module")
+def thinking_tokenizer(tiny_model: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"], special_tokens=True)
+    return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("prompt", "sampled", "start"),
-    [([1, 6], [8, 9, 7, 4, 4], 3), ([1, 6], [8, 9], 2), ([1, 6, 7], [8, 9], 0), ([1, 7, 6], [7, 5], 1)],
-)
-def test_the_grammar_starts_where_the_reasoning_ends(prompt, sampled, start):
-    assert first_constrained(Thinking(), prompt, sampled) == start
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_r1", "deepseek_v3", "glm45", "olmo3", "minimax_m2", "nemotron_v3"])
+def test_the_grammar_starts_where_vllm_s_engine_starts_it(thinking_tokenizer, name):
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.v1.structured_output import StructuredOutputManager
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    parser = ReasoningParserManager.get_reasoning_parser(name)
+    engine = object.__new__(StructuredOutputManager)
+    engine.__dict__ |= {"reasoner_cls": parser, "tokenizer": thinking_tokenizer, "enable_in_reasoning": False}
+    starts = {}
+    for what, texts in TURNS.items():
+        prompt, sampled = (thinking_tokenizer.encode(text) for text in (f"<|im_start|>assistant\n{texts[0]}", texts[1]))
+        structured = StructuredOutputRequest(params=StructuredOutputsParams(json_object=True))
+        structured.grammar = SimpleNamespace(accept_tokens=lambda number, tokens: True)
+        request = SimpleNamespace(
+            request_id="0",
+            structured_output_request=structured,
+            use_structured_output=True,
+            prompt_token_ids=prompt,
+            all_token_ids=list(prompt),
+        )
+        constrained = []
+        for token_id in sampled:
+            constrained.append(engine._get_constraint_start(request, ()) == 0)
+            request.all_token_ids.append(token_id)
+            engine.accept_tokens(request, [token_id])
+        starts[what] = first_constrained(parser(thinking_tokenizer), prompt, sampled)
+        assert constrained == [i >= starts[what] for i in range(len(sampled))], what
+    assert starts["ended by the prompt"] <= starts["opened by the prompt"] < 3
 
 
 # --- ledger and loss ---

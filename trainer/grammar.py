@@ -69,12 +69,19 @@ def first_constrained(reasoner: Any, prompt_ids: Sequence[int], token_ids: Seque
     """
     if reasoner.is_reasoning_end(list(prompt_ids)):
         return 0
-    ends = getattr(reasoner, "reasoning_end_token_ids", None)
     so_far = list(prompt_ids)
     for i, token_id in enumerate(token_ids):
         so_far.append(token_id)
-        if ends and reasoner.find_reasoning_end_offset([token_id]) is not None:
-            return i + 1
-        if reasoner.is_reasoning_end_streaming(so_far, [token_id]):
+        if _ends_reasoning(reasoner, so_far):
             return i + 1
     return len(token_ids)
+
+
+def _ends_reasoning(reasoner: Any, token_ids: list[int]) -> bool:
+    """Whether the last token closes the reasoning."""
+    if getattr(reasoner, "reasoning_end_token_ids", None):
+        # The place of the closing token in what it is given; past the end where there is none.
+        offset = reasoner.find_reasoning_end_offset(token_ids[-1:])
+        if offset is not None:
+            return bool(offset == 0)
+    return bool(reasoner.is_reasoning_end_streaming(token_ids, token_ids[-1:]))

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from scripted_engine import BROKEN_CALL, call
 from test_rollout import CONFIG, TASK, LengthGrader, Played, Writer, assert_ledgers_hold_what_was_sampled, play
 from test_rollout import World as PlainWorld
 
-from envs.errors import WorldError
+from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import Tool, tool
@@ -22,10 +23,13 @@ from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
 from graders.custom import conversation
 from graders.sample import episode_from_sample, sample_of
 from trainer.chat import Chat
-from trainer.config import RolloutConfig
+from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert
+from trainer.job import build_world
+from trainer.offer import tools_offered
 from trainer.rollout import MALFORMED_ANSWER, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.tasks import load_tasks
 from trainer.warmstart import demonstration_ledger
 
 
@@ -245,6 +249,26 @@ async def test_the_first_turn_with_calls_is_the_answer_and_runs_nothing(chat):
     assert sample["output_text"] == "I buy it." and sample["choices"][0]["finish_reason"] == "tool_calls"
     assert sample_of(episode_from_sample(sample, rollout_id="r0")) == sample
     assert "buy" in chat.decode(played.engine.requests[0][0])
+
+
+def rows_config(folder: Path, rows: list[dict[str, Any]], **sections: Any) -> RunConfig:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": folder / "rows.jsonl", "eval": folder / "rows.jsonl"}
+    return RunConfig.model_validate(
+        {"output_dir": folder / "run", "grader": {"type": "exact"}, "data": data} | sections
+    )
+
+
+def test_rows_whose_calls_are_the_answer_need_no_server_and_other_rows_are_told_how(tmp_path):
+    row = {"messages": [{"role": "user", "content": "?"}], "answer": "1"}
+    rows = [row | {"tools": [defined().definitions["buy"]]}, row, row | {"tools": []}]
+    config = rows_config(tmp_path, rows, rollout={"answer": "tool_calls"})
+    tasks = load_tasks(config, build_world(config.world), "train")
+    offered = [list(tools_offered(task, {}, config.rollout)) for task in tasks]
+    assert offered == [["buy"], [], []], "rows with and without tools go side by side"
+    config = rows_config(tmp_path, rows)
+    with pytest.raises(UserError, match=r"line 1: tools: 'buy' is not offered.* set rollout\.answer to tool_calls"):
+        load_tasks(config, build_world(config.world), "train")
 
 
 async def test_tools_of_the_world_are_not_run_either_where_calls_are_the_answer(chat):

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,22 @@ def test_a_record_holds_turns_calls_outputs_grade_and_latencies(run):
     assert (grade["reward"], grade["parts"], grade["explanation"]) == (1.0, [["numeric", 1.0]], "as it should be")
     assert ["latency", "2.50 s"] in record["facts"]
     assert '"answer": "42"' in record["item"]
+
+
+def test_what_a_simulated_user_said_is_told_from_the_prompt_and_from_answers_to_malformed_calls(tmp_path):
+    rollout = make_rollout("r")
+    last = rollout.episode.turns[-1]
+    said = Message(role="assistant", content="Which year?")
+    asked = Turn(message=said, reply="2023.", reply_s=1.5)
+    oops = Turn(message=Message(role="assistant", content="oops"), malformed=True)
+    error = Message(role="user", content="Error: your tool call could not be parsed.")
+    messages = (*rollout.episode.messages[:2], said, Message(role="user", content="2023."), oops.message, error)
+    episode = replace(rollout.episode, messages=(*messages, last.message), turns=(asked, oops, last))
+    record = Page.of(
+        write_run(tmp_path / "run", {"evals/step-000000.jsonl": [replace(rollout, episode=episode)]})
+    ).record("r")
+    assert [m["facts"] for m in record["messages"] if m["role"] == "user"] == [[], ["the simulated user", "1.50 s"], []]
+    assert ["waiting for the user", "1.50 s"] in record["facts"]
 
 
 def test_token_figures_reach_their_tokens_and_only_used_ids_have_a_text(tmp_path):

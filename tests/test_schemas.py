@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.errors import UserError
@@ -232,6 +232,7 @@ schemas = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(schema=schemas, value=json_values)
 def test_what_can_be_checked_is_checked_as_jsonschema_checks_it(schema, value):
     whole = {"type": "object", "properties": {"x": schema}}

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup setup-cuda quickstart test test-learning check bench
+.PHONY: setup setup-cuda quickstart test test-learning test-families check bench
 
 setup: $(VENV)/.cpu
 
@@ -36,6 +36,10 @@ tests/npm/node_modules: tests/npm/package-lock.json
 
 test-learning: setup
 	$(BIN)/python -m pytest -m learning
+
+# Every model family through the real engine, some 40 s each way; prints the rows of the table in docs/models.md.
+test-families: setup
+	$(BIN)/python -m pytest tests/test_families.py tests/test_families_vllm.py -m 'families or not families'
 
 check: setup
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from scripted_engine import BROKEN_CALL, Faults, ScriptedEngine, engine_starter,
 from envs.errors import PublishError, UserError, WorldError
 from envs.finance.world import FinanceWorld
 from trainer.config import RunConfig
+from trainer.engine import PROBE_VERSION
 from trainer.runs import rollout_from_json
 from trainer.train import train
 
@@ -106,7 +107,7 @@ def test_every_step_and_both_evaluations_have_their_metrics(metrics):
 
 
 def test_the_sampler_runs_each_version_and_tokens_carry_it(config, engine):
-    assert [version for version, _ in engine.published] == [0, 1, 2, 3]
+    assert [version for version, _ in engine.published] == [PROBE_VERSION, 0, 1, 2, 3]
     assert engine.is_shut_down
     for step in (1, 2, 3):
         for row in lines(config.output_dir / "rollouts" / f"step-{step:06d}.jsonl"):

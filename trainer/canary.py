@@ -21,8 +21,10 @@ other new weights than the trainer's, as long as the update is within `_CLEAR_MO
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from envs.errors import PublishError
 from trainer.engine import Engine
@@ -39,6 +41,9 @@ _LEAST_STIR = 0.3
 _CLEAR_MOVE = 3.0
 """A suspect engine is refused, too, where the trainer moved by more than so many times the mismatch of the two on the
 base model (root mean square). That is no less than the rounding, so a right engine's share is at least 0.89 there."""
+
+_MOST_SURPLUS = 0.5
+"""An engine is refused that shows more than 1.5 or less than 0.5 times what the trainer shows of a part."""
 
 Scores = list[float]
 """Log-probabilities of all canary tokens, the sequences one after the other."""
@@ -61,6 +66,11 @@ class Canary:
         self._rounding = math.inf
         self._base: _Reference | None = None
         self._former: _Reference | None = None
+
+    @property
+    def rounding(self) -> float:
+        """Root mean square of the difference between engine and trainer on the base model, nats a token."""
+        return self._rounding
 
     async def score(self, engine: Engine) -> Scores:
         # One after the other: vLLM 0.31 fails on prompt log-probabilities under LoRA of more than one request at once.
@@ -96,6 +106,40 @@ class Canary:
                 )
         self._former = _Reference(name="the former version", engine=scores, trainer=trainer)
         return metrics
+
+    async def prove_parts(self, engine: Engine, trainer: Scores, moves: Mapping[str, Scores]) -> dict[str, float]:
+        """Check that the engine runs every part of the adapter; `note_base` comes before. Raises `PublishError`.
+
+        `trainer` is what the trainer says under an adapter in which all parts change something, `moves` by how much
+        each part alone changes what it says under the base model. With e, n as above, y = (e - e') - (n - n') is
+        regressed on the moves: a part that the engine leaves out has the coefficient -1, one that it applies 0.
+        Returns the share of each part that the engine shows, without those that move too little to be judged.
+        """
+        assert self._base is not None
+        scores = await self.score(engine)
+        moved = np.subtract(trainer, self._base.trainer)
+        excess = np.subtract(scores, self._base.engine) - moved
+        clear = {name: move for name, move in moves.items() if _rms(move) > max(_LEAST_MOVE, self._rounding)}
+        if not clear:
+            return {}
+        matrix = np.array(list(clear.values())).T
+        inverse = np.linalg.pinv(matrix.T @ matrix)
+        surplus = inverse @ matrix.T @ excess
+        variance = float(np.sum((excess - matrix @ surplus) ** 2)) / max(1, len(excess) - len(clear))
+        errors = np.sqrt(variance * np.diag(inverse))
+        wrong = [
+            f"{name} ({1 + float(c):.0%})"
+            for name, c, error in zip(clear, surplus, errors, strict=True)
+            if abs(c) > max(_MOST_SURPLUS, 4 * error)
+        ]
+        if _rms(list(moved + excess)) < _LEAST_STIR * _rms(list(moved)):
+            raise PublishError("the engine still answers as the base model under an adapter that changes every layer")
+        if wrong or _rms(list(excess)) > _MOST_SURPLUS * _rms(list(moved)):
+            raise PublishError(
+                "the engine does not run the adapter as the trainer does: of what the trainer shows on the canary for "
+                f"each kind of layer the engine shows another share: {', '.join(wrong) or 'none in particular'}"
+            )
+        return {name: 1 + float(c) for name, c in zip(clear, surplus, strict=True)}
 
     def _check_mismatch(self, scores: Scores, trainer: Scores, event: str) -> float:
         mismatch = sum(abs(e - n) for e, n in zip(scores, trainer, strict=True)) / len(scores)

@@ -27,6 +27,15 @@ def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
     return engine.publish == "merged" or (engine.publish == "auto" and on_cpu)
 
 
+PROBE_VERSION = -1
+"""The version of the weights that prove, before the first policy is published, that the engine takes all of them."""
+
+
+def version_name(version: int) -> str:
+    """The name of a policy version, unique in a run: the key of vLLM's caches, and of folders of weights."""
+    return "probe" if version == PROBE_VERSION else f"policy-v{version}"
+
+
 def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
     """What depends on the machine and not on the config alone. Raises `UserError`."""
     if engine.quantization and publishes_merged(engine, on_cpu=on_cpu):
@@ -122,47 +131,21 @@ class VllmEngine:
     ) -> VllmEngine:
         """Start the engine's processes and load the base model. `device` is cpu or cuda."""
         check_engine(engine, on_cpu=device == "cpu")
-        merged = publishes_merged(engine, on_cpu=device == "cpu")
-        # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
-        # offset"), so every prompt is prefilled whole there.
-        on_cpu: dict[str, Any] = {
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, max_model_len),
-            # The default there, 128, is longer than most turns: nothing of a conversation would be found in the cache.
-            "block_size": 32,
-        }
         with _engine_environment(engine, device=device, local_rank=local_rank):
-            from vllm.config import StructuredOutputsConfig
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            args = AsyncEngineArgs(
-                model=str(model_path),
-                dtype=model.dtype,
-                quantization=_VLLM_QUANTIZATION[engine.quantization] if engine.quantization else None,
-                max_model_len=max_model_len,
-                seed=seed,
-                max_num_seqs=engine.max_num_seqs,
-                gpu_memory_utilization=engine.gpu_memory_utilization,
-                enforce_eager=engine.enforce_eager,
-                enable_prefix_caching=True,
-                enable_lora=not merged,
-                max_lora_rank=_lora_rank_bucket(model.lora.r),
-                max_loras=1,
-                # Log-probabilities of the distribution that was sampled from: the trainer divides by the same
-                # temperature.
-                logprobs_mode="processed_logprobs",
-                # The model's own sampling defaults must not change the policy that is trained.
-                generation_config="vllm",
-                # The trainer masks by xgrammar, too. A grammar begins where the reasoning ends, as in `vllm serve`.
-                structured_outputs_config=StructuredOutputsConfig(
-                    backend="xgrammar", reasoning_parser=model.reasoning_parser or ""
-                ),
-                disable_log_stats=True,
-                **(on_cpu if device == "cpu" else {}),
+            arguments = engine_arguments(
+                model_path, model=model, engine=engine, max_model_len=max_model_len, device=device, seed=seed
             )
-            llm = AsyncLLM.from_engine_args(args)
-        return cls(llm, merged=merged, seeded=engine.seeded_requests, stop_token_ids=stop_token_ids, model=model)
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        return cls(
+            llm,
+            merged=not arguments["enable_lora"],
+            seeded=engine.seeded_requests,
+            stop_token_ids=stop_token_ids,
+            model=model,
+        )
 
     @property
     def publishes_merged(self) -> bool:
@@ -256,19 +239,29 @@ class VllmEngine:
 
     async def publish(self, weights: Path, version: int) -> None:
         if self._live_requests:
-            raise PublishError(f"publish of policy-v{version} while {self._live_requests} requests are running")
+            raise PublishError(f"publish of {version_name(version)} while {self._live_requests} requests are running")
         if self._merged:
             await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
         else:
             from vllm.lora.request import LoRARequest
+            from vllm.v1.engine.exceptions import EngineDeadError
 
-            former, self._lora = self._lora, LoRARequest(f"policy-v{version}", version + 1, str(weights))
+            former, self._lora = (
+                self._lora,
+                LoRARequest(version_name(version), version - PROBE_VERSION + 1, str(weights)),
+            )
             if former is not None:
                 await self._llm.remove_lora(former.lora_int_id)
-            if not await self._llm.add_lora(self._lora):
-                raise PublishError(f"vLLM did not load the adapter policy-v{version} from {weights}")
+            try:
+                loaded = await self._llm.add_lora(self._lora)
+            except EngineDeadError:
+                raise
+            except Exception as e:  # vLLM's process says in a plain one what it could not load
+                raise PublishError(f"vLLM did not load the adapter {version_name(version)}: {e}") from e
+            if not loaded:
+                raise PublishError(f"vLLM did not load the adapter {version_name(version)} from {weights}")
         if not await self._llm.reset_prefix_cache():
-            raise PublishError(f"vLLM kept its prefix cache when policy-v{version} was published")
+            raise PublishError(f"vLLM kept its prefix cache when {version_name(version)} was published")
         self._version = version
 
     async def _request(self, prompt_ids: Sequence[int], params: Any, *, base: bool = False) -> Any:
@@ -276,7 +269,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": "base" if base else f"policy-v{self._version}"}
+        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": "base" if base else version_name(self._version)}
         self._live_requests += 1
         try:
             adapter = None if base else self._lora
@@ -300,7 +293,59 @@ class VllmEngine:
             self._llm = None
 
 
-def _lora_rank_bucket(r: int) -> int:
+def engine_arguments(
+    model_path: Path, *, model: ModelConfig, engine: EngineConfig, max_model_len: int, device: str, seed: int = 0
+) -> dict[str, Any]:
+    """What vLLM's engine is started with, as its `AsyncEngineArgs` name it."""
+    from vllm.config import StructuredOutputsConfig
+
+    from trainer.family import read_family
+
+    merged = publishes_merged(engine, on_cpu=device == "cpu")
+    family = read_family(model_path, model.lora)
+    arguments: dict[str, Any] = {
+        "model": str(model_path),
+        "dtype": model.dtype,
+        "quantization": _VLLM_QUANTIZATION[engine.quantization] if engine.quantization else None,
+        "max_model_len": max_model_len,
+        "seed": seed,
+        "max_num_seqs": engine.max_num_seqs,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "enforce_eager": engine.enforce_eager,
+        "enable_prefix_caching": True,
+        "enable_lora": not merged,
+        "max_lora_rank": lora_rank_bucket(model.lora.r),
+        "max_loras": 1,
+        # Log-probabilities of the distribution that was sampled from: the trainer divides by the same temperature.
+        "logprobs_mode": "processed_logprobs",
+        # The model's own sampling defaults must not change the policy that is trained.
+        "generation_config": "vllm",
+        # The trainer masks by xgrammar, too. A grammar begins where the reasoning ends, as in `vllm serve`.
+        "structured_outputs_config": StructuredOutputsConfig(
+            backend="xgrammar", reasoning_parser=model.reasoning_parser or ""
+        ),
+        "disable_log_stats": True,
+    }
+    if family.is_wrapper:
+        arguments["language_model_only"] = True
+    if not merged and family.has_experts:
+        # Or vLLM gives every expert buffers for an adapter, which leaves the experts alone.
+        arguments["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in family.targets})
+    if device == "cpu":
+        arguments |= {
+            # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
+            # offset"), so every prompt is prefilled whole there.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, max_model_len),
+            # The default there, 128, is longer than most turns: nothing of a conversation would be found in the cache.
+            "block_size": 32,
+            # The state of recurrent layers is cached at the ends of chunks.
+            "enable_prefix_caching": not family.is_recurrent,
+        }
+    return arguments
+
+
+def lora_rank_bucket(r: int) -> int:
     """vLLM takes certain maximal ranks only; the smallest that holds `r`."""
     return next(b for b in (1, 8, 16, 32, 64, 128, 256, 320, 512) if b >= r)
 

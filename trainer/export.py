@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from trainer.engine import lora_rank_bucket
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.runs import RunFolder
@@ -24,7 +25,8 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
         *_server(job.model_path),
         "--enable-lora",
         "--max-lora-rank",
-        str(job.config.model.lora.r),
+        # vLLM refuses a rank that is not among certain ones.
+        str(lora_rank_bucket(job.config.model.lora.r)),
         "--lora-modules",
         f"policy={folder.resolve()}",
         *job.chat.serve_arguments(template.resolve() if template else None),

@@ -28,7 +28,7 @@ from trainer.engine import check_engine
 from trainer.engine_judge import EngineJudge
 from trainer.expert import Demonstration
 from trainer.grammar import Grammar, check_schema
-from trainer.model_cache import resolve_model
+from trainer.model_cache import resolve_config, resolve_model
 from trainer.model_users import ModelUsers, build_users
 from trainer.offer import tools_offered
 from trainer.response_format import ResponseFormat, schema_text
@@ -102,6 +102,7 @@ def prepare(config: RunConfig) -> Job:
     watch_grader = None
     if config.watch_grader is not None:
         watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
+    _check_family(config)
     model_path = resolve_model(config.model.name)
     chat = Chat(
         model_path,
@@ -202,3 +203,19 @@ def _check_engine(config: RunConfig) -> None:
     import torch
 
     check_engine(config.engine, on_cpu=not torch.cuda.is_available())
+
+
+def _check_family(config: RunConfig) -> None:
+    # Before the weights are downloaded.
+    import torch
+
+    from trainer.family import check_served, read_family
+
+    family = read_family(resolve_config(config.model.name), config.model.lora)
+    check_served(family, config.engine, on_cpu=not torch.cuda.is_available())
+    longest = config.rollout.max_episode_tokens
+    if family.max_length is not None and longest > family.max_length:
+        raise UserError(
+            f"rollout.max_episode_tokens: {longest} tokens are more than the model has positions for "
+            f"({family.max_length}, max_position_embeddings in its config.json)"
+        )

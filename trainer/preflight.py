@@ -219,6 +219,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         worker = make_worker(job, engine, run)
         progress.phase("publishing")
         loop.run(publisher.note_base())
+        loop.run(publisher.probe())
         publish_start = time.perf_counter()
         loop.run(publisher.publish())
         publish_s = time.perf_counter() - publish_start

@@ -83,8 +83,7 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         job.model_path,
         model=job.config.model,
         engine=job.config.engine,
-        # One token of room: scoring a full-length canary generates one.
-        max_model_len=job.config.rollout.max_episode_tokens + 1,
+        max_model_len=job.config.rollout.max_episode_tokens,
         stop_token_ids=sorted(job.chat.stop_token_ids),
         device=accelerator.device.type,
         local_rank=accelerator.local_process_index,
@@ -119,8 +118,12 @@ def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
 def canary_ids(job: Job) -> list[list[int]]:
     """The token sequences that are scored after every publish: the first training tasks, solved where possible.
 
-    As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU.
+    As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU. Of a long episode
+    it is the end, where the model's own turns are; a row that began with every agent's long system prompt would hold
+    nothing else.
     """
+    # Scoring generates a token, for which there must be room.
+    longest = min(_CANARY_TOKENS // 2, job.config.rollout.max_episode_tokens - 1)
 
     async def play() -> list[list[int]]:
         rows: list[list[int]] = []
@@ -132,7 +135,7 @@ def canary_ids(job: Job) -> list[list[int]]:
             left = _CANARY_TOKENS - sum(map(len, rows))
             if left <= 1:
                 break
-            rows.append(ledger.prompt_ids[: min(left, job.config.rollout.max_episode_tokens)])
+            rows.append(ledger.prompt_ids[-min(left, longest) :])
         return rows
 
     return asyncio.run(play())

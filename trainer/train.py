@@ -66,6 +66,7 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
         worker = make_worker(job, engine, run)
         progress.phase("publishing")
         loop.run(publisher.note_base())
+        loop.run(publisher.probe())
         loop.run(publisher.publish())
         collector = Collector(run, worker, accelerator, progress, loop)
         curriculum = Curriculum(config, job.train_tasks, run, job.preflight)

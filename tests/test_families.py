@@ -1,0 +1,282 @@
+"""Model families without an engine: what LoRA adapts, what is refused before a weight is read, what vLLM is given."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scripted_config
+from families import CONFIGS, build, class_of
+from scripted_engine import ScriptedEngine
+
+from envs.errors import PublishError, UserError
+from trainer import adapter as lora
+from trainer.canary import Canary
+from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
+from trainer.engine import engine_arguments
+from trainer.family import check_served, read_family
+from trainer.job import prepare
+from trainer.publish import Publisher
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+LATENT = {"kv_a_proj_with_mqa", "o_proj"}
+TARGETS = dict.fromkeys(CONFIGS, ATTENTION | MLP) | {
+    "gpt-oss": ATTENTION,
+    "mixtral": ATTENTION,
+    "phi": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "glm4": ATTENTION | {"gate_up_proj", "down_proj"},
+    "deepseek-v2": LATENT | MLP | {"q_proj"},
+    "deepseek-v3": LATENT | MLP | {"q_a_proj", "q_b_proj"},
+    "qwen3-next": ATTENTION | MLP | {"in_proj_qkvz", "in_proj_ba", "out_proj"},
+    "qwen3.5": ATTENTION | MLP | {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
+}
+EXPERTS = {"qwen3-moe", "qwen2-moe", "qwen3-next", "mixtral", "glm4-moe", "gpt-oss", "deepseek-v2", "deepseek-v3"}
+
+
+def config_alone(folder: Path, name: str = "llama", **changes: object) -> Path:
+    """A folder that holds a config.json and no weights; a change to None removes the key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIGS[name]()
+    config.architectures = [class_of(config).__name__]
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key not in changes or value is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_linear_means_the_decoders_linear_layers(name, tmp_path):
+    """Never a router, the experts, the head, an embedding or a vision tower."""
+    family = read_family(config_alone(tmp_path, name), LoraConfig())
+    assert {target.rpartition(".")[2] for target in family.targets} == TARGETS[name]
+    assert not any("vision" in target or "visual" in target or ".experts." in target for target in family.targets)
+    assert family.has_experts == (name in EXPERTS)
+    assert family.max_length == 512
+
+
+@pytest.mark.parametrize("name", ["gemma3-vision", "qwen2-moe", "qwen3-next", "deepseek-v3"])
+def test_an_adapter_holds_the_targets_and_nothing_else(name, tmp_path):
+    """By itself PEFT takes a shared expert's gate_proj for the fused experts, and a tower's q_proj for the text's."""
+    with torch.random.fork_rng():
+        model = class_of(config := CONFIGS[name]())(config)
+    targets = set(lora.lora_targets(model, LoraConfig()))
+    model = lora._with_adapter(model, LoraConfig(r=4))
+    names = {name.partition(".lora_")[0] for name in lora.trainable_parameters(model)}
+    assert {name.removeprefix("base_model.model.") for name in names} == targets
+    assert {p.shape[0] for n, p in lora.trainable_parameters(model).items() if ".lora_A." in n} == {4}
+
+
+REFUSED = {
+    "code of its own": (
+        {"model_type": "mymodel", "architectures": ["MyModel"], "auto_map": {"AutoConfig": "mine.MyConfig"}},
+        r"MyModel is code that its repository brings along \(auto_map",
+    ),
+    "an architecture of its own": (
+        {"architectures": ["MyLlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "mine.MyLlama"}},
+        "MyLlamaForCausalLM is code that its repository brings along",
+    ),
+    "unknown to transformers": ({"model_type": "quux", "architectures": ["QuuxForCausalLM"]}, "'QuuxForCausalLM'"),
+    "no architecture": ({"architectures": None}, "config.json names no architectures"),
+    "a classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "not a decoder that writes text"),
+    "an encoder-decoder": (
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+        "not a decoder that writes text",
+    ),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"weights are quantised \(gptq\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_from_its_config_alone(case, tmp_path):
+    changes, message = REFUSED[case]
+    with pytest.raises(UserError, match=message) as e:
+        read_family(config_alone(tmp_path, **changes), LoraConfig())
+    assert "\n" not in str(e.value) and str(e.value).startswith("model.name: this model can't be trained here: ")
+
+
+def test_code_beside_an_architecture_that_transformers_has_is_not_needed(tmp_path):
+    config_alone(tmp_path, "phi3", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
+    assert read_family(tmp_path, LoraConfig()).architecture == "Phi3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "name, target, why",
+    [
+        ("llama", "q", "the model has no module 'q'; this LlamaForCausalLM has down_proj, gate_proj, k_proj"),
+        ("llama", "lm_head", "outside the text decoder"),
+        ("llama", "embed_tokens", r"no linear layer \(Embedding\)"),
+        ("qwen3-moe", "gate", "a router"),
+        ("qwen2-moe", "shared_expert_gate", "a router"),
+        ("gpt-oss", "experts", "of the experts"),
+        ("mixtral", "gate_up_proj", "the model has no module"),
+        ("deepseek-v3", "kv_b_proj", "multiplied into other matrices"),
+        ("gemma3-vision", "out_proj", "outside the text decoder"),
+    ],
+)
+def test_a_users_own_targets_are_checked_alike(name, target, why, tmp_path):
+    with pytest.raises(UserError, match=rf"^model.lora.target_modules: .*{why}"):
+        read_family(config_alone(tmp_path, name), LoraConfig(target_modules=[target]))
+
+
+def test_a_users_own_targets_mean_the_text_decoder_of_a_wrapper(tmp_path):
+    family = read_family(config_alone(tmp_path, "gemma3-vision"), LoraConfig(target_modules=["q_proj"]))
+    assert family.targets == tuple(f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1))
+
+
+def test_experts_beside_an_adapter_are_refused_on_a_cpu(tmp_path):
+    family = read_family(config_alone(tmp_path, "qwen3-moe"), LoraConfig())
+    with pytest.raises(UserError, match=r"engine.publish: lora can't be had for Qwen3MoeForCausalLM on a CPU"):
+        check_served(family, EngineConfig(publish="lora"), on_cpu=True)
+    check_served(family, EngineConfig(), on_cpu=True)
+    check_served(family, EngineConfig(), on_cpu=False)
+
+
+def test_a_model_that_vllm_has_not_is_refused(tmp_path):
+    family = read_family(
+        config_alone(tmp_path, architectures=["CodeGenForCausalLM"], model_type="codegen"), LoraConfig()
+    )
+    with pytest.raises(UserError, match=r"vLLM \S+ has no model CodeGenForCausalLM"):
+        check_served(family, EngineConfig(), on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    "model, rollout, message",
+    [
+        ({}, {"max_episode_tokens": 513}, r"rollout.max_episode_tokens: 513 tokens .* positions for \(512"),
+        ({"lora": {"target_modules": ["nothing"]}}, {}, "model.lora.target_modules: the model has no module 'nothing'"),
+    ],
+)
+def test_a_run_is_refused_before_its_weights_are_there(model, rollout, message, tmp_path):
+    folder = config_alone(tmp_path / "model")
+    config = scripted_config(tmp_path / "run", folder, rollout={"max_episode_tokens": 512} | rollout)
+    config["model"] |= model
+    with pytest.raises(UserError, match=message):
+        prepare(RunConfig.model_validate(config))
+
+
+LOADED = ["qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3"]
+"""Experts, beside which a CPU can run no adapter; one of each way in which vLLM packs and names the layers around."""
+
+
+def random_adapter(name: str, folder: Path, tokenizer: Path) -> tuple[Path, Path]:
+    """A model of the family and an adapter in which every layer changes something."""
+    model_path = build(name, folder / name, tokenizer)
+    config = ModelConfig(name=str(model_path), lora=LoraConfig(r=12, alpha=8))
+    model = lora.load_model(model_path, config, device=torch.device("cpu"), seed=0)
+    for changes in lora.random_changes(model, size=0.1).values():
+        lora.load_weights(model, changes)
+    lora.save_adapter(model, folder / f"{name}-adapter")
+    return model_path, folder / f"{name}-adapter"
+
+
+def load_into_vllm(names: list[str], folder: Path, tokenizer: Path) -> dict[str, dict[str, list[str]]]:
+    """For each family what `vllm_adapters.py` says of a random adapter."""
+    paths = [path for name in names for path in random_adapter(name, folder, tokenizer)]
+    script = Path(__file__).with_name("vllm_adapters.py")
+    done = subprocess.run([sys.executable, script, *paths], capture_output=True, text=True, timeout=500, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == len(names), done.stderr[-2000:]
+    return dict(zip(names, lines, strict=True))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")
+def test_vllms_own_loader_takes_every_layer_of_an_adapter_beside_experts(tiny_model, tmp_path):
+    """Names and ranks fit vLLM's model, no layer that it made room for stays empty, and the experts get none."""
+    for name, loaded in load_into_vllm(LOADED, tmp_path, tiny_model).items():
+        assert loaded["left"] == [], name
+        kinds = {layer.rpartition(".")[2] for layer in loaded["took"]}
+        assert kinds >= {"o_proj"} and len(loaded["took"]) == len(set(loaded["took"])) >= 4, name
+        assert not any("experts" in layer.split(".") for layer in loaded["took"]), name
+
+
+def test_vllm_is_told_to_make_room_for_the_adapted_layers_alone_where_there_are_experts(tmp_path):
+    def told(name: str, publish: str) -> object:
+        return engine_arguments(
+            config_alone(tmp_path / name, name),
+            model=ModelConfig(),
+            engine=EngineConfig(publish=publish),
+            max_model_len=512,
+            device="cuda",
+        ).get("lora_target_modules")
+
+    assert told("gpt-oss", "lora") == sorted(ATTENTION)
+    assert told("gpt-oss", "merged") is None and told("llama", "lora") is None
+
+
+class Deaf(ScriptedEngine):
+    """Ignores the adapter on some layers."""
+
+    ignored = ("k_proj", "up_proj")
+
+    async def publish(self, weights: Path, version: int) -> None:
+        from safetensors.torch import load_file, save_file
+
+        file = weights / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file({n: t * 0 if any(i in n for i in self.ignored) else t for n, t in tensors.items()}, file)
+        await super().publish(weights, version)
+
+
+CANARY = [list(range(20 + 100 * i, 120 + 100 * i)) for i in range(4)]
+
+
+def a_publisher(tiny_model: Path, engine: type[ScriptedEngine], scratch: Path) -> Publisher:
+    from accelerate import Accelerator
+
+    from trainer.policy import Policy
+
+    config = ModelConfig(dtype="float32", lora=LoraConfig(r=4, alpha=8))
+    policy = Policy(tiny_model, config, OptimConfig(), Accelerator(cpu=True), 0)
+    started = engine(tiny_model, script=lambda prompt, seed: "", stop_token_ids=[2])
+    return Publisher(policy, started, Canary(CANARY, tolerance=0.15), scratch)
+
+
+@pytest.mark.usefixtures("one_thread")
+async def test_the_probe_proves_every_kind_of_layer_and_leaves_the_policy_as_it_was(tiny_model, tmp_path):
+    publisher = a_publisher(tiny_model, ScriptedEngine, tmp_path)
+    before = lora.adapter_state(publisher._policy.model)
+    await publisher.note_base()
+    shares = await publisher.probe()
+    assert set(shares) == ATTENTION | MLP and all(share == pytest.approx(1, abs=0.01) for share in shares.values())
+    after = lora.adapter_state(publisher._policy.model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert list(tmp_path.iterdir()) == []
+    metrics = await publisher.publish()
+    assert metrics["canary/mismatch"] < 1e-4
+
+
+@pytest.mark.usefixtures("one_thread")
+async def test_an_engine_that_ignores_some_layers_is_refused_before_the_first_rollout_and_they_are_named(
+    tiny_model, tmp_path
+):
+    publisher = a_publisher(tiny_model, Deaf, tmp_path)
+    await publisher.note_base()
+    with pytest.raises(PublishError, match=r"^LlamaForCausalLM: .* another share: up_proj \(.*%\), k_proj \(.*%\)$"):
+        await publisher.probe()
+
+
+def test_the_command_that_serves_an_adapter_is_one_that_vllm_parses_whatever_the_rank(tiny_model, tmp_path):
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from trainer.export import export_adapter
+    from trainer.runs import RunFolder
+
+    raw = scripted_config(tmp_path / "run", tiny_model)
+    raw["model"]["lora"]["r"] = 12
+    config = RunConfig.model_validate(raw)
+    RunFolder.create(config)
+    run = RunFolder.open(config, rank=0)
+    publisher = a_publisher(tiny_model, ScriptedEngine, tmp_path)
+    export_adapter(prepare(config), run, publisher._policy)
+    command = shlex.split(json.loads((run.path / "run.json").read_text())["serve_command"])
+    arguments = command[command.index("vllm.entrypoints.openai.api_server") + 1 :]
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    assert parsed.max_lora_rank == 16 and parsed.enable_lora

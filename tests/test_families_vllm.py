@@ -1,0 +1,68 @@
+"""Every family through the real engine: published as an adapter and merged, two updates, each proved by the canary.
+
+The weights are random, in float32 for both sides, so that what the two make of them can be told apart to six digits.
+A handful runs with all tests; `make test-families` runs every family and prints the table of docs/models.md.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from families import CONFIGS, build, class_of, take_through_engine
+from test_families import EXPERTS, load_into_vllm
+
+from envs.errors import UserError
+from trainer.config import EngineConfig, LoraConfig
+from trainer.family import check_served, read_family
+
+WAYS: tuple[Literal["lora", "merged"], ...] = ("lora", "merged")
+ALWAYS = {("granite", "lora"), ("qwen3-moe", "merged"), ("gemma3-vision", "lora")}
+"""Scaled logits, experts, a wrapper: of each a case that a plain Llama, which other tests run, does not cover."""
+
+NEEDS_TORCHVISION = {"qwen3.5", "gemma3-vision", "mistral3", "qwen2.5-vl"}
+"""vLLM's classes of wrappers import it, and no build of it on PyPI fits torch's CPU build."""
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+
+
+def cases() -> list[object]:
+    return [
+        pytest.param(name, publish, marks=[] if (name, publish) in ALWAYS else pytest.mark.families)
+        for name in CONFIGS
+        for publish in WAYS
+    ]
+
+
+@pytest.mark.parametrize("name, publish", cases())
+def test_a_family_is_proved_or_refused_before_its_weights_are_read(name, publish, tiny_model, tmp_path, capsys):
+    model = build(name, tmp_path / "model", tiny_model)
+    refused = None
+    if name in EXPERTS and publish == "lora":
+        refused = "on a CPU"
+    elif name in NEEDS_TORCHVISION and importlib.util.find_spec("torchvision") is None:
+        refused = "No module named 'torchvision'"
+    if refused:
+        for weights in model.glob("*.safetensors"):
+            weights.unlink()
+        with pytest.raises(UserError, match=refused) as e:
+            check_served(read_family(model, LoraConfig()), EngineConfig(publish=publish), on_cpu=True)
+        row = f"refused: {e.value}"
+    else:
+        figures = take_through_engine(model, publish, scratch=tmp_path / "scratch")
+        shares = [share for figure, share in figures.items() if figure.startswith("probe/")]
+        assert shares and all(share == pytest.approx(1, abs=0.05) for share in shares)
+        assert figures["canary/base_mismatch"] < 1e-3 and figures["canary/mismatch"] < 1e-3
+        assert figures["canary/applied_since_version"] == pytest.approx(1, abs=0.02)
+        assert figures["canary/applied_since_model"] == pytest.approx(1, abs=0.02)
+        row = f"{figures['canary/base_mismatch']:.1e} | {figures['canary/mismatch']:.1e}"
+    with capsys.disabled():
+        print(f"\n| {name} | {class_of(CONFIGS[name]()).__name__} | {publish} | {row} |")
+
+
+@pytest.mark.families
+def test_vllms_own_loader_takes_every_layer_of_every_familys_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    """Without an engine, so that families are covered whose adapters a CPU can't run."""
+    names = [name for name in CONFIGS if name not in NEEDS_TORCHVISION or importlib.util.find_spec("torchvision")]
+    for name, loaded in load_into_vllm(names, tmp_path, tiny_model).items():
+        assert loaded.get("left") == [], (name, loaded)

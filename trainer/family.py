@@ -1,0 +1,202 @@
+"""What a model's `config.json` says it is: the class that trains it, the layers that LoRA adapts, what is refused.
+
+All of it before a weight is read: the model is built on torch's meta device, which allocates nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from envs.errors import UserError
+from trainer.config import EngineConfig, LoraConfig
+from trainer.engine import publishes_merged
+
+_ABSORBED = "kv_b_proj"
+"""Latent attention multiplies this matrix into others when the engine loads it; an adapter on it would be ignored."""
+
+_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the classes end that generate text; a wrapper of vision or audio around a text decoder is of the last kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A kind of model that can be trained here."""
+
+    architecture: str
+    """As config.json, transformers and vLLM name it."""
+    targets: tuple[str, ...]
+    """The linear layers that LoRA adapts, by their full names in transformers."""
+    has_experts: bool
+    """Mixture of experts: a router chooses, for each token, among feed-forward layers that LoRA leaves alone."""
+    is_wrapper: bool
+    """A vision or audio model around a text decoder, of which only the decoder is used."""
+    is_recurrent: bool
+    """Some of its layers carry a state along instead of attending (linear attention, beside convolutions)."""
+    max_length: int | None
+    """Tokens of the longest sequence that the model's positions allow; None: not limited."""
+
+
+def read_family(folder: Path, lora: LoraConfig) -> Family:
+    """The family of the model in `folder`. Raises `UserError` when it can't be trained here.
+
+    *Covered:* everything that can be seen without weights: code of its own, encoder-decoders, classes that transformers
+    does not know, `lora.target_modules`. *Not covered:* whether vLLM has it, see `check_served`.
+    """
+    model_class, config = model_class_of(folder)
+    with torch.device("meta"):
+        model = model_class(config)
+    decoder = model.get_decoder()
+    return Family(
+        architecture=model_class.__name__,
+        targets=tuple(lora_targets(model, lora)),
+        has_experts=any("experts" in name.split(".") for name, _ in decoder.named_modules()),
+        is_wrapper=config.get_text_config() is not config,
+        is_recurrent=any(isinstance(module, nn.Conv1d) for module in decoder.modules()),
+        max_length=_max_length(config.get_text_config()),
+    )
+
+
+def model_class_of(folder: Path) -> tuple[Any, Any]:
+    """transformers' class of the model in `folder`, as its config.json names it, and the config itself."""
+    raw = _raw_config(folder)
+    named = raw.get("architectures") or []
+    architecture = named[0] if named else ""
+    model_class = getattr(transformers, architecture, None) if architecture.isidentifier() else None
+    is_known = raw.get("model_type") in transformers.CONFIG_MAPPING and model_class is not None
+    if not is_known and "auto_map" in raw:
+        raise _refusal(
+            f"{architecture or raw.get('model_type')} is code that its repository brings along (auto_map in "
+            "config.json, trust_remote_code elsewhere), which is not run here"
+        )
+    if not is_known:
+        raise _refusal(
+            f"transformers {transformers.__version__} does not know "
+            + (f"the architecture {architecture!r}" if architecture else "it: config.json names no architectures")
+            + f" (model_type {raw.get('model_type')!r})"
+        )
+    if raw.get("is_encoder_decoder") or not architecture.endswith(_KINDS):
+        raise _refusal(f"{architecture} is not a decoder that writes text token by token")
+    if "quantization_config" in raw and raw["quantization_config"].get("quant_method") != "mxfp4":
+        raise _refusal(
+            f"its weights are quantised ({raw['quantization_config'].get('quant_method')}); take the checkpoint with "
+            "16-bit weights (engine.quantization quantises the engine's copy alone)"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise _refusal(f"{architecture} is an encoder-decoder")
+    return model_class, config
+
+
+def lora_targets(model: Any, lora: LoraConfig) -> list[str]:
+    """Full names of the linear layers of `model` that LoRA adapts, sorted.
+
+    `all-linear` takes those of the text decoder but for routers and gates between experts, the experts themselves and
+    `kv_b_proj`; a list takes those among them that it names. Raises `UserError` when a name of the list means none.
+    """
+    decoder = model.get_decoder()
+    modules = dict(model.named_modules())
+    inside = {id(module) for module in decoder.modules()}
+    reasons = {name: _why_not(name, module, inside) for name, module in modules.items()}
+    allowed = [name for name, reason in reasons.items() if not reason]
+    if lora.target_modules == "all-linear":
+        chosen = set(allowed)
+    else:
+        chosen = set()
+        for target in lora.target_modules:
+            meant = [name for name in modules if name == target or name.endswith(f".{target}")]
+            fit = [name for name in meant if not reasons[name]]
+            if not fit:
+                why = f"{target!r} is {reasons[meant[0]]}" if meant else f"the model has no module {target!r}"
+                raise UserError(
+                    f"model.lora.target_modules: {why}; this {type(model).__name__} has "
+                    f"{', '.join(sorted({name.rpartition('.')[2] for name in allowed}))}"
+                )
+            chosen |= set(fit)
+    if not chosen:
+        raise _refusal(f"{type(model).__name__} has no linear layers that LoRA could adapt")
+    return sorted(chosen)
+
+
+def _why_not(name: str, module: nn.Module, decoder: set[int]) -> str:
+    """Why LoRA does not adapt this module; empty where it does."""
+    *path, own = name.split(".")
+    if "experts" in (*path, own):
+        return "of the experts, which are one fused parameter each and stay as they are"
+    if "router" in (*path, own) or own == "gate" or own.endswith("_gate"):
+        return "a router: trainer and engine would choose other experts"
+    # A subclass computes something else than W x, which an adapter beside it would not know.
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return f"no linear layer ({type(module).__name__})"
+    if id(module) not in decoder:
+        return "outside the text decoder (output head, vision or audio tower, projector)"
+    if own == _ABSORBED:
+        return "multiplied into other matrices by the engine, where an adapter would be ignored"
+    return ""
+
+
+def check_served(family: Family, engine: EngineConfig, *, on_cpu: bool) -> None:
+    """Raise `UserError` unless the installed vLLM serves the family, with what the trainer will publish to it.
+
+    vLLM inspects the model's class in a process of its own, the first time (some 20 s on two cores), and remembers it.
+    *Not covered:* an architecture that vLLM serves without adapters; what only shows when it runs, which the probe
+    finds (`trainer.probe`).
+    """
+    import vllm
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = ModelRegistry.models.get(family.architecture)
+    if known is None:
+        raise _refusal(f"vLLM {vllm.__version__} has no model {family.architecture}")
+    try:
+        found = known.inspect_model_cls()
+    except Exception as e:  # whatever the import of a module raises, as text of the process that tried
+        cause = str(e).strip().splitlines()[-1:] or [type(e).__name__]
+        raise _refusal(f"vLLM {vllm.__version__} can't import its {family.architecture}: {cause[0]}") from e
+    if found.is_attention_free:
+        raise _refusal(f"{family.architecture} has no attention layers")
+    if family.has_experts and on_cpu and not publishes_merged(engine, on_cpu=on_cpu):
+        raise UserError(
+            f"engine.publish: {engine.publish} can't be had for {family.architecture} on a CPU, where vLLM's experts "
+            "run beside an adapter only with Triton; set it to merged"
+        )
+
+
+def short_targets(model: Any, targets: list[str]) -> list[str]:
+    """Last names, such as `q_proj`, that mean the same layers to PEFT where there are such; else the full names."""
+    short = {name.rpartition(".")[2] for name in targets}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short) if meant == set(targets) else targets
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"model.name: {path}: not JSON: {e}") from e
+    if not isinstance(raw, dict):
+        raise UserError(f"model.name: {path}: expected an object")
+    return raw
+
+
+def _max_length(config: Any) -> int | None:
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    # These kinds leave the scaled length in max_position_embeddings; of the others `factor` multiplies it.
+    if rope.get("rope_type") in ("linear", "dynamic"):
+        return int(length * (rope.get("factor") or 1))
+    return length
+
+
+def _refusal(why: str) -> UserError:
+    return UserError(f"model.name: this model can't be trained here: {why}")

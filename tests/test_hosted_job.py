@@ -199,6 +199,25 @@ def test_rows_with_tools_that_no_server_has_are_graded_by_their_calls(write, tmp
     assert served.config.rollout.answer == "text"
 
 
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "a", "description": None, "schema": {"enum": ["yes", None]}, "strict": True},
+}
+
+
+def test_the_form_of_answers_is_taken_over_where_no_tools_are_offered(write):
+    made = taken(write, job_of(tools=[], response_format=FORM))
+    assert made.sections["rollout"]["response_format"] == FORM, "a null of a schema means something"
+    assert made.config.rollout.response_format is not None
+    with_tools = taken(write, job_of(response_format=FORM))
+    assert with_tools.config.rollout.response_format is None
+    assert said(with_tools, "method.reinforcement.response_format").startswith("not taken over: answers have a form")
+    free = taken(write, job_of(response_format={"type": "text"}))
+    assert free.config.rollout.response_format is not None
+    off = taken(write, job_of(tools=[], response_format=FORM), "rollout.response_format=null")
+    assert off.config.rollout.response_format is None
+
+
 def test_a_graders_source_of_several_lines_reads_in_the_yaml_as_it_was_written(write):
     source = "def grade(sample, item):\n    return float(sample['output_text'] == item['answer'])\n"
     grader = {"type": "python", "name": "mine", "source": source, "image_tag": "2025-05-08"}
@@ -390,6 +409,7 @@ def test_a_wrong_hyperparameter_is_named_by_its_key_in_the_job(write, key, value
         (job_of(grader=GRADER | {"refrence": "x"}), "method.reinforcement.grader.refrence: unknown key; did you mean"),
         (job_of(grader=GRADER | {"type": "x"}), "method.reinforcement.grader"),
         (job_of(tools=[TOOLS[0], TOOLS[0]]), "two tools are named 'search'"),
+        (job_of(tools=[], response_format={"type": "xml"}), "rollout.response_format: Input tag 'xml'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_job_is_named(write, job, expected):

@@ -25,7 +25,7 @@ from envs.remote.config import RemoteToolConfig
 from envs.rows import FileOrDataset, read_rows
 from trainer.config import OptimConfig, RolloutConfig, RunConfig, read_sections, validate_config
 from trainer.hosted_remarks import HYPER, METHOD, MISSING, find, is_open, left_open, not_taken
-from trainer.hosted_schema import HostedJob, Hyperparameters, Reinforcement
+from trainer.hosted_schema import HostedJob, Hyperparameters, Reinforcement, read_job
 
 _MOST_SHOWN = 120
 _FILE_ID = re.compile(r"file-[\w-]+")
@@ -61,6 +61,8 @@ class _Take:
     value: Any
     remark: str = ""
     """Said where it is taken over, but not just as it stands."""
+    obstacle: str = ""
+    """Why it can't be taken over."""
 
 
 def take_job(
@@ -77,8 +79,7 @@ def take_job(
     *Covered*: the body of a job's creation, the job object as the API gives it back, the older top-level
     `hyperparameters`. *Not covered*: supervised and DPO jobs, lists of jobs; hosted files are not fetched.
     """
-    raw = _read(path)
-    job = _validated(raw, path)
+    raw, job = read_job(path)
     files = {"data.train": training_file, "data.eval": validation_file}
     named = [f"{key}={json.dumps(str(file))}" for key, file in files.items() if file is not None]
     given = read_sections(config, [*named, *overrides])
@@ -97,64 +98,6 @@ def take_job(
         config=validate_config(ordered, source=source),
         remarks=tuple(" ".join(remark.split()) for remark in remarks if remark),
     )
-
-
-# ---- reading
-
-
-def _read(path: Path) -> dict[str, Any]:
-    where = f"hosted job {path}"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise UserError(f"{where}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON: {e}") from e
-    if not isinstance(data, dict) or data.get("object") == "list":
-        raise UserError(f"{where}: expected one job as a JSON object, got a {_kind(data)}")
-    without: dict[str, Any] = _without_nulls(data)
-    return without
-
-
-def _kind(data: Any) -> str:
-    return "list of jobs" if isinstance(data, dict) else type(data).__name__
-
-
-def _without_nulls(value: Any) -> Any:
-    """The API writes null for what was not given. A JSON schema means it."""
-    if isinstance(value, dict):
-        return {
-            key: inner if key == "response_format" else _without_nulls(inner)
-            for key, inner in value.items()
-            if inner is not None
-        }
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _validated(raw: dict[str, Any], path: Path) -> HostedJob:
-    where = f"hosted job {path}"
-    if "method" not in raw:
-        raise UserError(
-            f"{where}: method: required, with type reinforcement and its grader; a job without it is supervised"
-        )
-    try:
-        job = HostedJob.model_validate(raw)
-    except ValidationError as e:
-        raise UserError(on_one_screen(where, e, HostedJob)) from None
-    try:
-        older = Hyperparameters.model_validate(job.hyperparameters)
-    except ValidationError as e:
-        raise UserError(on_one_screen(f"{where}: hyperparameters", e, Hyperparameters)) from None
-    # What `method` says goes before the older place.
-    assert job.method.reinforcement is not None
-    said = job.method.reinforcement.hyperparameters.model_dump(exclude_unset=True)
-    both = Hyperparameters.model_validate(
-        older.model_dump(include=set(Hyperparameters.model_fields), exclude_unset=True) | said
-    )
-    reinforcement = job.method.reinforcement.model_copy(update={"hyperparameters": both})
-    return job.model_copy(update={"method": job.method.model_copy(update={"reinforcement": reinforcement})})
 
 
 # ---- what the job says, in our words
@@ -182,13 +125,7 @@ def _takes(path: Path, raw: Mapping[str, Any], job: HostedJob, given: Mapping[st
             yield _Take(source=source, key=key, value=rows[source])
     yield _Take(source=f"{METHOD}.grader", key="grader", value=raw["method"]["reinforcement"]["grader"])
     yield from _rollout(method)
-    if _ends_at_calls(method, rows["training_file"], given):
-        yield _Take(
-            source=f"{METHOD}.tools",
-            key="rollout.answer",
-            value="tool_calls",
-            remark="none, but the rows define tools: their calls are the answer (rollout.answer tool_calls)",
-        )
+    yield from _answer(method, rows["training_file"], given)
     yield from _optim(method.hyperparameters, rows["training_file"], given)
     yield from _eval(method.hyperparameters, rows["validation_file"], given)
     if job.integrations and importlib.util.find_spec("wandb") is not None:
@@ -229,17 +166,28 @@ def _rollout(method: Reinforcement) -> Iterator[_Take]:
             remark=f"{steps} tool calls (rollout.max_tool_calls) in up to {steps + 2} turns (rollout.max_turns); "
             "reasoning without a call is not counted as a step",
         )
-    if method.response_format is not None and "response_format" in RolloutConfig.model_fields:
+
+
+def _answer(method: Reinforcement, train: Any, given: Mapping[str, Any]) -> Iterator[_Take]:
+    """What an answer is, and its form."""
+    served = bool(method.tools) or find(given, "world") is not MISSING
+    calls = not served and _have_tools(train, "training_file")
+    if calls:
+        # Tools that are served by nobody: the hosted service then grades the calls themselves.
         yield _Take(
-            source=f"{METHOD}.response_format", key="rollout.response_format", value=dict(method.response_format)
+            source=f"{METHOD}.tools",
+            key="rollout.answer",
+            value="tool_calls",
+            remark="none, but the rows define tools: their calls are the answer (rollout.answer tool_calls)",
         )
-
-
-def _ends_at_calls(method: Reinforcement, train: Any, given: Mapping[str, Any]) -> bool:
-    """Whether the rows' tools are served by nobody: the hosted service then grades the calls themselves."""
-    if method.tools or find(given, "world") is not MISSING:
-        return False
-    return _have_tools(train, "training_file")
+    if method.response_format is not None:
+        is_free = method.response_format.get("type") == "text" or not (served or calls)
+        yield _Take(
+            source=f"{METHOD}.response_format",
+            key="rollout.response_format",
+            value=dict(method.response_format),
+            obstacle="" if is_free else "answers have a form here only where no tools are offered",
+        )
 
 
 def _optim(hyper: Hyperparameters, train: Any, given: Mapping[str, Any]) -> Iterator[_Take]:
@@ -339,6 +287,8 @@ def _model_remark(path: Path, job: HostedJob, given: Mapping[str, Any]) -> str:
 def _put(sections: dict[str, Any], take: _Take, given: Mapping[str, Any]) -> list[str]:
     """Add it to the sections, unless it is given beside the job; what there is to say of it."""
     there = find(given, take.key)
+    if take.obstacle and there is MISSING:
+        return [f"{take.source}: not taken over: {take.obstacle}"]
     is_part = _is_part(there, take.value)
     if there is MISSING or is_part:
         section, _, key = take.key.rpartition(".")

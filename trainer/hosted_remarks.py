@@ -58,8 +58,6 @@ def not_taken(raw: Mapping[str, Any], job: HostedJob, given: Mapping[str, Any]) 
         yield f"metadata: no place for it; not taken over: {json.dumps(job.metadata)}"
     yield from _of_integrations(job)
     yield from _of_hyperparameters(raw, method.hyperparameters, given)
-    if method.response_format is not None and "response_format" not in RolloutConfig.model_fields:
-        yield f"{METHOD}.response_format: answers are not constrained to a schema here; not taken over"
     for name, grader in _graders(method):
         if isinstance(grader, PythonConfig) and grader.image_tag is not None:
             yield f"{name}.image_tag: ignored; the source can import what is installed here"

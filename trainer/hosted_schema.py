@@ -6,10 +6,14 @@ Written after the types of the `openai` package, with the agent form's `tools`, 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from envs.errors import UserError
+from envs.problems import on_one_screen
 from envs.remote.config import RemoteToolConfig
 from graders.config import GraderConfig
 
@@ -126,3 +130,67 @@ OF_THE_JOB_OBJECT = (
     "eval_id",
 )
 """What the API tells of a job besides what it was created with: not settings."""
+
+
+def read_job(path: Path) -> tuple[dict[str, Any], HostedJob]:
+    """The job as it stands in the file, nulls left out, and validated.
+
+    Raises `UserError` that names the file, the key in the job and what was expected.
+    """
+    raw = _read(path)
+    return raw, _validated(raw, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    where = f"hosted job {path}"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise UserError(f"{where}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON: {e}") from e
+    if not isinstance(data, dict) or data.get("object") == "list":
+        raise UserError(f"{where}: expected one job as a JSON object, got a {_kind(data)}")
+    without: dict[str, Any] = _without_nulls(data)
+    return without
+
+
+def _kind(data: Any) -> str:
+    return "list of jobs" if isinstance(data, dict) else type(data).__name__
+
+
+def _without_nulls(value: Any) -> Any:
+    """The API writes null for what was not given. A JSON schema means it."""
+    if isinstance(value, dict):
+        return {
+            key: inner if key == "response_format" else _without_nulls(inner)
+            for key, inner in value.items()
+            if inner is not None
+        }
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _validated(raw: dict[str, Any], path: Path) -> HostedJob:
+    where = f"hosted job {path}"
+    if "method" not in raw:
+        raise UserError(
+            f"{where}: method: required, with type reinforcement and its grader; a job without it is supervised"
+        )
+    try:
+        job = HostedJob.model_validate(raw)
+    except ValidationError as e:
+        raise UserError(on_one_screen(where, e, HostedJob)) from None
+    try:
+        older = Hyperparameters.model_validate(job.hyperparameters)
+    except ValidationError as e:
+        raise UserError(on_one_screen(f"{where}: hyperparameters", e, Hyperparameters)) from None
+    # What `method` says goes before the older place.
+    assert job.method.reinforcement is not None
+    said = job.method.reinforcement.hyperparameters.model_dump(exclude_unset=True)
+    both = Hyperparameters.model_validate(
+        older.model_dump(include=set(Hyperparameters.model_fields), exclude_unset=True) | said
+    )
+    reinforcement = job.method.reinforcement.model_copy(update={"hyperparameters": both})
+    return job.model_copy(update={"method": job.method.model_copy(update={"reinforcement": reinforcement})})

@@ -17,6 +17,7 @@ from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
 
+_VOCABULARY = 2048
 QUESTION = Message(role="user", content="How much?")
 
 # ChatML turns that always hold a think block, as Qwen3's do; CALL is a dialect of calls.
@@ -46,25 +47,38 @@ PLAIN = """
 {% endif %}"""
 
 
-def model_with(smollm2: Path, folder: Path, template: str | None, tokens: Iterable[str] = (), **special: str) -> Path:
-    """A model folder without weights. `tokens` are added to the vocabulary, and so are bos, eos, ... of `special`."""
+def model_with(
+    smollm2: Path,
+    folder: Path,
+    template: str | None,
+    tokens: Iterable[str] = (),
+    stops: Sequence[str] = ("<|im_end|>",),
+    **special: str,
+) -> Path:
+    """A model folder without weights; it stops at `stops`. `tokens`, bos, eos, ... are added to the vocabulary.
+
+    The vocabulary is SmolLM2's first 2048 tokens, which write any text: the whole one takes seconds to load.
+    """
     folder.mkdir()
     tokenizer = json.loads((smollm2 / "tokenizer.json").read_text())
+    bpe = tokenizer["model"]
+    bpe["vocab"] = {token: i for token, i in bpe["vocab"].items() if i < _VOCABULARY}
+    bpe["merges"] = [(a, b) for a, b in bpe["merges"] if {a, b, a + b} <= bpe["vocab"].keys()]
     known = {token["content"] for token in tokenizer["added_tokens"]}
-    size = 1 + max([*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])])
-    for number, token in enumerate(dict.fromkeys(t for t in [*tokens, *special.values()] if t not in known), size):
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for i, token in enumerate(
+        dict.fromkeys(t for t in [*tokens, *stops, *special.values()] if t not in known), _VOCABULARY
+    ):
         # Tags of calls and of reasoning are text to a detokenizer that leaves out special tokens, as in real models.
-        is_text = any(part in token for part in ("tool_call", "tool_response", "think", "THINK"))
-        tokenizer["added_tokens"].append({"id": number, "content": token, "special": not is_text, **flags})
+        is_text = any(part in token for part in ("tool", "think", "THINK", "arg_"))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": i, "content": token, "special": not is_text, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((smollm2 / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
     shutil.copy(smollm2 / "config.json", folder)
-    eos = special.get("eos_token", "<|im_end|>")
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[eos]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[stop] for stop in stops]}))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
@@ -76,12 +90,16 @@ class Writer:
     publishes_merged = False
 
     def __init__(self, chat: Chat, turns: Sequence[str]) -> None:
+        """A turn that ends in a stop token's text stops there; to others the end of an answer is added."""
         self._chat, self._turns, self._number = chat, turns, 0
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         text = self._turns[min(self._number, len(self._turns) - 1)]
         self._number += 1
-        ids = [*self._chat._encode(text), self._chat.end_token_id][: sampling.max_tokens]
+        ids = self._chat._encode(text)
+        if not ids or ids[-1] not in self._chat.stop_token_ids:
+            ids.append(self._chat.end_token_id)
+        ids = ids[: sampling.max_tokens]
         finished = ids[-1] in self._chat.stop_token_ids
         return Completion(token_ids=ids, logprobs=[-1.0] * len(ids), finished=finished, policy_version=0)
 
@@ -95,8 +113,11 @@ class Writer:
 
 
 class World:
-    def __init__(self, *tools: Tool) -> None:
+    """Its own environment; a user who has `replies` to give, one after the other, answers where there are any."""
+
+    def __init__(self, tools: Sequence[Tool], replies: Sequence[str]) -> None:
         self.tools: Mapping[str, Tool] = {t.name: t for t in tools}
+        self._replies = list(replies)
 
     def make_env(self) -> World:
         return self
@@ -109,6 +130,9 @@ class World:
 
     async def open(self, task: Task, rollout_id: str) -> None: ...
 
+    async def respond(self, message: Message) -> str | None:
+        return self._replies.pop(0) if self._replies else None
+
     async def close(self, episode: Episode | None) -> None: ...
 
 
@@ -120,12 +144,18 @@ class AnswerGrader:
 
 
 def roll(
-    chat: Chat, turns: Sequence[str], *tools: Tool, messages: Sequence[Message] = (QUESTION,), n: int = 1, **config: Any
+    chat: Chat,
+    turns: Sequence[str],
+    *tools: Tool,
+    messages: Sequence[Message] = (QUESTION,),
+    user: Sequence[str] = (),
+    n: int = 1,
+    **config: Any,
 ) -> list[Rollout]:
     """The rollouts of one task, as the trainer makes them, of turns written by hand."""
     settings = {"max_turns": 4, "max_turn_tokens": 6000, "max_episode_tokens": 16000, "world_retries": 0, **config}
     worker = RolloutWorker(
-        world=World(*tools),
+        world=World(tools, user),
         grader=AnswerGrader(),
         chat=chat,
         engine=Writer(chat, turns),  # type: ignore[arg-type]

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from envs.types import NOT_RUN, Message, ToolCall
+from envs.json_text import read_json
+from envs.types import NOT_RUN, Message
 from trainer.call_signs import opening_tag, tag_after
 from trainer.chat_parsing import (
     ParsedTurn,
@@ -32,22 +33,12 @@ from trainer.chat_parsing import (
     tools_key,
     with_cached_vocabulary,
 )
-from trainer.chat_template import FALLBACK_TEMPLATE, Renderer, TemplateRefused, calls_as_text, read_template
+from trainer.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text
+from trainer.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
 from trainer.grammar import Grammar
 
 __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
-_PROBE = "probe text"
-_PROBE_TOOL: ToolSchema = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "Probe.",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
-    },
-}
-_HELLO = Message(role="user", content="Hello")
-_ANSWER = Message(role="assistant", content="Zebra.")
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -63,10 +54,18 @@ class Continuation:
     """The model did not write this turn as the template writes the same message: serving would show it another text."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """A stop token that ends an assistant's turn."""
+
+    text: str
+    token_id: int
+
+
 class Chat:
     """A tokenizer, a chat template and vLLM's parsers. Immutable; one serves all episodes.
 
-    *Covered*: fast tokenizers; templates that end an assistant's turn with one stop token; text content.
+    *Covered*: fast tokenizers; templates that end each assistant's turn with a stop token; text content.
     *Not covered*: images, templates that need more than the messages, the tools and `template_kwargs`.
     """
 
@@ -85,6 +84,11 @@ class Chat:
         it knows tools, else the fallback, which goes with `hermes`. Raises `UserError` naming the setting at fault.
         """
         check_parser_names(tool_parser, reasoning_parser)
+        if "openai" in (tool_parser, reasoning_parser) or reasoning_parser == "openai_gptoss":
+            raise UserError(
+                "model.tool_parser: gpt-oss is not supported: `vllm serve` does not render its conversations by the "
+                "chat template but by a program of its own (harmony), whose channels a template can't follow"
+            )
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -92,24 +96,17 @@ class Chat:
             raise UserError(f"model.name: the tokenizer of {model} has no tokenizer.json; a fast tokenizer is needed")
         self._tokenizer = with_cached_vocabulary(tokenizer)
         self._template_kwargs = dict(template_kwargs or {})
-        self._renderer = Renderer(self._tokenizer, None, self._template_kwargs)
-        if chat_template != "auto":
-            self._renderer = Renderer(self._tokenizer, read_template(chat_template), self._template_kwargs)
-        elif not self._knows_tools():
-            self._renderer = Renderer(self._tokenizer, FALLBACK_TEMPLATE.read_text(), self._template_kwargs)
-        self.uses_fallback = self._renderer.template == FALLBACK_TEMPLATE.read_text()
-        if chat_template != "auto" and not self._knows_tools():
-            raise UserError(
-                f"model.chat_template: {chat_template} renders no tools; the model would never hear of them"
-            )
+        template, self._why_fallback = choose_template(self._tokenizer, chat_template, self._template_kwargs)
+        self._renderer = Renderer(self._tokenizer, template, self._template_kwargs)
+        self.uses_fallback = bool(self._why_fallback)
         self.tool_parser = tool_parser
         self.reasoning_parser = reasoning_parser
         self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
-        self._end_text, self._end_id = self._find_end_of_turn()
         self._parser = self._turn_parser(tool_parser, reasoning_parser)
+        self._answer_end, self._call_end = self._find_ends()
         # A turn's prompt is the text that the turn before it was extended to: it need not be rendered again.
         self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
-        self._prime = self._encode(self._render([_HELLO], (), generate=True))[-16:]
+        self._prime = self._encode(self._render([HELLO], (), generate=True))[-16:]
         # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
         written = self._prove_parser(self._turn_parser(tool_parser, None))
         self._learn_signs(written)
@@ -121,7 +118,11 @@ class Chat:
 
         Raises `TemplateRefused`, a `UserError`, where the template takes no such conversation.
         """
-        return self._encode(self._render(messages, tools, generate=True, strict=True))
+        return self._encode(self.prompt_text(messages, tools))
+
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
+        """The prompt of `open` as text."""
+        return self._render(messages, tools, generate=True, strict=True)
 
     def extend(
         self,
@@ -143,17 +144,19 @@ class Chat:
         text = self._render([*before, turn, *answers], tools, generate=True)
         stopped = bool(sampled) and sampled[-1] in self.stop_token_ids
         written = self.decode(sampled[:-1] if stopped else sampled)
-        kept = prompt + written + self._end_text
+        end = self._end_of(turn)
+        kept = prompt + written + end.text
         drifted = not text.startswith(kept)
         if drifted:
-            kept = self._through_end(self._render([*before, turn], tools, generate=False))
+            full = self._render([*before, turn], tools, generate=False)
+            kept = self._until_end(full, _num_common(prompt, full), end)
             if not (kept.startswith(prompt) and text.startswith(kept)):
                 return Continuation(token_ids=self._encode(text), forked=True, drifted=False)
-        glue = self._encode_after_turn(text[len(kept) :])
-        if not sampled or sampled[-1] != self._end_id:
+        glue = self._encode_after(end, text[len(kept) :])
+        if not sampled or sampled[-1] != end.token_id:
             # Cut off by a limit, or stopped by another stop token: the turn is closed as the template closes it.
-            glue = [self._end_id, *glue]
-        drifted |= stopped and sampled[-1] != self._end_id
+            glue = [end.token_id, *glue]
+        drifted |= stopped and sampled[-1] != end.token_id
         return Continuation(token_ids=glue, forked=False, drifted=drifted)
 
     def encode_assistant(
@@ -172,7 +175,8 @@ class Chat:
                 f"in {prompt[-40:]!r}); scripted expert turns can't be encoded under it. Check "
                 "model.chat_template_kwargs (enable_thinking, say)"
             )
-        return self._encode_after_turn(self._through_end(full)[len(prompt) :])
+        end = self._end_of(turn)
+        return self._encode_after(end, self._until_end(full, len(prompt), end)[len(prompt) :])
 
     # ---- token ids → messages
 
@@ -216,8 +220,8 @@ class Chat:
 
     @property
     def end_token_id(self) -> int:
-        """The stop token with which the template ends an assistant's turn."""
-        return self._end_id
+        """The stop token with which the template ends an answer."""
+        return self._answer_end.token_id
 
     def save_template(self, folder: Path) -> Path | None:
         """Write the template used beside an exported adapter; None where the model's own template is used."""
@@ -262,19 +266,19 @@ class Chat:
         text = text.encode("utf-8", "replace").decode()
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def _through_end(self, text: str) -> str:
-        return text[: text.rfind(self._end_text) + len(self._end_text)]
+    def _until_end(self, text: str, start: int, end: _End) -> str:
+        """A conversation up to the end of its last turn, which begins at or after `start`.
 
-    def _encode_after_turn(self, text: str) -> list[int]:
+        The end is added where the template leaves it to what follows.
+        """
+        at = text.rfind(end.text, start)
+        return text[:at] + end.text if at >= 0 else text + end.text
+
+    def _encode_after(self, end: _End, text: str) -> list[int]:
         # Encoded behind a special token, as it stands in the ledger: some tokenizers put a space before a text's start.
-        ids = self._encode(self._end_text + text)
-        assert ids[0] == self._end_id, "a special token is encoded on its own"
+        ids = self._encode(end.text + text)
+        assert ids[0] == end.token_id, "a special token is encoded on its own"
         return ids[1:]
-
-    def _knows_tools(self) -> bool:
-        if self._renderer.template is None and not self._tokenizer.chat_template:
-            return False
-        return "probe_tool" in self._renderer.render([_HELLO], [dict(_PROBE_TOOL)], generate=True)
 
     def _turn_parser(self, tool_parser: str, reasoning_parser: str | None) -> TurnParser:
         return TurnParser(
@@ -285,49 +289,83 @@ class Chat:
             stop_token_ids=self.stop_token_ids,
         )
 
-    def _find_end_of_turn(self) -> tuple[str, int]:
-        text = self._renderer.render([_HELLO, Message(role="assistant", content=_PROBE), _HELLO], None, generate=False)
-        after = text[text.find(_PROBE) + len(_PROBE) :]
+    def _find_ends(self) -> tuple[_End, _End]:
+        """The stop tokens with which the template ends an answer and a turn of calls.
+
+        They are one in most templates; in some a turn ends with the token that opens what follows (GLM, Gemma 4).
+        """
+        texts = {self._tokenizer.added_tokens_decoder[i].content: i for i in self.stop_token_ids}
+
+        def first_in(text: str) -> _End | None:
+            found = [(at, end) for end in texts if (at := text.find(end)) >= 0]
+            return _End(text=min(found)[1], token_id=texts[min(found)[1]]) if found else None
+
+        text = self._renderer.render([HELLO, replace(ANSWER, content=PROBE), HELLO], None, generate=False)
+        after = text[text.find(PROBE) + len(PROBE) :]
+        if (answer_end := first_in(after[: after.rfind(HELLO.content)])) is None:
+            raise UserError(f"model.chat_template: it ends an assistant's turn {self._not_a_stop(after)}")
+        result = Message(role="tool", content=ANSWER.content, call_id="call00000", name="probe_tool")
+        tools = self._parser.normalized_tools(tools_key([PROBE_TOOL]))
+        text = self._renderer.render([HELLO, PROBE_CALL, result], tools, generate=False)
+        at = text.rfind(ANSWER.content)
+        if at < 0:
+            raise UserError("model.chat_template: it renders no tool results; the model would never see them")
+        after = text[text.rfind(PROBE, 0, at) + len(PROBE) : at]
+        if (call_end := first_in(after)) is None:
+            raise UserError(f"model.chat_template: it ends a turn of tool calls {self._not_a_stop(after)}")
+        return answer_end, call_end
+
+    def _not_a_stop(self, after: str) -> str:
+        """With what a turn ends, in words, where that is no stop token; `after` follows the turn's text."""
         added = self._tokenizer.added_tokens_decoder
-        found = [(after.find(t.content), t.content, i) for i, t in added.items() if t.special and t.content in after]
-        if not found:
-            raise UserError(
-                "model.chat_template: it ends an assistant's turn with no special token of the model's tokenizer"
-            )
-        _, end_text, end_id = min(found)
-        if end_id not in self.stop_token_ids:
-            raise UserError(
-                f"model.chat_template: it ends an assistant's turn with {end_text!r} (token {end_id}), at which the "
-                "model does not stop; expected it in eos_token_id of the model's generation_config.json"
-            )
-        return end_text, end_id
+        found = sorted((after.find(t.content), t.content, i) for i, t in added.items() if t.special)
+        named = [f"{text!r} (token {token_id})" for at, text, token_id in found if at >= 0]
+        if not named:
+            return "with no special token of the model's tokenizer"
+        return (
+            f"with {' or '.join(named)}, at which the model does not stop; expected it in eos_token_id of the model's "
+            "generation_config.json"
+        )
+
+    def _end_of(self, turn: Message) -> _End:
+        return self._call_end if turn.tool_calls else self._answer_end
 
     def _prove_parser(self, parser: TurnParser) -> str:
         """A call as the template writes it, read back by the parser: a wrong parser would never see one."""
-        call = ToolCall(call_id="call00000", name="probe_tool", arguments=json.dumps({"text": _PROBE}))
-        turn = Message(role="assistant", tool_calls=(call,))
-        answer = self._render([_HELLO, _ANSWER], [_PROBE_TOOL], generate=False, strict=True)
-        full = self._render([_HELLO, turn], [_PROBE_TOOL], generate=False, strict=True)
+        prompt, answer, full = (
+            self._render([HELLO, *turn], [PROBE_TOOL], generate=not turn, strict=True)
+            for turn in ((), (ANSWER,), (PROBE_CALL,))
+        )
         # What turns of calls and answers have in common (the turn's header, empty reasoning) is no part of the call.
-        start = next((i for i, (a, b) in enumerate(zip(answer, full, strict=False)) if a != b), len(full))
+        start = _num_common(answer, full)
         if tag := _UNCLOSED_TAG.search(full, max(0, start - 60), start):
             start = tag.start()
-        written = full[start : max(start, full.rfind(self._end_text))]
-        ids = self._encode_after_turn(written)
-        parsed = parser.parse(ids, [_PROBE_TOOL], prime=self._prime, turn=0).message.tool_calls
-        if [(c.name, json.loads(c.arguments)) for c in parsed] != [("probe_tool", {"text": _PROBE})]:
-            raise UserError(
-                f"model.tool_parser: {parser.tool_parser!r} does not read the calls that the chat template writes "
-                f"({written.strip()!r}); expected the name that `vllm serve --tool-call-parser` takes for this model"
-            )
-        return written
+        written = self._until_end(full, start, self._call_end)[start:].removesuffix(self._call_end.text)
+        whole = written if start < len(prompt) else full[len(prompt) : start] + written
+        for text in (written, whole) if full.startswith(prompt) else (written,):
+            calls = parser.parse(self._encode_after(self._call_end, text), [PROBE_TOOL], prime=self._prime, turn=0)
+            if [(c.name, read_json(c.arguments)) for c in calls.message.tool_calls] == [
+                ("probe_tool", {"text": PROBE})
+            ]:
+                return written
+        whose = f"fallback template ({self._why_fallback})" if self.uses_fallback else "chat template"
+        fitting = "hermes" if self.uses_fallback else "what `vllm serve --tool-call-parser` is given for this model"
+        raise UserError(
+            f"model.tool_parser: {parser.tool_parser!r} does not read the calls that the {whose} writes "
+            f"({written.strip()!r}); expected {fitting}"
+        )
 
     def _learn_signs(self, written_call: str) -> None:
-        thought = replace(_ANSWER, reasoning=_PROBE)
-        elsewhere = [
-            self._render([_HELLO, turn], [_PROBE_TOOL], generate=True, strict=True) for turn in (_ANSWER, thought)
+        turns = [
+            self._render([HELLO, turn], [PROBE_TOOL], generate=True, strict=True).rpartition(HELLO.content)[2]
+            for turn in (ANSWER, replace(ANSWER, reasoning=PROBE))
         ]
-        self._parser.learn_signs(opening_tag(written_call, elsewhere), tag_after(elsewhere[1], _PROBE))
+        self._parser.learn_signs(opening_tag(written_call, turns), tag_after(turns[1], PROBE))
+
+
+def _num_common(a: str, b: str) -> int:
+    """The characters that two texts have in common at their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:

@@ -1,11 +1,10 @@
-"""A chat template at work: which one a model gets, and messages → text as `vllm serve` renders them."""
+"""A chat template at work: messages → text as `vllm serve` renders them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
@@ -13,10 +12,7 @@ from envs.json_text import read_json
 from envs.types import Message
 from trainer.chat_parsing import content_is_a_list
 
-FALLBACK_TEMPLATE = Path(__file__).with_name("fallback_chat_template.jinja")
-"""Takes the place of a model's own template where that knows no tools. Its calls are read by the parser `hermes`."""
-
-_HELLO = Message(role="user", content="Hello")
+HELLO = Message(role="user", content="Hello")
 
 
 class TemplateRefused(UserError):
@@ -62,7 +58,7 @@ class Renderer:
         """Why the template takes no such assistant's turn, whatever precedes it; empty where it takes it."""
         answers = [Message(role="tool", content="ok", call_id=c.call_id, name=c.name) for c in turn.tool_calls]
         try:
-            self.render([_HELLO, turn, *answers], tools, generate=True)
+            self.render([HELLO, turn, *answers], tools, generate=True)
         except TemplateRefused as e:
             return e.reason
         return ""
@@ -120,11 +116,3 @@ def _as_object(arguments: str) -> dict[str, Any]:
 
 
 _content_is_a_list = functools.lru_cache(maxsize=32)(content_is_a_list)
-
-
-def read_template(path: str) -> str:
-    """The text of a template's file. Raises `UserError`."""
-    try:
-        return Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"model.chat_template: {path!r} can't be read ({e}); expected 'auto' or a Jinja file") from e

@@ -20,7 +20,7 @@ from graders.build import build_grader
 from graders.config import PenaltiesConfig
 from graders.judge import CachedJudge, Judge, build_judge
 from graders.types import Grader, taken_metrics
-from trainer.chat import Chat
+from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, WorldConfig
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
@@ -111,6 +111,7 @@ def prepare(config: RunConfig) -> Job:
         chat_template=config.model.chat_template,
         template_kwargs=config.model.chat_template_kwargs,
     )
+    _check_prompts(config, world, chat, tasks)
     check_demonstrations(demonstrations, chat=chat)
     return Job(
         config=config,
@@ -181,6 +182,23 @@ def _check_trackers(config: RunConfig) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: the package {name} is not installed; install it, or leave {name} out")
+
+
+def _check_prompts(config: RunConfig, world: World, chat: Chat, tasks: Sequence[Task]) -> None:
+    """Every task's prompt goes through the chat template, and leaves room for a turn."""
+    offered, limit = world.make_env().tools, config.rollout.max_episode_tokens
+    for task in tasks:
+        schemas = [tool.schema() for tool in tools_offered(task, offered, config.rollout).values()]
+        try:
+            text = chat.prompt_text(task.messages, schemas)
+        except TemplateRefused as e:
+            raise UserError(f"task {task.task_id!r}: {e}") from e
+        # A token is a byte at least, so most prompts need not be encoded.
+        if len(text.encode("utf-8", "replace")) >= limit and (num_tokens := chat.num_tokens(text)) >= limit:
+            raise UserError(
+                f"rollout.max_episode_tokens: the prompt of task {task.task_id!r} alone has {num_tokens:,} tokens, so "
+                f"{limit:,} leave no room for a turn; raise it, or leave the task out"
+            )
 
 
 def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:

@@ -64,6 +64,8 @@ def model_with(
     bpe = tokenizer["model"]
     bpe["vocab"] = {token: i for token, i in bpe["vocab"].items() if i < _VOCABULARY}
     bpe["merges"] = [(a, b) for a, b in bpe["merges"] if {a, b, a + b} <= bpe["vocab"].keys()]
+    # SmolLM2's, converted from GGUF, also reads ▁ as a space; DeepSeek's tokens hold it.
+    tokenizer["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     known = {token["content"] for token in tokenizer["added_tokens"]}
     for i, token in enumerate(
         dict.fromkeys(t for t in [*tokens, *stops, *special.values()] if t not in known), _VOCABULARY

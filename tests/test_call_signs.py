@@ -66,9 +66,11 @@ def test_what_stands_before_the_end_of_reasoning_is_left_out_unless_nothing_foll
 
 def test_the_tag_of_a_call_is_one_that_no_turn_without_calls_holds() -> None:
     elsewhere = ["<turn><think></think>Zebra.<end>"]
-    assert opening_tag('<think>\n\n</think>\n\n<tool_call>{"name"', elsewhere) == "<tool_call>"
-    assert opening_tag("[TOOL_CALLS] [{", elsewhere) == "[TOOL_CALLS]"
-    assert opening_tag('{"name": "f"}', elsewhere) == ""
+    assert opening_tag('<think>\n\n</think>\n\n<tool_call>{"name"', "f", elsewhere) == "<tool_call>"
+    assert opening_tag("[TOOL_CALLS] [{", "f", elsewhere) == "[TOOL_CALLS]"
+    assert opening_tag("f<turn><calls><invoke>", "f", elsewhere) == "<calls>"
+    assert opening_tag("<function=f>", "f", elsewhere) == ""
+    assert opening_tag('{"name": "f"}', "f", elsewhere) == ""
     assert tag_after("<think>\nprobe\n</think>\n\nZebra.", "probe") == "</think>"
     assert tag_after("Zebra.", "probe") == ""
 

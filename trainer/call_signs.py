@@ -67,17 +67,13 @@ def _has_tag(text: str, names: Sequence[str], markers: Sequence[str]) -> bool:
     )
 
 
-def opening_tag(call_text: str, elsewhere: Sequence[str]) -> str:
-    """The first tag of `call_text`, a call as the template writes it, that no turn without calls (`elsewhere`) holds.
+def opening_tag(call_text: str, name: str, elsewhere: Sequence[str]) -> str:
+    """The first tag of `call_text`, a call of `name` as the template writes it, that no turn without calls holds.
 
-    Empty where calls have no tag of their own.
+    `elsewhere` are such turns. Empty where calls have no tag of their own.
     """
-    position = 0
-    while match := _TAG.match(call_text, position):
-        if not any(match.group(1) in text for text in elsewhere):
-            return match.group(1)
-        position = match.end()
-    return ""
+    tags = (match.group(1) for match in _TAG.finditer(call_text))
+    return next((tag for tag in tags if name not in tag and not any(tag in text for text in elsewhere)), "")
 
 
 def tag_after(text: str, probe: str) -> str:

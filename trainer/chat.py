@@ -360,7 +360,7 @@ class Chat:
             self._render([HELLO, turn], [PROBE_TOOL], generate=True, strict=True).rpartition(HELLO.content)[2]
             for turn in (ANSWER, replace(ANSWER, reasoning=PROBE))
         ]
-        self._parser.learn_signs(opening_tag(written_call, turns), tag_after(turns[1], PROBE))
+        self._parser.learn_signs(opening_tag(written_call, "probe_tool", turns), tag_after(turns[1], PROBE))
 
 
 def _num_common(a: str, b: str) -> int:

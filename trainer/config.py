@@ -70,7 +70,9 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of the frozen base weights")
     lora: LoraConfig = LoraConfig()
     chat_template: str = Field(
-        "auto", description="auto: the model's own, or the fallback where it knows no tools; or a Jinja file"
+        "auto",
+        description="auto: the model's own, or a fallback in its turn markers where it knows no tools; training: the "
+        "one that trl trains such models under, which keeps earlier turns as they were; or a Jinja file",
     )
     chat_template_kwargs: dict[str, Any] = Field({}, description="passed to the template, e.g. enable_thinking")
     tool_parser: str = Field("hermes", description="as `vllm serve --tool-call-parser` names it")

@@ -52,8 +52,9 @@ _LINEAR_ATTENTION = {
     "linear_value_head_dim": 32,
 }
 _LATENT = {
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 32,
+    # vLLM's kernels know these two sizes alone.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 2,
@@ -145,6 +146,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         _T.Qwen2_5_VLConfig, _text(_T.Qwen2Config), depth=1, num_heads=2, out_hidden_size=64
     ),
 }
+
+
+DTYPES = {"qwen3-next": "bfloat16", "qwen3.5": "bfloat16"}
+"""float32 where nothing is said; vLLM's linear attention runs on a CPU in bfloat16 alone."""
 
 
 def class_of(config: Any) -> Any:

@@ -137,6 +137,12 @@ def test_experts_beside_an_adapter_are_refused_on_a_cpu(tmp_path):
     check_served(family, EngineConfig(), on_cpu=False)
 
 
+def test_linear_attention_in_float32_is_refused_on_a_cpu(tmp_path):
+    family = read_family(config_alone(tmp_path, "qwen3-next"), LoraConfig())
+    with pytest.raises(UserError, match=r"model.dtype: float32 can't be had for Qwen3NextForCausalLM on a CPU"):
+        check_served(family, EngineConfig(), dtype="float32", on_cpu=True)
+
+
 def test_a_model_that_vllm_has_not_is_refused(tmp_path):
     family = read_family(
         config_alone(tmp_path, architectures=["CodeGenForCausalLM"], model_type="codegen"), LoraConfig()

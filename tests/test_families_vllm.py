@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from families import CONFIGS, build, class_of, take_through_engine
+from families import CONFIGS, DTYPES, build, class_of, take_through_engine
 from test_families import EXPERTS, load_into_vllm
 
 from envs.errors import UserError
@@ -36,6 +36,7 @@ def cases() -> list[object]:
 
 @pytest.mark.parametrize("name, publish", cases())
 def test_a_family_is_proved_or_refused_before_its_weights_are_read(name, publish, tiny_model, tmp_path, capsys):
+    dtype = DTYPES.get(name, "float32")
     model = build(name, tmp_path / "model", tiny_model)
     refused = None
     if name in EXPERTS and publish == "lora":
@@ -49,12 +50,11 @@ def test_a_family_is_proved_or_refused_before_its_weights_are_read(name, publish
             check_served(read_family(model, LoraConfig()), EngineConfig(publish=publish), on_cpu=True)
         row = f"refused: {e.value}"
     else:
-        figures = take_through_engine(model, publish, scratch=tmp_path / "scratch")
-        shares = [share for figure, share in figures.items() if figure.startswith("probe/")]
-        assert shares and all(share == pytest.approx(1, abs=0.05) for share in shares)
-        assert figures["canary/base_mismatch"] < 1e-3 and figures["canary/mismatch"] < 1e-3
-        assert figures["canary/applied_since_version"] == pytest.approx(1, abs=0.02)
-        assert figures["canary/applied_since_model"] == pytest.approx(1, abs=0.02)
+        figures = take_through_engine(model, publish, dtype=dtype, scratch=tmp_path / "scratch")
+        error, mismatch = (0.02, 1e-3) if dtype == "float32" else (0.4, 0.15)
+        shares = [share for figure, share in figures.items() if figure.startswith(("probe/", "canary/applied"))]
+        assert len(shares) > 2 and all(share == pytest.approx(1, abs=error) for share in shares)
+        assert figures["canary/base_mismatch"] < mismatch and figures["canary/mismatch"] < mismatch
         row = f"{figures['canary/base_mismatch']:.1e} | {figures['canary/mismatch']:.1e}"
     with capsys.disabled():
         print(f"\n| {name} | {class_of(CONFIGS[name]()).__name__} | {publish} | {row} |")

@@ -142,7 +142,7 @@ def _why_not(name: str, module: nn.Module, decoder: set[int]) -> str:
     return ""
 
 
-def check_served(family: Family, engine: EngineConfig, *, on_cpu: bool) -> None:
+def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16", on_cpu: bool) -> None:
     """Raise `UserError` unless the installed vLLM serves the family, with what the trainer will publish to it.
 
     vLLM inspects the model's class in a process of its own, the first time (some 20 s on two cores), and remembers it.
@@ -155,6 +155,13 @@ def check_served(family: Family, engine: EngineConfig, *, on_cpu: bool) -> None:
     known = ModelRegistry.models.get(family.architecture)
     if known is None:
         raise _refusal(f"vLLM {vllm.__version__} has no model {family.architecture}")
+    if family.is_recurrent and on_cpu and dtype != "bfloat16":
+        raise UserError(f"model.dtype: {dtype} can't be had for {family.architecture} on a CPU; set it to bfloat16")
+    if family.has_experts and on_cpu and not publishes_merged(engine, on_cpu=on_cpu):
+        raise UserError(
+            f"engine.publish: {engine.publish} can't be had for {family.architecture} on a CPU, where vLLM's experts "
+            "run beside an adapter only with Triton; set it to merged"
+        )
     try:
         found = known.inspect_model_cls()
     except Exception as e:  # whatever the import of a module raises, as text of the process that tried
@@ -162,11 +169,6 @@ def check_served(family: Family, engine: EngineConfig, *, on_cpu: bool) -> None:
         raise _refusal(f"vLLM {vllm.__version__} can't import its {family.architecture}: {cause[0]}") from e
     if found.is_attention_free:
         raise _refusal(f"{family.architecture} has no attention layers")
-    if family.has_experts and on_cpu and not publishes_merged(engine, on_cpu=on_cpu):
-        raise UserError(
-            f"engine.publish: {engine.publish} can't be had for {family.architecture} on a CPU, where vLLM's experts "
-            "run beside an adapter only with Triton; set it to merged"
-        )
 
 
 def short_targets(model: Any, targets: list[str]) -> list[str]:

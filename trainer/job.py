@@ -230,7 +230,7 @@ def _check_family(config: RunConfig) -> None:
     from trainer.family import check_served, read_family
 
     family = read_family(resolve_config(config.model.name), config.model.lora)
-    check_served(family, config.engine, on_cpu=not torch.cuda.is_available())
+    check_served(family, config.engine, dtype=config.model.dtype, on_cpu=not torch.cuda.is_available())
     longest = config.rollout.max_episode_tokens
     if family.max_length is not None and longest > family.max_length:
         raise UserError(

@@ -23,10 +23,12 @@ from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
 
 CONFIG = REPOSITORY / "configs" / "shop_customer.yaml"
 SMALL = [
-    "warmstart={num_steps: 5, episodes_per_step: 8, learning_rate: 2.0e-3}",
+    "warmstart={num_steps: 1, episodes_per_step: 4}",
     "optim.num_steps=1",
     "rollout.tasks_per_step=2",
-    "rollout.group_size=4",
+    "rollout.group_size=2",
+    "rollout.max_turns=4",
+    "rollout.max_turn_tokens=48",
     "eval={num_tasks: 2, samples_per_task: 1}",
     "engine.kv_cache_gib=1",
 ]
@@ -85,7 +87,7 @@ def test_a_step_of_the_example_runs_on_a_real_engine(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     files = [*folder.glob("rollouts/*.jsonl"), *folder.glob("evals/*.jsonl")]
     episodes = [json.loads(line)["episode"] for file in files for line in file.read_text().splitlines()]
-    assert len(episodes) == 2 + 8 + 2
+    assert len(episodes) == 2 + 4 + 2
     replies = [turn["reply"] for episode in episodes for turn in episode["turns"] if turn["reply"] is not None]
     assert replies, "no customer was heard"
     assert all("order" in episode["state"] for episode in episodes)

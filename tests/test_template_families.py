@@ -40,6 +40,7 @@ def test_an_episode_goes_on_from_what_serving_renders(chat: tuple[str, Chat], ep
     assert all(r.error is None for t in turns for r in t.results)
     assert len(turns) == (4 if episode == "second user turn" else 2)
     assert prompts_differ(the_chat, rollout) == ""
+    assert "Find reports." in the_chat.decode(rollout.ledgers[0].prompt_ids)
 
 
 @pytest.mark.parametrize("name", FAMILIES.keys() - THROUGH)

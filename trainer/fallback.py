@@ -62,7 +62,9 @@ def choose_template(tokenizer: Any, setting: str, template_kwargs: Mapping[str, 
     missing = lack(own)
     if not missing:
         return own, ""
-    return _fallback_of(tokenizer, own, template_kwargs), f"the model's own template {missing}"
+    template = _fallback_of(tokenizer, own, template_kwargs)
+    assert not lack(template), "a fallback lists tools and writes calls"
+    return template, f"the model's own template {missing}"
 
 
 def _lack_of_tools(renderer: Renderer) -> str:

@@ -20,7 +20,8 @@ from trainer.job import prepare
 NO_SYSTEM = """
 {%- for m in messages -%}
 {%- if m.role == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}
-{%- if (m.role in ('user', 'tool')) != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
+{%- set asks = m.role in ('user', 'tool') -%}
+{%- if asks != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
 <|im_start|>{{ m.role }}
 {% if loop.first and tools %}{{ tools | tojson }}
 {% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}", "arguments": """

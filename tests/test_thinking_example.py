@@ -1,0 +1,88 @@
+"""The example that thinks: the embedded model under the template that trl ships for Qwen3, and what it imitates."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from envs.finance.config import FinanceConfig
+from envs.finance.world import FinanceWorld
+from trainer.chat import Chat
+from trainer.config import load_config
+from trainer.tasks import load_demonstrations
+from trainer.warmstart import demonstration_ledger
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts/examples/thinking_model.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("thinking_model", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(example: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("thinking") / "model"
+    example.write_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(model: Path) -> Chat:
+    return Chat(model, tool_parser="hermes", reasoning_parser="qwen3")
+
+
+@pytest.fixture(scope="module")
+def rows(example: Any) -> list[dict[str, Any]]:
+    world = FinanceWorld(FinanceConfig(num_companies=8, num_train_tasks=4, num_eval_tasks=2, question_mix={"value": 1}))
+    return list(example.conversations(world, 4))
+
+
+def test_its_markers_are_tokens_of_their_own_that_start_as_they_are_spelt(model: Path, smollm2: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for marker in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+        (token_id,) = tokenizer.encode(marker, add_special_tokens=False)
+        assert tokenizer.decode([token_id], skip_special_tokens=True) == marker
+        spelt = AutoTokenizer.from_pretrained(smollm2).encode(marker, add_special_tokens=False)
+        embedding_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"].float()
+        assert (embedding_VH[token_id] - embedding_VH[spelt].mean(0)).abs().max() < 0.01
+
+
+def test_every_turn_of_a_demonstration_thinks_and_is_trained_on_as_qwen3_renders_it(
+    chat: Chat, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "conversations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_config(ROOT / "configs/thinking.yaml", [f"warmstart.data={path}"])
+    for demonstration in load_demonstrations(config):
+        ledger = demonstration_ledger(demonstration, chat=chat)
+        turns = [chat.decode(ledger.prompt_ids[start:end]) for start, end, _ in ledger.to_json()["sampled"]]
+        assert len(turns) == sum(m.role == "assistant" for m in demonstration.messages)
+        assert all(turn.startswith("<think>\n") and turn.count("</think>\n\n") == 1 for turn in turns)
+        whole = chat.open([*demonstration.messages, replace(demonstration.messages[1], content="And now?")])
+        # A further question makes Qwen3's template drop the reasoning before it: the ledger holds what was written.
+        assert "<think>" in chat.decode(ledger.prompt_ids)
+        assert "<think>" not in chat.decode(whole)
+
+
+def test_an_answer_after_its_reasoning_is_the_answer(chat: Chat) -> None:
+    tools = [{"type": "function", "function": {"name": "search", "description": "Find.", "parameters": {}}}]
+    text = "<think>\nI have read what I need. The value is 42.\n</think>\n\n42 million<|im_end|>"
+    turn = chat.parse(chat._encode(text), tools)
+    assert not turn.malformed
+    assert turn.message.content.strip() == "42 million"
+    assert turn.message.reasoning.strip() == "I have read what I need. The value is 42."
+    assert turn.num_reasoning_tokens > 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from servers import VLLM, running_vllm
+from servers import VLLM, running_vllm, served_dtype
 
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -93,7 +93,7 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a vLLM server that calls the default model `judge`; one for all tests, as its start is slow."""
-    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "judge", "--max-num-seqs", "16"]
+    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "judge", "--max-num-seqs", "16", *served_dtype()]
     # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
     with running_vllm(command, tmp_path_factory.mktemp("judge") / "log") as address:

@@ -25,6 +25,14 @@ VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 VLLM_OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]
 
 
+def served_dtype() -> list[str]:
+    """The embedded model's weights as the trainer holds them here; bfloat16 is an emulation on some CPUs."""
+    from trainer.config import ModelConfig
+    from trainer.family import weights_dtype
+
+    return ["--dtype", weights_dtype(ModelConfig(), on_cpu=True)]
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

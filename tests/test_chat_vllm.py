@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import VLLM, running_vllm
+from servers import VLLM, running_vllm, served_dtype
 
 from envs.types import Message, ToolCall
 from trainer.chat import Chat
@@ -87,7 +87,7 @@ def server(smollm2: Path, chat: Chat, tmp_path_factory: pytest.TempPathFactory) 
     """The address of a `vllm serve`, with the template that is exported beside an adapter."""
     folder = tmp_path_factory.mktemp("serve")
     command = [*VLLM, "--model", str(smollm2), "--served-model-name", "policy"]
-    command += ["--dtype", "bfloat16", "--max-num-seqs", "16", *chat.serve_arguments(chat.save_template(folder))]
+    command += [*served_dtype(), "--max-num-seqs", "16", *chat.serve_arguments(chat.save_template(folder))]
     with running_vllm(command, folder / "log") as address:
         yield address
 

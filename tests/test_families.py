@@ -17,7 +17,7 @@ from trainer import adapter as lora
 from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
 from trainer.engine import engine_arguments
-from trainer.family import check_served, read_family
+from trainer.family import check_served, read_family, weights_dtype
 from trainer.job import prepare
 from trainer.publish import Publisher
 
@@ -286,3 +286,20 @@ def test_the_command_that_serves_an_adapter_is_one_that_vllm_parses_whatever_the
     arguments = command[command.index("vllm.entrypoints.openai.api_server") + 1 :]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     assert parsed.max_lora_rank == 16 and parsed.enable_lora
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "on_cpu", "named", "expected"),
+    [
+        (True, True, "auto", "bfloat16"),
+        (False, True, "auto", "float32"),
+        (False, False, "auto", "bfloat16"),
+        (False, True, "bfloat16", "bfloat16"),
+    ],
+)
+def test_weights_are_held_in_float32_only_where_a_cpu_would_emulate_bfloat16(
+    monkeypatch, has_bfloat16, on_cpu, named, expected
+):
+    # Which instructions the CPU has can't be chosen here.
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    assert weights_dtype(ModelConfig(dtype=named), on_cpu=on_cpu) == expected

@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from envs.errors import UserError
 from trainer import head
 from trainer.config import LoraConfig, ModelConfig
-from trainer.family import lora_targets, model_class_of, short_targets
+from trainer.family import lora_targets, model_class_of, short_targets, weights_dtype
 from trainer.head import Head
 
 _ADAPTER = "default"
@@ -33,7 +33,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.device, seed: int) -> Any:
-    """The model at `model_path` in `config.dtype`, frozen, with an adapter that changes nothing yet (B = 0).
+    """The model at `model_path`, frozen, in the dtype of `weights_dtype`; its adapter changes nothing yet (B = 0).
 
     Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
     decoder adapted. Dropout is off: the ratio between two passes over the same tokens must come from the weights alone.
@@ -41,7 +41,9 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     """
     model_class, _ = model_class_of(Path(model_path))
     base = model_class.from_pretrained(
-        model_path, dtype=getattr(torch, config.dtype), device_map={"": device} if device.type != "cpu" else None
+        model_path,
+        dtype=getattr(torch, weights_dtype(config, on_cpu=device.type == "cpu")),
+        device_map={"": device} if device.type != "cpu" else None,
     )
     model = _with_adapter(base, config.lora)
     _init_adapter(model, seed)

@@ -299,13 +299,13 @@ def engine_arguments(
     """What vLLM's engine is started with, as its `AsyncEngineArgs` name it."""
     from vllm.config import StructuredOutputsConfig
 
-    from trainer.family import read_family
+    from trainer.family import read_family, weights_dtype
 
     merged = publishes_merged(engine, on_cpu=device == "cpu")
     family = read_family(model_path, model.lora)
     arguments: dict[str, Any] = {
         "model": str(model_path),
-        "dtype": model.dtype,
+        "dtype": weights_dtype(model, on_cpu=device == "cpu"),
         "quantization": _VLLM_QUANTIZATION[engine.quantization] if engine.quantization else None,
         "max_model_len": max_model_len,
         "seed": seed,

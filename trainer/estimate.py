@@ -27,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.preflight_figures import Figures
 
 GIB = 2**30
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 _HEAD_BYTES = 3 * 64 * 2**20
 """Logits of one chunk, their exponentials and copies; see `trainer.head.CHUNK_BYTES`."""
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from trainer.engine import lora_rank_bucket
+from trainer.family import weights_dtype
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.runs import RunFolder
@@ -23,6 +24,8 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     template = job.chat.save_template(folder)
     command = [
         *_server(job.model_path),
+        "--dtype",
+        weights_dtype(job.config.model, on_cpu=policy.accelerator.device.type == "cpu"),
         "--enable-lora",
         "--max-lora-rank",
         # vLLM refuses a rank that is not among certain ones.

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from envs.errors import UserError
-from trainer.config import EngineConfig, LoraConfig
+from trainer.config import EngineConfig, LoraConfig, ModelConfig
 from trainer.engine import publishes_merged
 
 _ABSORBED = "kv_b_proj"
@@ -142,12 +142,20 @@ def _why_not(name: str, module: nn.Module, decoder: set[int]) -> str:
     return ""
 
 
+def weights_dtype(model: ModelConfig, *, on_cpu: bool) -> str:
+    """torch's name of the dtype that `model.dtype` means on this machine; trainer and engine hold the base in it."""
+    if model.dtype != "auto":
+        return model.dtype
+    has_bfloat16 = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
 def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16", on_cpu: bool) -> None:
     """Raise `UserError` unless the installed vLLM serves the family, with what the trainer will publish to it.
 
     vLLM inspects the model's class in a process of its own, the first time (some 20 s on two cores), and remembers it.
     *Not covered:* an architecture that vLLM serves without adapters; what only shows when it runs, which the probe
-    finds (`trainer.probe`).
+    finds (`Publisher.probe`).
     """
     import vllm
     from vllm.model_executor.models.registry import ModelRegistry

@@ -227,10 +227,11 @@ def _check_family(config: RunConfig) -> None:
     # Before the weights are downloaded.
     import torch
 
-    from trainer.family import check_served, read_family
+    from trainer.family import check_served, read_family, weights_dtype
 
     family = read_family(resolve_config(config.model.name), config.model.lora)
-    check_served(family, config.engine, dtype=config.model.dtype, on_cpu=not torch.cuda.is_available())
+    on_cpu = not torch.cuda.is_available()
+    check_served(family, config.engine, dtype=weights_dtype(config.model, on_cpu=on_cpu), on_cpu=on_cpu)
     longest = config.rollout.max_episode_tokens
     if family.max_length is not None and longest > family.max_length:
         raise UserError(

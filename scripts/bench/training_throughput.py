@@ -96,7 +96,10 @@ def bare_pass(config: RunConfig, model_path: Path, device: Any, batches: Sequenc
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, config.model.dtype)).to(device)
+    from trainer.family import weights_dtype
+
+    dtype = getattr(torch, weights_dtype(config.model, on_cpu=device.type == "cpu"))
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device)
     lora = config.model.lora
     peft = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules)
     model = get_peft_model(base, peft)

@@ -82,7 +82,7 @@ def _start_as_spelt(folder: Path) -> None:
 
 def conversations(world: FinanceWorld, num: int) -> Iterator[dict[str, Any]]:
     """Expert episodes of training tasks, as rows of the supervised format with `reasoning_content`."""
-    from trainer.warmstart import play_expert
+    from trainer.expert import play_expert
 
     tasks = world.tasks("train")
     for seed in range(num):

@@ -224,12 +224,13 @@ def _check_engine(config: RunConfig) -> None:
 
 
 def _check_family(config: RunConfig) -> None:
-    # Before the weights are downloaded.
+    # Before the weights are downloaded; a wrong name is told before torch is imported.
+    folder = resolve_config(config.model.name)
     import torch
 
     from trainer.family import check_served, read_family, weights_dtype
 
-    family = read_family(resolve_config(config.model.name), config.model.lora)
+    family = read_family(folder, config.model.lora)
     on_cpu = not torch.cuda.is_available()
     check_served(family, config.engine, dtype=weights_dtype(config.model, on_cpu=on_cpu), on_cpu=on_cpu)
     longest = config.rollout.max_episode_tokens

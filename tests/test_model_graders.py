@@ -164,6 +164,12 @@ async def test_the_result_is_clamped_to_the_range(judged, result, bounds, score)
         "80%",
         "seven",
         "0.7 or 0.8",
+        # Under another name than the score's, or with a figure in the remark.
+        "Score: 4\nConfidence: 3",
+        "Style score: 3",
+        "4 (or 3)",
+        '{"confidence": 3}',
+        'It would be {"result": 3}',
     ],
 )
 async def test_an_answer_without_a_number_gives_0_and_says_so(judged, text):
@@ -225,6 +231,22 @@ async def test_a_server_that_enforces_nothing_is_read_where_the_object_is_the_an
         ('<think>{"result": 1}</think>{"result": 0.5}', (0, 1), 0.5),
         ('{"score": 0.5}', (0, 1), 0.5),
         ('{"result": "0.5"}', (0, 1), 0.5),
+        ("Rating: [[7]]", (0, 10), 7.0),
+        ("The answer fits.\n\n[[7]]", (0, 10), 7.0),
+        ('{"rating": 7}', (0, 10), 7.0),
+        ('{"Score": 0.5, "explanation": "It fits."}', (0, 1), 0.5),
+        ('{"score": 0.5, "label": "good"}', (0, 1), 0.5),
+        ('The unit is wrong.\n\n{"result": 0.5}', (0, 1), 0.5),
+        ('The unit is wrong.\n{\n  "steps": [{"conclusion": "}"}],\n  "result": 0.5\n}', (0, 1), 0.5),
+        ("<result>\n0.5\n</result>", (0, 1), 0.5),
+        ("Score: 0.5 (partly right)", (0, 1), 0.5),
+        ("Score: 5 (out of 10)", (0, 1), 0.5),
+        ("- **Score**: 0.5", (0, 1), 0.5),
+        ("3. Score: 0.5 points", (0, 1), 0.5),
+        ("So the final score is 0.5.", (0, 1), 0.5),
+        ("Therefore, score = 0.5", (0, 1), 0.5),
+        ("Numerical score [0-1]: 0.5", (0, 1), 0.5),
+        ("Score\uff1a0.5", (0, 1), 0.5),
     ],
 )
 async def test_a_bare_number_is_read_as_prompts_ask_for_it(judged, text, bounds, score):
@@ -233,7 +255,22 @@ async def test_a_bare_number_is_read_as_prompts_ask_for_it(judged, text, bounds,
     assert (grade.reward, grade.errors) == (pytest.approx(score), ())
 
 
-@pytest.mark.parametrize("text", ["good", "**good**", "Good.", "Label: good", '"good"', "It fits.\n\nVerdict: good"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("good", "**good**", "Good.", "Label: good", '"good"', "It fits.\n\nVerdict: good"),
+        *(
+            "[[good]]",
+            "(good)",
+            "good)",
+            "good!",
+            "Category: good",
+            "Judgement: **good**",
+            "Final decision: good (clearly)",
+        ),
+        *('{"label": "good"}', 'It fits.\n{"classification": "Good"}', "<label>\ngood\n</label>"),
+    ],
+)
 async def test_a_bare_label_is_read_as_prompts_ask_for_it(judged, text):
     judge, _ = await judged(text)
     grade = await LabelModelGrader(label_config(), judge).grade(TASK, episode())

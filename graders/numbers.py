@@ -1,12 +1,13 @@
 """Numbers in running text: signs, separators, currencies, per cent, units and scale words.
 
 Covered, each with its test:
-    signs         `-$5`, `− 5`, `minus 5`, `(12)` as a negative
-    separators    `12,345.6`, `12 345` (any space), `12'345`, `1.234.567`, `12,34,567`; `1.234,56` and `3,5`, where only
-                  a decimal comma is left; `12.345` and `12,345` are read as English has them
-    scales        `3.2 billion`, `3.2bn`, `42mln`, `5 crore`, `412.5 (in millions)`, `1.2e6`, `1.2 × 10^6`, `10⁶`
+    signs         `-$5`, `− 5`, `minus 5`, `(12)` as a negative, but not in `twelve (12)`
+    separators    `12,345.6`, `12 345` (any space), `12'345`, `1.234.567`, `12,34,567`, `1_234`; `1.234,56` and `3,5`,
+                  where only a decimal comma is left; `12.345` and `12,345` are read as English has them
+    scales        `3.2 billion`, `3.2bn`, `42mln`, `$4.2T`, `5 crore`, `412.5 (in millions)`, `1.2e6`, `1.2 × 10^6`,
+                  `10⁶`
     per cent      `12.5 %`, `12.5 percentage points`, `12.5pp`; `5‰` and `25 bps` as the per cent that they are
-    units         touching the number (`5kg`, `30km/h`, `7x`) or behind it
+    units         touching the number (`5kg`, `30km/h`, `7x`) or behind it, with a power (`5 cm^2`, `5 km/s^2`)
     LaTeX         `$5.2\\%$`, `12{,}345`, `5\\,\\text{kg}`, `\\boxed{42}`, `\\frac{1}{2}`, `4\\times10^{6}`
     marks         emphasis and tags around the number (`**42**`, `_42_`, `<b>42</b>`), references behind it (`42[1]`,
                   `42¹`, `42*`), tolerances (`42 ± 0.5` is 42), one-character fractions (`5½`)
@@ -22,7 +23,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from graders.plain_text import plain
+from graders.plain_text import CODES, plain
 
 _EXPONENTS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _ABBREVIATIONS = {
@@ -34,7 +35,6 @@ _SMALLER = {"\u2030": 1, "bp": 2, "bps": 2}
 """Powers of ten by which a unit is smaller than one per cent."""
 
 _SYMBOLS = "$\u20ac\u00a3\u00a5\u20b9\u20a9"
-_CODES = "USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD"
 
 _DIGITS = re.compile(
     r"(?<![\w.])(?<![0-9],)"
@@ -50,17 +50,29 @@ _UNIT = re.compile(
     re.IGNORECASE,
 )
 _CLOSE = re.compile(r"\s*(?:(?:US\s)?dollars|USD)?\s*\)", re.IGNORECASE)
-_MONEY = re.compile(rf"\s*(?:[{_SYMBOLS}]|(?:US\s)?(?:dollars?|euros?|{_CODES})\b)", re.IGNORECASE)
+_MONEY = re.compile(rf"\s*(?:[{_SYMBOLS}]|(?:US\s)?(?:dollars?|euros?|{CODES})\b)", re.IGNORECASE)
 _TOUCHING = re.compile(r"(?!(?:st|nd|rd|th)\b)(?:[A-Za-z\u00b5\u03bc\u03a9]{2,12}|[ghlLstVWNJx])(?![\w-])")
 """Letters that touch a number as its unit. One letter alone is often a name (`3D`, `5G`); of an ordinal none is one."""
 _PREFIX = re.compile(
     r"(?P<paren>\(\s*)?(?P<sign>[-+\u2212\u2013](?P<space>\s*))?"
-    rf"(?:(?P<code>US|{_CODES})\s?)?(?:(?P<symbol>[{_SYMBOLS}])\s?)?(?P<inner>[-\u2212])?$"
+    rf"(?:(?P<code>US|{CODES})\s?)?(?:(?P<symbol>[{_SYMBOLS}])\s?)?(?P<inner>[-\u2212])?$"
 )
 _DECLINE = re.compile(
     r"\b(?:decreas\w*|declin\w*|fell|falls?|drop\w*|down|loss|reduc\w*)\s+(?:(?:by|of)\s+)?(?:(?:about|approximately)\s+)?$",
     re.IGNORECASE,
 )
+_REFERS_BEFORE = re.compile(
+    r"\b(?:p|pp|pg|pages?|fig|figures?|tables?|sections?|(?:foot)?notes?|exhibits?|chapters?|appendix|lines?)\.?\s?$"
+    r"|\bconfidence(?:\s(?:level|score))?\s?(?::|=|is|of|at)?\s{0,2}$",
+    re.IGNORECASE,
+)
+_REFERS_BEHIND = re.compile(r"\s?-?(?:decimals?\b|d\.p\.|significant\s(?:figures|digits))", re.IGNORECASE)
+_IN_WORDS = re.compile(
+    r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|billion)\s$",
+    re.IGNORECASE,
+)
+"""Behind it a number in parentheses says the same once more: `twelve (12)`."""
 _YEAR = r"(?:19|20)[0-9]{2}"
 _CONTEXT_CHARS = 60
 """How far around a number is looked; keeps the parse linear in the text."""
@@ -85,6 +97,9 @@ class Number:
     """Digits of `value` without leading zeros."""
     either_sign: bool
     """Written without a sign behind a word such as `decreased by`: it may stand for the negative too."""
+
+    refers: bool
+    """Tells where or how, not how much: `page 45`, `2 decimal places`, `Confidence: 95%`."""
 
     @property
     def full(self) -> Decimal:
@@ -126,7 +141,12 @@ def _number(text: str, match: re.Match[str]) -> Number | None:
     close = None if unit and unit["closed"] else _CLOSE.match(after[end:])
     in_parentheses = bool(prefix["paren"]) and (close is not None or bool(unit and unit["closed"]))
     signed = _is_sign(prefix, ahead)
-    negative = (signed and prefix["sign"][0] != "+") or bool(prefix["inner"]) or (in_parentheses and not signed)
+    repeats = in_parentheses and bool(_IN_WORDS.search(ahead))
+    negative = (
+        (signed and prefix["sign"][0] != "+")
+        or bool(prefix["inner"])
+        or (in_parentheses and not signed and not repeats)
+    )
 
     whole, part = (match["whole"] or "0").replace(",", ""), match["part"] or match["bare_part"] or ""
     shift = int(match["exponent"] or 0) - _smaller(unit)
@@ -140,6 +160,7 @@ def _number(text: str, match: re.Match[str]) -> Number | None:
         currency=bool(prefix["symbol"] or (prefix["code"] or "US") != "US" or _MONEY.match(after[end:])),
         decimals=len(part) - shift,
         significant=len((whole + part).lstrip("0")),
+        refers=bool(_REFERS_BEFORE.search(ahead) or _REFERS_BEHIND.match(after)),
         either_sign=not negative and not signed and bool(_DECLINE.search(ahead)),
     )
 

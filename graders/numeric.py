@@ -13,7 +13,7 @@ from envs.types import Episode, Task
 from graders.answers import final_answer, gold_text
 from graders.config import NumericConfig
 from graders.numbers import Number, find_numbers
-from graders.plain_text import boxed
+from graders.plain_text import marked
 from graders.types import Grade
 
 MAX_NUMBERS = 3
@@ -24,10 +24,11 @@ MIN_ROUNDED_DIGITS = 2
 
 
 class NumericGrader:
-    """Compares the last number of the answer, or of its last `\\boxed{…}`, with the gold number.
+    """Compares the last number of the answer, or of what it marks as such, with the gold number.
 
-    Only one number of an answer is ever compared, so that naming several can't raise the chance of a hit. Years are
-    passed over where other numbers stand.
+    Marks are `\\boxed{…}`, `<answer>…</answer>`, `####` and a line that begins with `Answer:`. Only one number of an
+    answer is ever compared, so that naming several can't raise the chance of a hit. Years, and numbers that refer
+    (`page 45`, `2 decimal places`, `Confidence: 95%`), are passed over where other numbers stand.
 
     Units: an answer with a scale word or a per cent sign means what it says; a bare number is read in the gold's unit,
     or as the full amount. A gold number without a unit leaves the answer's unit open, one with a currency sign alone
@@ -59,9 +60,10 @@ class NumericGrader:
         return numbers[0]
 
     def _score(self, answer: str, gold: Number) -> tuple[float, str]:
-        numbers = find_numbers(boxed(answer) or "") or find_numbers(answer)
+        numbers = find_numbers(marked(answer) or "") or find_numbers(answer)
         if not numbers:
             return 0.0, f"no number in {answer!r}"
+        numbers = tuple(n for n in numbers if not n.refers) or numbers
         numbers = tuple(n for n in numbers if not n.looks_like_a_year) or numbers
         if len({n.full for n in numbers}) > MAX_NUMBERS:
             return 0.0, f"the answer names more than {MAX_NUMBERS} different numbers"

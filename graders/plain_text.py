@@ -23,6 +23,8 @@ _CHARACTERS = str.maketrans(
 _PARTS = {"½": "5", "¼": "25", "¾": "75"}
 _MOST_NESTED = 4
 
+CODES = "USD|EUR|GBP|CHF|JPY|CNY|RMB|INR|CAD|AUD"
+"""Currencies."""
 _SCALE = r"(?:thousand|million|billion|trillion|dollars|euros|USD|EUR|per\s?cent)s?"
 _GROUP_SPACES = " \u00a0\u2009\u202f\u2007"
 
@@ -75,6 +77,14 @@ _RULES: tuple[Rule, ...] = (
     _rule(r"\\!|\\(?:left|right)(?![a-z])", ""),
     _rule(rf"\\[dt]?frac\s?\{{\s?{_FIGURE}\s?\}}\s?\{{\s?{_FIGURE}\s?\}}", _fraction),
     _rule(r"\\([%$#&_])", r"\1"),
+    # ---- figures that belong to a unit or a name: cm^2, m/s^{2}, 45^\\circ, x_1
+    _rule(r"(?<=[a-z])\s?\^(?:\{\s?[-\u2212]?[0-9]{1,2}\s?\}|[-\u2212]?[0-9]{1,2})", ""),
+    _rule(r"(?<=[a-z])_(?:\{[0-9]{1,2}\}|[0-9]{1,2}(?![0-9_]))", ""),
+    # ---- what touches a number: USD5, Rs.5, approx.5, $5T; and Python's 1_234_567
+    _rule(rf"\b({CODES})(?=[0-9])", r"\1 "),
+    _rule(r"\b(Rs|approx|ca)\.(?=[0-9])", r"\1 "),
+    _rule(r"(?<=[0-9])\s?(?-i:T)\b", " trillion"),
+    _rule(rf"{_BEGIN}(?<![\w])[0-9]{{1,3}}(?:_[0-9]{{3}}){{1,5}}(?![\w])", lambda m: m[0].replace("_", "")),
     # ---- tags
     _rule(r"<su[pb]>[^<>]{0,20}</su[pb]>", ""),
     _rule(r"</?[a-z][^<>\n]{0,40}>", ""),
@@ -119,8 +129,29 @@ def plain(text: str) -> str:
     return text
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last `\boxed{…}` of a text holds; None without one that is closed."""
+def marked(text: str) -> str | None:
+    r"""The part that the text itself marks as its answer: what the last `\boxed{…}` or `<answer>…</answer>` holds, or
+    what stands behind the last `####` or a last line that begins with `Answer:`; None without a mark.
+    """
+    boxed = _boxed(text)
+    if boxed is not None:
+        return boxed
+    found = [match for pattern in _MARKS for match in pattern.finditer(text)]
+    return max(found, key=lambda match: match.start())[1] if found else None
+
+
+_MARKS = (
+    re.compile(r"<answer>((?:(?!<answer>).){0,2000}?)</answer>", re.IGNORECASE | re.DOTALL),
+    re.compile(r"^[ \t]*####(?!#)((?:(?!\n[ \t]*####).)*)\Z", re.MULTILINE | re.DOTALL),
+    re.compile(
+        r"^[ \t>*_#-]{0,8}(?:(?:my|the|so|therefore|thus)[ ,]{1,2}){0,3}(?:final[ ])?answer[ *_]{0,4}[:\uff1a=]"
+        r"((?:(?!\n[ \t>*_#-]{0,8}(?:final[ ])?answer[ *_]{0,4}[:\uff1a=]).)*)\Z",
+        re.IGNORECASE | re.MULTILINE | re.DOTALL,
+    ),
+)
+
+
+def _boxed(text: str) -> str | None:
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

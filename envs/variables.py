@@ -13,7 +13,14 @@ from typing import Any
 
 from envs.errors import UserError
 
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
+_ASKED = re.compile(r"\$\{input:[^{}]*\}")
+"""What an editor asks its user for; nobody is there to be asked here."""
+_SECRETIVE = ("headers", "hook_headers", "env")
+_SECRET_NAME = re.compile(
+    r"auth|token|secret|passw|cookie|credential|(api|access|private)?[-_]?key\b|(?:^|_)pat$", re.I
+)
+_SECRET_VALUE = re.compile(r"(?:Bearer|Basic)\s|sk-|gh[opsu]_|github_pat_|xox[a-z]-|AKIA|hf_|glpat-")
 _ITEM = re.compile(r"\{\{\s*item((?:\.[\w-]+|\[\d+\])+)\s*\}\}")
 _STEP = re.compile(r"[\w-]+")
 
@@ -21,11 +28,14 @@ _STEP = re.compile(r"[\w-]+")
 def expand(text: str, where: str, own: Mapping[str, str] | None = None) -> str:
     """`text` with each ${NAME} replaced by `own`'s value or else the environment variable's.
 
-    `where` names the place in the config. Raises `UserError` for a variable that is not set.
+    `${env:NAME}` says the same, and `${NAME:-text}` gives what stands for a variable that is not set, as other programs
+    write them. `where` names the place in the config. Raises `UserError` for a variable that is not set.
     """
+    if asked := _ASKED.search(text):
+        raise UserError(f"{where}: {asked[0]}: nobody can be asked here; expected ${{NAME}}, an environment variable")
 
     def value_of(match: re.Match[str]) -> str:
-        value = (own or {}).get(match[1], os.environ.get(match[1]))
+        value = (own or {}).get(match[1], os.environ.get(match[1], match[2]))
         if value is None:
             raise UserError(f"{where}: the environment variable {match[1]} is not set")
         return value
@@ -57,6 +67,33 @@ def fill(value: Any, where: str, *, item: Mapping[str, Any], own: Mapping[str, s
     texts = [expand(text, where, own) for text in parts[::2]]
     filled = [text_of(match) for match in _ITEM.finditer(value)]
     return "".join(a + b for a, b in zip(texts, [*filled, ""], strict=True))
+
+
+def without_secrets(value: Any) -> Any:
+    """A config as JSON values, for what is written to disk.
+
+    A secret that stands in headers or in a server's environment is replaced by the ${NAME} that ought to stand there.
+
+    *Covered*: names and values that look like secrets. *Not covered*: secrets in URLs and in a server's arguments.
+    """
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: {name: _hidden(name, text) for name, text in inner.items()}
+        if key in _SECRETIVE and isinstance(inner, dict)
+        else without_secrets(inner)
+        for key, inner in value.items()
+    }
+
+
+def _hidden(name: str, text: Any) -> Any:
+    if not isinstance(text, str) or not text or "${" in text:
+        return text
+    if _SECRET_NAME.search(name) or _SECRET_VALUE.match(text):
+        return "${" + re.sub(r"\W", "_", name).upper() + "}"
+    return text
 
 
 def uses(value: Any, name: str) -> bool:

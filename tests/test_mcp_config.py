@@ -17,9 +17,11 @@ from envs.base import HasState
 from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
+from envs.remote.mcp_config import McpServerConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import call_tool, offered_tools
 from envs.types import Message, Task, ToolCall, ToolErrorKind, ToolResult
+from envs.variables import without_secrets
 
 SERVER = Path(__file__).with_name("odd_mcp_server.py")
 ITEM = {"owner": "ann", "n": 3, "nested": {"list": [{"a": "x"}]}, "text": "${SECRET}"}
@@ -240,3 +242,37 @@ def test_headers_and_urls_are_read_from_the_environment_when_they_are_used(monke
         RemoteWorld(RemoteConfig.model_validate({"tools": [{"name": "a", "server_url": "${UNSET_KEY}/call"}]}))
     with pytest.raises(UserError, match="the environment variable UNSET_KEY is not set"):
         RemoteWorld(RemoteConfig.model_validate({"open_url": "https://h/${UNSET_KEY}"}))
+
+
+def test_variables_are_read_as_other_programs_write_them(monkeypatch):
+    monkeypatch.setenv("MCP_KEY", "s3cret")
+    env = {"A": "${env:MCP_KEY}", "B": "${MCP_KEY:-none}", "C": "${UNSET_KEY:-a b}", "D": "${UNSET_KEY:-}"}
+    config = McpServerConfig(name="a", command="x", env=env)
+    assert config.resolved({}).env == {"A": "s3cret", "B": "s3cret", "C": "a b", "D": ""}
+    with pytest.raises(UserError, match=r"env.K: \$\{input:key\}: nobody can be asked here"):
+        McpServerConfig(name="a", command="x", env={"K": "${input:key}"}).resolved({})
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"mcpServers": s}, lambda s: {"servers": s, "inputs": []}, lambda s: s])
+def test_lists_of_servers_are_read_in_each_programs_form(tmp_path, wrap):
+    servers = {"a": {"transport": "stdio", "command": "x", "args": None, "env": None}, "b": {"url": "http://h"}}
+    (tmp_path / "mcp.json").write_text(json.dumps(wrap(servers)))
+    config = RemoteConfig.model_validate({"mcp": str(tmp_path / "mcp.json")})
+    assert [(s.name, s.command, s.url) for s in config.mcp] == [("a", "x", None), ("b", None, "http://h")]
+    (tmp_path / "mcp.json").write_text(json.dumps(wrap({"a": {"type": "sse", "url": "http://h/sse"}})))
+    with pytest.raises(ValidationError, match=r"a: 'sse' is not spoken here; expected .* streamable HTTP"):
+        RemoteConfig.model_validate({"mcp": str(tmp_path / "mcp.json")})
+
+
+def test_secrets_that_stand_in_a_config_are_not_written_down():
+    headers = {"Authorization": "Bearer abc", "X-Api-Key": "abc", "Accept": "text/html", "X-Trace": "sk-abc"}
+    env = {"GITHUB_TOKEN": "abc", "DEBUG": "1", "DB": "${ROLLOUT_DIR}/db", "PASSWORD": "${PW}"}
+    plain = without_secrets({"world": {"tools": [{"headers": headers}], "mcp": [{"env": env}]}, "seed": 1})
+    assert plain["world"]["tools"][0]["headers"] == {
+        "Authorization": "${AUTHORIZATION}",
+        "X-Api-Key": "${X_API_KEY}",
+        "Accept": "text/html",
+        "X-Trace": "${X_TRACE}",
+    }
+    assert plain["world"]["mcp"][0]["env"] == {**env, "GITHUB_TOKEN": "${GITHUB_TOKEN}"}
+    assert plain["seed"] == 1

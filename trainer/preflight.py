@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError, WorldError
 from envs.types import Task
+from envs.variables import without_secrets
 from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
 from trainer.config import RunConfig
@@ -99,7 +100,7 @@ class Preflight:
             "speeds": asdict(self.speeds),
             "time": asdict(self.time) | {"total_s": self.time.total_s, "cost": cost},
             "memory": [asdict(row) for row in self.memory],
-            "config": self.config.model_dump(mode="json"),
+            "config": without_secrets(self.config.model_dump(mode="json")),
             "tasks": tasks,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from envs.variables import without_secrets
 from trainer.advice import Advice, Level
 from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
 from trainer.gpu_estimate import Estimate
@@ -36,7 +38,7 @@ def write_preflight_page(found: Preflight, path: Path) -> Path:
         time_notes=found.time.notes,
         memory_rows=[(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in found.memory],
         memory_total=_memory_total(found.memory),
-        config=found.config.model_dump_json(indent=1),
+        config=json.dumps(without_secrets(found.config.model_dump(mode="json")), indent=1),
     )
 
 

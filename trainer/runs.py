@@ -33,6 +33,7 @@ from pydantic import TypeAdapter
 
 from envs.errors import UserError
 from envs.types import Episode, Task
+from envs.variables import without_secrets
 from graders.sample import own_data
 from graders.types import Grade
 from trainer.config import RunConfig
@@ -271,7 +272,7 @@ def rollout_from_json(record: dict[str, Any]) -> Rollout:
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = config.model_dump(mode="json")
+    plain: dict[str, Any] = without_secrets(config.model_dump(mode="json"))
     return plain
 
 

@@ -14,6 +14,8 @@ from envs.users import UserConfig
 _URL = r"^(https?://|\$\{)"
 _IGNORED = ("type", "transport", "description", "autoApprove", "alwaysAllow")
 """What other programs keep in their lists of MCP servers, which changes nothing here."""
+_SPOKEN = ("stdio", "local", "remote", "http", "streamable-http", "streamable_http", "streamableHttp")
+"""How other programs name the transports that we have."""
 
 
 def _read_file(value: Any, key: str) -> Any:
@@ -34,11 +36,20 @@ def _tools(value: Any) -> Any:
 
 def _servers(value: Any) -> Any:
     read = _read_file(value, "mcp")
-    servers = read.get("mcpServers") if isinstance(read, dict) else None
-    if not isinstance(servers, dict) or not all(isinstance(about, dict) for about in servers.values()):
+    if not isinstance(read, dict):
         return read
+    servers = next((read[key] for key in ("mcpServers", "servers", "mcp_servers") if key in read), read)
+    if not isinstance(servers, dict) or not all(isinstance(about, dict) for about in servers.values()):
+        raise ValueError('expected a list of servers, or {"mcpServers": {NAME: {command or url, ...}}}')
+    for name, about in servers.items():
+        kind = about.get("type") or about.get("transport") or "http"
+        if kind not in _SPOKEN:
+            raise ValueError(f"{name}: {kind!r} is not spoken here; expected a server over stdio or streamable HTTP")
     return [
-        {"name": name, **{key: value for key, value in about.items() if key not in ("disabled", *_IGNORED)}}
+        {
+            "name": name,
+            **{key: value for key, value in about.items() if key not in ("disabled", *_IGNORED) and value is not None},
+        }
         for name, about in servers.items()
         if not about.get("disabled")
     ]

@@ -30,7 +30,7 @@ from trainer.offer import tools_offered
 from trainer.rollout import MALFORMED_ANSWER, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
 from trainer.tasks import load_tasks
-from trainer.warmstart import demonstration_ledger
+from trainer.warmstart import demonstration_ledgers
 
 
 @pytest.fixture(scope="session")
@@ -495,7 +495,7 @@ async def test_an_expert_talks_with_the_user_and_ends_where_the_user_does(chat):
         ("tool", "noted green"),
         ("assistant", "Noted."),
     ]
-    ledger = demonstration_ledger(shown, chat=chat)
+    ledger = demonstration_ledgers(shown, chat=chat)[-1]
     assert ledger.prompt_ids[: len(chat.open(shown.messages[:3], shown.tools))] == chat.open(
         shown.messages[:3], shown.tools
     )
@@ -510,7 +510,7 @@ async def test_an_expert_whose_tools_change_gives_a_row_for_each_set_and_each_tu
     assert [t["function"]["name"] for t in (*earlier.tools, *shown.tools)] == ["enter", "look"]
     assert shown.messages[: len(earlier.messages)] == earlier.messages
     trained = [
-        sum(demonstration_ledger(d, chat=chat).to_sample(advantage=0, rollout_id="", task_id="").trainable)
+        sum(demonstration_ledgers(d, chat=chat)[-1].to_sample(advantage=0, rollout_id="", task_id="").trainable)
         for d in (earlier, shown)
     ]
     alone = [

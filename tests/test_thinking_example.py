@@ -12,10 +12,12 @@ import pytest
 
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
+from envs.types import Message, ToolCall
 from trainer.chat import Chat
 from trainer.config import load_config
+from trainer.expert import Demonstration
 from trainer.tasks import load_demonstrations
-from trainer.warmstart import demonstration_ledger
+from trainer.warmstart import demonstration_ledgers
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/examples/thinking_model.py"
@@ -68,7 +70,7 @@ def test_every_turn_of_a_demonstration_thinks_and_is_trained_on_as_qwen3_renders
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = load_config(ROOT / "configs/thinking.yaml", [f"warmstart.data={path}"])
     for demonstration in load_demonstrations(config):
-        ledger = demonstration_ledger(demonstration, chat=chat)
+        ledger = demonstration_ledgers(demonstration, chat=chat)[-1]
         turns = [chat.decode(ledger.prompt_ids[start:end]) for start, end, _ in ledger.to_json()["sampled"]]
         assert len(turns) == sum(m.role == "assistant" for m in demonstration.messages)
         assert all(turn.startswith("<think>\n") and turn.count("</think>\n\n") == 1 for turn in turns)
@@ -86,3 +88,31 @@ def test_an_answer_after_its_reasoning_is_the_answer(chat: Chat) -> None:
     assert turn.message.content.strip() == "42 million"
     assert turn.message.reasoning.strip() == "I have read what I need. The value is 42."
     assert turn.num_reasoning_tokens > 5
+
+
+def test_a_demonstration_whose_earlier_turns_the_template_rewrites_is_several_rows(chat: Chat) -> None:
+    question = Message(role="user", content="How much?")
+    call = ToolCall(call_id="call00000", name="search", arguments='{"query": "Acme"}')
+    result = Message(role="tool", content="42", call_id="call00000", name="search")
+    thinking = Message(role="assistant", content="43", reasoning="It says 43 elsewhere.")
+    messages = (
+        question,
+        # Finished turns begin with an empty think block, which the template takes out again when the turn has passed.
+        Message(role="assistant", tool_calls=(call,)),
+        result,
+        Message(role="assistant", content="42"),
+        replace(question, content="Are you sure?"),
+        thinking,
+    )
+    tools = ({"type": "function", "function": {"name": "search", "description": "Find.", "parameters": {}}},)
+    ledgers = demonstration_ledgers(Demonstration(messages=messages, tools=tools), chat=chat)
+    written = [
+        chat.decode(ledger.prompt_ids[start:end]) for ledger in ledgers for start, end, _ in ledger.to_json()["sampled"]
+    ]
+    assert len(ledgers) == 3
+    assert [turn.partition("</think>\n\n")[2][:11] for turn in written] == [
+        "<tool_call>",
+        "42<|im_end|>"[:11],
+        "43<|im_end|>"[:11],
+    ]
+    assert chat.decode(ledgers[-1].prompt_ids).startswith(chat.decode(chat.open(messages[:5], tools)))

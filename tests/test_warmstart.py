@@ -15,7 +15,7 @@ from trainer.config import ModelConfig, RunConfig
 from trainer.job import Job, prepare
 from trainer.warmstart import (
     Demonstration,
-    demonstration_ledger,
+    demonstration_ledgers,
     expert_ledger,
     expert_ledgers,
     play_expert,
@@ -98,18 +98,18 @@ def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
         own.config, own.train_tasks, world=own.world, chat=own.chat, demonstrations=own.demonstrations
     )
     assert len(ledgers) == 24
-    expected = [demonstration_ledger(d, chat=job.chat) for d in played]
+    expected = [demonstration_ledgers(d, chat=job.chat)[-1] for d in played]
     assert all(ledger in expected for ledger in ledgers) and all(ledger in ledgers for ledger in expected)
 
 
 def test_a_message_that_is_not_to_be_learned_is_context_of_the_row(job: Job) -> None:
     words = [("user", "Q"), ("assistant", "WRONG"), ("user", "Again"), ("assistant", "RIGHT")]
     messages = tuple(Message(role=role, content=text) for role, text in words)
-    ledger = demonstration_ledger(Demonstration(messages=messages, untrained=frozenset({1})), chat=job.chat)
+    ledger = demonstration_ledgers(Demonstration(messages=messages, untrained=frozenset({1})), chat=job.chat)[-1]
     sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
     own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
     assert own == "RIGHT<|im_end|>"
-    whole = demonstration_ledger(Demonstration(messages=messages), chat=job.chat)
+    whole = demonstration_ledgers(Demonstration(messages=messages), chat=job.chat)[-1]
     assert whole.prompt_ids == ledger.prompt_ids, "only what is learned differs"
 
 
@@ -134,7 +134,7 @@ def test_the_reasoning_of_a_demonstration_is_learned_or_refused_before_a_model_i
     template.write_text(THINKING)
     config["model"] |= {"chat_template": str(template)}
     own = prepare(RunConfig.model_validate(config))
-    ledger = demonstration_ledger(own.demonstrations[0], chat=own.chat)
+    ledger = demonstration_ledgers(own.demonstrations[0], chat=own.chat)[-1]
     assert own.chat.decode(ledger.prompt_ids).endswith("<think>BECAUSE</think>\n42<|im_end|>")
 
 

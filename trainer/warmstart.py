@@ -28,22 +28,23 @@ IGNORED = -100
 """The label of a token outside the loss, by the convention of transformers."""
 
 
-def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
-    """The conversation as a training row; the expert's own tokens are the trainable ones.
+def demonstration_ledgers(demonstration: Demonstration, *, chat: Chat) -> list[Ledger]:
+    """The conversation as training rows; the expert's own tokens are the trainable ones, each in one row only.
 
-    Raises `UserError` where the template rewrites earlier turns, so that no single row holds them all, and where it
-    leaves out the reasoning of a turn: the model would be taught to answer without.
+    One row, unless the template rewrites earlier turns (drops their reasoning, say): from there on it is a new one, as
+    in a rollout. Raises `UserError` where the template leaves out the reasoning of a turn: the model would be taught to
+    answer without.
     """
     messages, tools = demonstration.messages, demonstration.tools
     own = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    ledger = Ledger()
-    ledger.append_context(chat.open(messages[: own[0]] if own else messages, tools))
+    ledgers = [Ledger()]
+    ledgers[-1].append_context(chat.open(messages[: own[0]] if own else messages, tools))
     for i, following in itertools.pairwise([*own, len(messages)]):
         token_ids = chat.encode_assistant(messages[:i], messages[i], tools)
         if i in demonstration.untrained:
-            ledger.append_context(token_ids)
+            ledgers[-1].append_context(token_ids)
         else:
-            ledger.append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
+            ledgers[-1].append_sampled(token_ids, [0.0] * len(token_ids), _EXPERT_VERSION)
             if not _says(chat.decode(token_ids), messages[i].reasoning):
                 raise UserError(
                     f"{demonstration.where}: messages[{i}].reasoning_content: the chat template writes no reasoning "
@@ -55,11 +56,9 @@ def demonstration_ledger(demonstration: Demonstration, *, chat: Chat) -> Ledger:
             continue
         continuation = chat.extend(messages[:i], messages[i], answers, tools, token_ids)
         if continuation.forked:
-            raise UserError(
-                f"{demonstration.where}: the chat template rewrites the earlier turns of this demonstration"
-            )
-        ledger.append_context(continuation.token_ids)
-    return ledger
+            ledgers.append(Ledger())
+        ledgers[-1].append_context(continuation.token_ids)
+    return ledgers
 
 
 def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat) -> None:
@@ -67,7 +66,7 @@ def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat)
     for thinks in (True, False):
         of_kind = (d for d in demonstrations if any(m.reasoning for m in d.messages) == thinks)
         for demonstration in itertools.islice(of_kind, 1):
-            demonstration_ledger(demonstration, chat=chat)
+            demonstration_ledgers(demonstration, chat=chat)
 
 
 def _says(text: str, words: str) -> bool:
@@ -84,8 +83,9 @@ async def expert_ledger(
     users: Users | None = None,
     rollout: RolloutConfig | None = None,
 ) -> Ledger:
-    """The training row of the scripted turns, played in a real environment; the last, where tools changed meanwhile."""
-    return demonstration_ledger(await play_expert(task, turns, world=world, users=users, rollout=rollout), chat=chat)
+    """The training row of the scripted turns, played in a real environment; of several it is the last."""
+    played = await play_expert(task, turns, world=world, users=users, rollout=rollout)
+    return demonstration_ledgers(played, chat=chat)[-1]
 
 
 def expert_ledgers(
@@ -118,9 +118,8 @@ def expert_ledgers(
                 _check_company(turns, users)
                 shown = await play_expert(task, turns, world=world, users=users, rollout=config.rollout)
             for demonstration in (*shown.earlier, shown):
-                ledger = demonstration_ledger(demonstration, chat=chat)
-                if len(ledger) <= config.rollout.max_episode_tokens:
-                    ledgers.append(ledger)
+                rows = demonstration_ledgers(demonstration, chat=chat)
+                ledgers += [row for row in rows if row.num_trainable and len(row) <= config.rollout.max_episode_tokens]
             if len(ledgers) >= needed:
                 return ledgers[:needed]
         raise UserError(

@@ -27,6 +27,20 @@ ATTEMPTS = [
     '[search(query="Acme")]',
     "cat('a.txt')",
     'search (query="Acme',
+    'search("Acme")\ncat("a.txt")',
+    'search {"query": "Acme"}',
+    'functions.search:0{"query": "Acme"}',
+    '{"name": "search", "param',
+    '{"name": "search"',
+    '{"tool": "search", "args": {"query": "Acme"}}',
+    '{"tool_calls": [{"name": "search", "arguments": {}}]}',
+    '{name: "search", arguments: {query: "Acme"}}',
+    '<function_call>{"name": "search", "arguments": {"query": "Acme"}}</function_call>',
+    '<search>{"query": "Acme"}</search>',
+    '<invoke name="search"><parameter name="query">Acme</parameter></invoke>',
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search",
+    'Action: search\nAction Input: {"query": "Acme"}',
+    "<tool_call>查询 Acme</tool_call>",
 ]
 ANSWERS = [
     "42",
@@ -43,6 +57,16 @@ ANSWERS = [
     "search (twice) gave 42",
     "cat (felis catus)",
     "list (a) holds 3, list (b) holds 4",
+    "search(query) finds a report, cat(path) reads it (both are tools)",
+    '{"parameters": {"a": 1}, "items": [{"name": "search"}], "ok": true}',
+    '[{"name": "Acme", "arguments": {"for": 1}, "verdict": "buy"}]',
+    '{"tool": "search", "input": "Acme", "result": 42}',
+    '{"name": "list", "kind": "tool"}',
+    "The opening tag is called (<tool_call>).",
+    "Tags (<tool_call>/</tool_call>) wrap a call.",
+    "使用<tool_call>标签来调用工具。",
+    "标签是「<tool_call>」。",
+    "Das Modell schreibt «<tool_call>» vor jedem Aufruf.",
 ]
 
 

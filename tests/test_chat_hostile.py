@@ -204,3 +204,33 @@ def test_half_a_surrogate_pair_is_replaced_wherever_it_comes_from(make_chat) -> 
         assert shown in chat.decode(rollout.ledgers[-1].prompt_ids)
     (rollout,) = roll(chat, ["42"], search, messages=[Message(role="user", content=json.loads(r'"What is \ud83d?"'))])
     assert "What is ??" in chat.decode(rollout.ledgers[-1].prompt_ids)
+
+
+NOT_EMPTY = "{% if not m.content and not m.tool_calls %}{{ raise_exception('empty content') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("turns", "user", "stop"),
+    [
+        ([CALL.replace("Acme", "nobody"), "42"], [], StopReason.WORLD_FAULT),
+        (["42", "43"], [""], StopReason.WORLD_FAULT),
+        (["", "43"], ["And?"], StopReason.TEMPLATE_REFUSED),
+    ],
+    ids=["the tool's", "the user's", "the model's"],
+)
+def test_a_text_that_the_template_refuses_is_the_fault_of_who_said_it(make_chat, turns, user, stop) -> None:
+    @tool
+    def search(query: str) -> str:
+        """Find reports.
+
+        Args:
+            query: words
+        """
+        return "" if query == "nobody" else "42"
+
+    template = PLAIN.replace("CALL", DIALECTS["hermes"])
+    chat = make_chat(template.replace("{{ m.content | trim }}", NOT_EMPTY + "{{ m.content | trim }}"))
+    (rollout,) = roll(chat, turns, search, user=user)
+    assert rollout.episode.stop_reason is stop
+    assert (rollout.reward is None) == (stop is StopReason.WORLD_FAULT)
+    assert "empty content" in rollout.episode.error or stop is StopReason.TEMPLATE_REFUSED

@@ -159,6 +159,12 @@ class Chat:
         drifted |= stopped and sampled[-1] != end.token_id
         return Continuation(token_ids=glue, forked=False, drifted=drifted)
 
+    def minds_texts(
+        self, before: Sequence[Message], turn: Message, answers: Sequence[Message], tools: Sequence[ToolSchema]
+    ) -> bool:
+        """Whether a refusal of this conversation is due to what tools or users said, and not to the model's `turn`."""
+        return self._renderer.minds_texts(before, turn, answers, self._parser.normalized_tools(tools_key(tools)))
+
     def encode_assistant(
         self, messages: Sequence[Message], turn: Message, tools: Sequence[ToolSchema] = ()
     ) -> list[int]:

@@ -63,6 +63,16 @@ class Renderer:
             return e.reason
         return ""
 
+    def minds_texts(
+        self, before: Sequence[Message], turn: Message, answers: Sequence[Message], tools: list[dict[str, Any]] | None
+    ) -> bool:
+        """Whether the template takes a conversation that it refused with other texts in `answers` (empty ones, say)."""
+        try:
+            self.render_as_text([*before, turn, *(replace(a, content="ok") for a in answers)], tools, generate=True)
+        except TemplateRefused:
+            return False
+        return True
+
     def render_as_text(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
         """The text of `messages` with those turns of calls that the template takes on no account written as plain text.
 

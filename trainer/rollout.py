@@ -260,7 +260,10 @@ class RolloutWorker:
                 return StopReason.ENDED
             try:
                 self._continue(live, before, completion)
-            except TemplateRefused:
+            except TemplateRefused as e:
+                turn, *answers = live.messages[len(before) :]
+                if self._chat.minds_texts(before, turn, answers, live.schemas):
+                    raise WorldError(f"the chat template can't render what was said to the model: {e.reason}") from e
                 return StopReason.TEMPLATE_REFUSED
         return StopReason.MAX_TURNS
 
@@ -344,8 +347,9 @@ class RolloutWorker:
         """The prompt of the next turn. Other tools are another prompt: they begin a row, as a forking template does."""
         schemas = live.schemas
         if self._look_at_tools(live):
+            prompt_ids = self._chat.open(live.messages, live.schemas)
             live.ledgers.append(Ledger())
-            live.ledgers[-1].append_context(self._chat.open(live.messages, live.schemas))
+            live.ledgers[-1].append_context(prompt_ids)
             return
         message, *answers = live.messages[len(before) :]
         continuation = self._chat.extend(before, message, answers, schemas, completion.token_ids)

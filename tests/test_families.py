@@ -89,6 +89,9 @@ REFUSED = {
         "not a decoder that writes text",
     ),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"weights are quantised \(gptq\)"),
+    "quantised in a part": ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantised \(awq\)"),
+    "architectures of no text": ({"architectures": [None]}, "config.json names no architectures"),
+    "an architecture of another type": ({"architectures": ["Qwen2ForCausalLM"]}, "can't be built of its config.json"),
 }
 
 
@@ -98,6 +101,16 @@ def test_what_cannot_be_trained_is_refused_from_its_config_alone(case, tmp_path)
     with pytest.raises(UserError, match=message) as e:
         read_family(config_alone(tmp_path, **changes), LoraConfig())
     assert "\n" not in str(e.value) and str(e.value).startswith("model.name: this model can't be trained here: ")
+
+
+def test_a_config_that_cannot_be_read_is_named_and_one_that_says_nothing_of_quantisation_is_taken(tmp_path):
+    with pytest.raises(UserError, match=r"^model\.name: .*config\.json: No such file"):
+        read_family(tmp_path / "none", LoraConfig())
+    with pytest.raises(UserError, match=r"^model\.name: .*config\.json: transformers can't read it: .*hidden_size"):
+        read_family(config_alone(tmp_path / "text", hidden_size="64"), LoraConfig())
+    config = config_alone(tmp_path / "null") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
+    assert read_family(config.parent, LoraConfig()).targets
 
 
 def test_code_beside_an_architecture_that_transformers_has_is_not_needed(tmp_path):

@@ -6,6 +6,7 @@ All of it before a weight is read: the model is built on torch's meta device, wh
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,11 @@ def read_family(folder: Path, lora: LoraConfig) -> Family:
     does not know, `lora.target_modules`. *Not covered:* whether vLLM has it, see `check_served`.
     """
     model_class, config = model_class_of(folder)
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as e:  # whatever a class trips over in a config that is not its own or is not whole
+        raise _refusal(f"{model_class.__name__} can't be built of its config.json: {_in_one_line(e)}") from e
     decoder = model.get_decoder()
     return Family(
         architecture=model_class.__name__,
@@ -68,7 +72,7 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
     """transformers' class of the model in `folder`, as its config.json names it, and the config itself."""
     raw = _raw_config(folder)
     named = raw.get("architectures") or []
-    architecture = named[0] if named else ""
+    architecture = named[0] if named and isinstance(named, list) and isinstance(named[0], str) else ""
     model_class = getattr(transformers, architecture, None) if architecture.isidentifier() else None
     is_known = raw.get("model_type") in transformers.CONFIG_MAPPING and model_class is not None
     if not is_known and "auto_map" in raw:
@@ -84,12 +88,15 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
         )
     if raw.get("is_encoder_decoder") or not architecture.endswith(_KINDS):
         raise _refusal(f"{architecture} is not a decoder that writes text token by token")
-    if "quantization_config" in raw and raw["quantization_config"].get("quant_method") != "mxfp4":
+    if (method := _quantised(raw)) not in ("", "mxfp4"):
         raise _refusal(
-            f"its weights are quantised ({raw['quantization_config'].get('quant_method')}); take the checkpoint with "
-            "16-bit weights (engine.quantization quantises the engine's copy alone)"
+            f"its weights are quantised ({method}); take the checkpoint with 16-bit weights (engine.quantization "
+            "quantises the engine's copy alone)"
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as e:  # the config's own checks raise errors of several kinds
+        raise UserError(f"model.name: {folder / 'config.json'}: transformers can't read it: {_in_one_line(e)}") from e
     if getattr(config.get_text_config(), "is_encoder_decoder", False):
         raise _refusal(f"{architecture} is an encoder-decoder")
     return model_class, config
@@ -190,11 +197,27 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"model.name: {path}: {e.strerror or e}; expected a model's folder with its config.json") from e
     except ValueError as e:
         raise UserError(f"model.name: {path}: not JSON: {e}") from e
     if not isinstance(raw, dict):
         raise UserError(f"model.name: {path}: expected an object")
     return raw
+
+
+def _quantised(raw: Mapping[str, Any]) -> str:
+    """How the weights are quantised, in the words of config.json or of a part of it; empty where they are not."""
+    for key in ("quantization_config", "compression_config"):
+        if found := raw.get(key):
+            return (
+                str(found.get("quant_method") or "in a way it does not name") if isinstance(found, dict) else str(found)
+            )
+    return next((method for part in raw.values() if isinstance(part, dict) and (method := _quantised(part))), "")
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _max_length(config: Any) -> int | None:

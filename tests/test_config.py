@@ -1,6 +1,7 @@
 """The run's config: what loads, what is refused and in which words."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def test_later_overrides_win_and_the_rest_stays(tmp_path):
         ({"grader": {"type": "numerc"}}, "'exact', 'numeric'"),
         ({"grader": {"type": "numeric", "partial_credit": "a"}}, "grader.partial_credit: Input should be a valid"),
         ({"model": {"lora": {"target_modules": 3}}}, "model.lora.target_modules: Input should be"),
+        ({"model": {"lora": {"target_modules": []}}}, "model.lora.target_modules: List should have at least 1 item"),
+        ({"model": {"chat_template_kwargs": {"day": date(2024, 7, 26)}}}, "model.chat_template_kwargs: not JSON: "),
         ({"trackers": ["tensorbord"]}, "trackers.0: Input should be 'tensorboard', 'wandb' or 'trackio'"),
         ({"rollout": {"max_turn_tokens": 64, "max_episode_tokens": 64}}, "\n  rollout.max_turn_tokens must be"),
         ({"data": {"train": "a.jsonl"}}, "data.eval: required, but not given"),

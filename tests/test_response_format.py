@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,8 @@ def test_a_response_format_may_be_a_file(tmp_path):
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "shema": 1}}, "shema"),
         ({"type": "json_object", "schema": SCHEMA}, "schema"),
         ([FORMAT], "dictionary"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [date(2024, 1, 31)]}}}, "not JSON"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"minimum": float("nan")}}}, "not JSON"),
     ],
 )
 def test_a_malformed_response_format_is_refused_by_its_key(tmp_path, response_format, complaint):

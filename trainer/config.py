@@ -25,7 +25,7 @@ from envs.problems import on_one_screen
 from envs.remote.config import RemoteConfig
 from envs.rows import FileOrDataset
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
-from trainer.response_format import ResponseFormat
+from trainer.response_format import JsonObject, ResponseFormat
 
 
 class Section(BaseModel):
@@ -58,7 +58,7 @@ class LoraConfig(Section):
 
     r: int = Field(16, ge=1, le=512, description="rank")
     alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
-    target_modules: list[str] | Literal["all-linear"] = Field(
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="module names to adapt, or all-linear"
     )
 
@@ -78,7 +78,7 @@ class ModelConfig(Section):
         description="auto: the model's own, or a fallback in its turn markers where it knows no tools; training: the "
         "one that trl trains such models under, which keeps earlier turns as they were; or a Jinja file",
     )
-    chat_template_kwargs: dict[str, Any] = Field({}, description="passed to the template, e.g. enable_thinking")
+    chat_template_kwargs: JsonObject = Field({}, description="passed to the template, e.g. enable_thinking")
     tool_parser: str = Field("hermes", description="as `vllm serve --tool-call-parser` names it")
     reasoning_parser: str | None = Field(None, description="as `vllm serve --reasoning-parser` names it")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")

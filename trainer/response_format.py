@@ -12,7 +12,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON: {e} (YAML reads 2024-01-31 as a date; put such a text in quotes)") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""What goes on as JSON, though YAML has more than that: dates, sets, NaN."""
 
 
 class _Part(BaseModel):
@@ -24,7 +36,7 @@ class JsonSchema(_Part):
 
     name: str = Field(min_length=1, max_length=64, description="of the schema")
     description: str | None = Field(None, description="what the answer is for; not shown to the model")
-    json_schema: dict[str, Any] = Field(alias="schema", description="the JSON schema that every answer fits")
+    json_schema: JsonObject = Field(alias="schema", description="the JSON schema that every answer fits")
     strict: bool | None = Field(None, description="taken as true whatever it is: no answer can break the schema")
 
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 from policy_worker import naive_logprobs, tiny_policy
+from pydantic import BaseModel, Field
 from scripted_engine import ScriptedEngine, engine_starter
 
 from envs.errors import UserError
@@ -19,7 +21,7 @@ from envs.tools import schema_tool
 from envs.types import Message, Task
 from trainer.chat import Chat
 from trainer.config import LossConfig, validate_config
-from trainer.grammar import Grammar, first_constrained
+from trainer.grammar import Grammar, check_schema, first_constrained
 from trainer.head import Head, token_logprobs
 from trainer.job import prepare
 from trainer.offer import tools_offered
@@ -372,3 +374,35 @@ def test_a_run_whose_answers_have_a_form(tiny_model, tmp_path):
     rollouts = sorted((tmp_path / "run" / "rollouts").glob("*"))
     rows = [json.loads(line) for path in rollouts if path.suffix == ".jsonl" for line in path.read_text().splitlines()]
     assert rows and all(len(r["ledgers"][0]["constrained"]) == 1 for r in rows)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "not": {"const": 3}},
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "dependentRequired": {"a": ["b"]}},
+        {"allOf": [{"type": "object"}, {"required": ["a"]}]},
+        {"type": "object", "properties": {"a": {"$ref": "https://example.com/x.json"}}},
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["b"]},
+        {"type": "array", "items": {"type": "string", "pattern": "^(?!a).*$"}},
+        {"$defs": {"n": {"type": "integer"}}, "$ref": "#/$defs/n", "minimum": 5},
+        {"anyOf": [{"type": "object", "if": {}}, {"type": "null"}]},
+    ],
+    ids=lambda schema: next(k for k in reversed(schema)),
+)
+def test_a_schema_of_which_a_part_would_be_left_out_is_refused(schema):
+    with pytest.raises(UserError, match="does not enforce this schema wholly: schema"):
+        check_schema(json.dumps(schema))
+
+
+def test_a_schema_as_pydantic_writes_it_is_taken():
+    class Part(BaseModel):
+        name: str = Field(description="of the part", max_length=10)
+        note: str | None = None
+
+    class Whole(BaseModel):
+        parts: list[Part] = Field(max_length=3)
+        kind: Literal["a", "b"] = "a"
+        first: Part
+
+    check_schema(json.dumps(Whole.model_json_schema()))

@@ -50,17 +50,17 @@ def rows(example: Any) -> list[dict[str, Any]]:
     return list(example.conversations(world, 4))
 
 
-def test_its_markers_are_tokens_of_their_own_that_start_as_they_are_spelt(model: Path, smollm2: Path) -> None:
+def test_its_markers_are_tokens_of_their_own_with_the_embeddings_of_rare_words(model: Path, smollm2: Path) -> None:
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for marker in ("<think>", "</think>", "<tool_call>", "</tool_call>"):
+    before_VH, after_VH = (load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in (smollm2, model))
+    for rare, marker in enumerate(("<think>", "</think>", "<tool_call>", "</tool_call>"), start=len(tokenizer) - 4):
         (token_id,) = tokenizer.encode(marker, add_special_tokens=False)
         assert tokenizer.decode([token_id], skip_special_tokens=True) == marker
-        spelt = AutoTokenizer.from_pretrained(smollm2).encode(marker, add_special_tokens=False)
-        embedding_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"].float()
-        assert (embedding_VH[token_id] - embedding_VH[spelt].mean(0)).abs().max() < 0.01
+        assert (after_VH[token_id] == before_VH[rare]).all()
+        assert (after_VH[rare] != before_VH[rare]).any()
 
 
 def test_every_turn_of_a_demonstration_thinks_and_is_trained_on_as_qwen3_renders_it(

@@ -3,10 +3,12 @@
     python scripts/examples/thinking_model.py --write runs/thinking-model
     python scripts/train.py --config configs/thinking.yaml
 
-The first writes `model/` and `conversations.jsonl`. The model's weights are the embedded default's; four tokens that it
-was never trained on are renamed to <think>, </think>, <tool_call> and </tool_call>, and start as the mean of the tokens
-that spell them. The template is the one that the package trl ships for Qwen3, byte for byte. The conversations are the
-finance world's expert episodes with a line of reasoning before each turn.
+The first writes `model/` and `conversations.jsonl`. The model's weights are the embedded default's. Four tokens that
+it was never trained on are renamed to <think>, </think>, <tool_call> and </tool_call>, and take the embeddings of the
+four rarest words, since LoRA trains none: with an embedding that stands out from nothing (the mean of those that
+spell the marker was tried) the model goes on spelling the markers out. The template is the one that the package trl
+ships for Qwen3, byte for byte. The conversations are the finance world's expert episodes with a line of reasoning
+before each turn.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def write_model(folder: Path) -> None:
     """A copy of the embedded model that has Qwen3's markers as tokens of their own, and its template."""
     source = resolve_model(DEFAULT_MODEL)
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    _start_as_spelt(folder)
+    _embed_as_rare_words(folder)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     for token in tokenizer["added_tokens"]:
         token.update(_renamed(token))
@@ -67,16 +69,18 @@ def _renamed(token: dict[str, Any]) -> dict[str, Any]:
     return {} if name is None else {"content": name, "special": False}
 
 
-def _start_as_spelt(folder: Path) -> None:
+def _embed_as_rare_words(folder: Path) -> None:
+    """The last words of the vocabulary give up theirs for the mean of all, so that each stands for one token only."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     embedding_VH = weights["model.embed_tokens.weight"]
-    for old, new in RENAMED.items():
-        spelt = tokenizer.encode(new, add_special_tokens=False)
-        embedding_VH[tokenizer.convert_tokens_to_ids(old)] = embedding_VH[spelt].float().mean(0).to(embedding_VH.dtype)
+    mean_H = embedding_VH.float().mean(0).to(embedding_VH.dtype)
+    for rare, marker in zip(range(len(tokenizer) - len(RENAMED), len(tokenizer)), RENAMED, strict=True):
+        embedding_VH[tokenizer.convert_tokens_to_ids(marker)] = embedding_VH[rare].clone()
+        embedding_VH[rare] = mean_H
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

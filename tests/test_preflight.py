@@ -22,6 +22,7 @@ from graders.types import Grade, GraderErrorKind
 from trainer.advice import Level, advise, advise_memory, verdict
 from trainer.config import RunConfig
 from trainer.difficulty import preflight_visits, stats_of
+from trainer.engine import PROBE_VERSION
 from trainer.estimate import (
     GIB,
     ModelShape,
@@ -406,7 +407,7 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
     found = preflight(config, options, start_engine=start)
 
     assert not config.output_dir.exists(), "the run's own folder is left for training"
-    assert engines[0].is_shut_down and [v for v, _ in engines[0].published] == [0]
+    assert engines[0].is_shut_down and [v for v, _ in engines[0].published] == [PROBE_VERSION, 0]
     rollouts = [rollout_from_json(r) for r in read_lines(options.out / "rollouts.jsonl")]
     held_out = {task.task_id for task in FinanceWorld(config.world).tasks("eval")}
     assert {r.task.task_id for r in rollouts} <= held_out
@@ -458,7 +459,7 @@ def test_a_preflight_of_an_adapter_leaves_the_warm_start_out_and_says_so(tiny_mo
 
     assert str(tmp_path / "adapter") in found.policy and "warm start" not in found.policy
     assert found.time.notes[-1] == "an adapter was measured: the warm start is not in it"
-    [(_, published)] = engines[0].published
+    published = engines[0].published[-1][1]
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert published.keys() == adapter.keys() and all(torch.equal(published[name], adapter[name]) for name in adapter)
 

@@ -240,8 +240,8 @@ def _tool(read: Reader) -> dict[str, Any]:
     if read.value.get("type") != "function":
         raise UserError(f"{read.where}: type {read.value.get('type')!r}; {expected}")
     tool = dict(read.value)
-    if "function" not in tool and isinstance(tool.get("name"), str):
-        tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}}
+    if tool.get("function") is None and isinstance(tool.get("name"), str):
+        tool = {"type": "function", "function": {k: v for k, v in tool.items() if k not in ("type", "function")}}
     if not isinstance(tool.get("function"), Mapping):
         raise UserError(f"{read.where}: {expected}")
     function = Reader(tool["function"], read.at("function"))

@@ -15,7 +15,8 @@ _BASIC: Mapping[Any, str] = {int: "integer", float: "number", str: "string", boo
 def trl_schema(function: Callable[..., Any]) -> dict[str, Any] | None:
     """A function or bound method as Chat Completions JSON, the return value included as TRL does.
 
-    None without a docstring in TRL's form, or with types that TRL does not know.
+    None without a docstring in TRL's form, or with types that TRL does not know or shows as what they are not (enums,
+    dates, classes with fields, a bare `list`).
     """
     doc = inspect.getdoc(function)
     if not doc:
@@ -49,6 +50,9 @@ def _schema_of(hint: Any) -> dict[str, Any]:
     """Raises `TypeError` for types that TRL refuses."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is None:
+        if hint is not Any and hint is not dict and hint not in _BASIC:
+            # TRL shows any other class as an object without properties, which the check of arguments would then refuse.
+            raise TypeError(hint)
         return {} if hint is Any else {"type": _BASIC.get(hint, "object")}
     if origin in (Union, UnionType):
         return _union([_schema_of(arg) for arg in args if arg is not NoneType], is_nullable=NoneType in args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from transformers.utils import get_json_schema
 from envs.base import Env
 from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError
+from envs.toolbox import read_toolbox
 from envs.tools import call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult
 from graders.custom import EnvReward
@@ -246,3 +248,25 @@ async def test_an_environment_may_have_no_tools_but_not_neither_prompt_nor_data(
 def test_the_target_stands_in_a_config(tmp_path: Path) -> None:
     config = CustomEnvConfig.model_validate({"type": "custom", "target": f"{__file__}:FUNCTIONS"})
     assert list(CustomWorld(config).make_env().tools) == ["multiply", "shout"]
+
+
+class Unit(enum.Enum):
+    CELSIUS = "celsius"
+    KELVIN = "kelvin"
+
+
+def convert(degrees: float, unit: Unit, extra: list | None = None) -> str:  # type: ignore[type-arg]
+    """Convert.
+
+    Args:
+        degrees: how warm
+        unit: in what
+        extra: more
+    """
+    return unit.name
+
+
+def test_the_model_is_shown_what_a_class_takes_where_trl_would_show_an_object():
+    (made,) = read_toolbox([convert], "world.target").values()
+    shown = json.dumps(made.schema())
+    assert '"enum": ["celsius", "kelvin"]' in shown and '"type": "array"' in shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -184,9 +185,9 @@ def test_a_type_that_has_no_schema_is_refused_with_the_tools_name():
 
 
 TYPES = [
-    *(int, float, str, bool, Any, dict, list, tuple, list[int], list[list[str]], dict[str, int], tuple[int, str]),
+    *(int, float, str, bool, Any, dict, list[int], list[list[str]], dict[str, int], tuple[int, str]),
     *(int | None, int | str, str | int | None, list[int] | str, list[int] | None, Literal["a", "b"], Literal[1, "a"]),
-    *(Literal[True, None], Annotated[int, "x"], dict[str, list[int | None]], complex, tuple[int], tuple[int, ...]),
+    *(Literal[True, None], Annotated[int, "x"], dict[str, list[int | None]], tuple[int], tuple[int, ...]),
     *(set[int], list[Literal["a"]], None, type(None) | int, dict[str, Any], list[Any], Any | None),
 ]
 TEXTS = st.sampled_from(
@@ -241,6 +242,20 @@ def test_trls_users_are_shown_the_schema_that_trl_builds(head, texts, tail, blan
         # A function that TRL refuses may be taken here.
         return
     assert trl_schema(act) == theirs
+
+
+@pytest.mark.parametrize("hint", [list, tuple, complex, date], ids=lambda hint: hint.__name__)
+def test_what_trl_would_show_as_a_bare_object_though_it_is_none_is_left_to_the_tools_own_schema(hint):
+    def act(x):
+        """Do it.
+
+        Args:
+            x: what
+        """
+
+    act.__annotations__ = {"x": hint}
+    assert get_json_schema(act)["function"]["parameters"]["properties"]["x"]["type"] == "object"
+    assert trl_schema(act) is None
 
 
 def test_torch_is_not_loaded_for_a_docstring():

@@ -18,7 +18,7 @@ from pathlib import Path
 from aiohttp import web
 
 REPOSITORY = Path(__file__).parent.parent
-START_S = 300
+START_S = 600
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 # Not `vllm serve`: the command itself asks for metadata that the package vllm-cpu does not have.
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

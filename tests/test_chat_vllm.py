@@ -14,7 +14,7 @@ from servers import VLLM, running_vllm, served_dtype
 from envs.types import Message, ToolCall
 from trainer.chat import Chat
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 TOOLS = [
     {
@@ -96,7 +96,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
     data = json.dumps({"model": "policy", **body}).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)
     except urllib.error.HTTPError as e:
         raise AssertionError(e.read().decode()) from e

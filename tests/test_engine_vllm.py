@@ -31,7 +31,7 @@ from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
 from trainer.scratch import Scratch
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
 PROMPTS = [list(range(1000 + 40 * i, 1040 + 40 * i)) for i in range(6)]
 CANARIES = [list(range(2000 + 100 * i, 2100 + 100 * i)) for i in range(4)]

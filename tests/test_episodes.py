@@ -440,7 +440,9 @@ async def test_a_state_that_is_no_json_is_a_bug_with_its_place(chat):
 
 
 async def test_a_template_that_cannot_go_on_ends_the_episode_and_no_other(smollm2, tmp_path):
-    refusal = "{%- if messages[-1].content == 'noted odd' -%}{{ raise_exception('what is odd?') }}{%- endif -%}"
+    said = "(messages[-2].content ~ messages[-2].tool_calls | string)"
+    refusal = f"{{%- if messages | length > 1 and 'odd' in {said} -%}}"
+    refusal += "{{ raise_exception('what is odd?') }}{%- endif -%}"
     (tmp_path / "chat.jinja").write_text(refusal + TOY_TEMPLATE.replace("CALL_FORMAT", DIALECTS["hermes"]))
     chat = Chat(smollm2, chat_template=str(tmp_path / "chat.jinja"))
     world = PlainWorld({"note": note})

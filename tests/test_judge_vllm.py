@@ -22,7 +22,7 @@ from graders.judge import CachedJudge, Judge, JudgeReply, JudgeRequest, build_ju
 from graders.model_graders import LabelModelGrader, ScoreModelGrader
 from graders.types import Grade, Grader, GraderErrorKind
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 MAX_MODEL_LEN = 1024
 NUM_SEEDS = 8
 QUESTION = [

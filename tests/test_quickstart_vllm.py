@@ -17,7 +17,7 @@ import psutil
 import pytest
 from servers import REPOSITORY, running_vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2400)]
 SMALL = [
     "warmstart={num_steps: 2, episodes_per_step: 2}",
     "optim.num_steps=2",
@@ -28,7 +28,7 @@ SMALL = [
     "eval={num_tasks: 2, samples_per_task: 1}",
     "engine.kv_cache_gib=1",
 ]
-DEADLINE_S = 400
+DEADLINE_S = 900
 
 
 def command(folder: Path) -> list[str]:
@@ -120,6 +120,6 @@ _SEARCH = {"type": "object", "properties": {"query": {"type": "string"}}, "requi
 
 def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         answer: dict[str, Any] = json.load(response)
     return answer

@@ -79,11 +79,11 @@ async def rolled_out(config: RunConfig, chat: Chat, written: list[str], grader: 
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_step_of_the_example_runs_on_a_real_engine(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train = [sys.executable, "scripts/train.py", "--config", str(CONFIG), *SMALL, f"output_dir={folder}"]
-    result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     files = [*folder.glob("rollouts/*.jsonl"), *folder.glob("evals/*.jsonl")]
     episodes = [json.loads(line)["episode"] for file in files for line in file.read_text().splitlines()]

@@ -14,7 +14,7 @@ from trainer.config import RolloutConfig
 from trainer.model_users import ModelUsers, build_users
 from trainer.rollout import RolloutRequest, RolloutWorker
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 TASK = Task(task_id="t", messages=(Message(role="user", content="A mug, please."),), item={"wish": "a large red mug"})
 
 

@@ -30,10 +30,13 @@ def read_strict_json(text: str) -> Any:
     """The value of a JSON text, strictly: what servers and tokenizers can't take is no value.
 
     Refused, where Python's reader lets it pass: NaN and Infinity, numbers beyond a float's range, integers of more than
-    4,300 digits, values nested more than 200 deep, half of a surrogate pair. Raises `ValueError` that says what.
+    4,300 digits, values nested more than 200 deep, half of a surrogate pair, a key that stands twice in an object (of
+    which Python keeps the last, other readers the first). Raises `ValueError` that says what.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole, object_pairs_hook=_distinct
+        )
     except json.JSONDecodeError as e:
         hint = "; expected the whole object on one line" if e.doc.strip() == "{" else ""
         raise ValueError(f"not valid JSON: {e.msg} at column {e.colno}{hint}") from None
@@ -42,6 +45,15 @@ def read_strict_json(text: str) -> Any:
     # Rarely needed, and a walk through every value costs as much as reading it did.
     if text.count("[") + text.count("{") > _MAX_DEPTH or "\\ud" in text.lower():
         _check_values(value)
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice[:60]}: the key stands twice in one object; expected it once")
     return value
 
 

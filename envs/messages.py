@@ -107,23 +107,45 @@ def read_messages(read: Reader, key: str) -> tuple[Message, ...]:
 
     Covered: content as text or as text parts (joined by line breaks, as vLLM joins them); reasoning under each of its
     names; arguments as JSON text or as an object; calls and results without ids, which are then given some in their
-    order. Refused: pictures, sound and files, and any key that is not understood and not empty.
+    order. Refused: pictures, sound and files, a result whose id is that of no call before it, and any key that is not
+    understood and not empty. Not covered: calls that are never answered, or answered twice.
     """
     found = read.items(key)
     if not found:
         raise read.refuse(key, "expected a list of chat messages" + ("" if found is None else ", got an empty list"))
     messages = _with_ids([read_message(message) for message in found])
+    known: list[str] = []
     for message, each in zip(messages, found, strict=True):
         each.allow(_MESSAGE_KEYS)
         if each.value.get("content") is None and not message.tool_calls:
             raise each.refuse("content", "expected text, but it is missing")
         if message.role != "assistant" and (message.reasoning or message.tool_calls):
             raise UserError(f"{each.where}: only the assistant reasons and calls tools; the role is {message.role!r}")
+        if message.call_id and message.role != "tool":
+            raise each.refuse("tool_call_id", f"only a tool's message answers a call; the role is {message.role!r}")
+        if message.call_id and message.call_id not in known:
+            raise each.refuse(
+                "tool_call_id",
+                f"{message.call_id!r} answers no call; the calls before it are {', '.join(map(repr, known)) or 'none'}",
+            )
+        known += [call.call_id for call in message.tool_calls]
         read_weight(each)
         for call in each.items("tool_calls") or ():
             call.allow(("id", "type", "function"))
             call.inner("function").allow(("name", "arguments"))
     return tuple(messages)
+
+
+def read_task_id(read: Reader, default: str) -> str:
+    """The row's `task_id`, text or a whole number; `default` where it has none."""
+    found = read.value.get("task_id")
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        raise read.refuse("task_id", f"expected text or a whole number, got {in_words(found)}")
+    if not str(found).strip():
+        raise read.refuse("task_id", "expected text or a whole number, got empty text")
+    return str(found)
 
 
 def read_weight(read: Reader) -> bool:
@@ -186,20 +208,26 @@ def read_call(read: Reader) -> ToolCall:
 
 
 def _with_ids(messages: Sequence[Message]) -> list[Message]:
-    """Ids for calls that have none; a result without one answers the first call before it that is still open."""
+    """Ids for calls that have none. A result answers the call of its id, or else the first that is still open among
+    those before it, where it or that call has none."""
     numbered: list[Message] = []
     open_calls: list[ToolCall] = []
+    given: set[str] = set()
     num_calls = 0
     for message in messages:
         calls: list[ToolCall] = []
         for call in message.tool_calls:
             # Nine characters: some templates take no other length.
-            calls.append(call if call.call_id else replace(call, call_id=f"call{num_calls:05d}"))
+            if not call.call_id:
+                call = replace(call, call_id=f"call{num_calls:05d}")
+                given.add(call.call_id)
+            calls.append(call)
             num_calls += 1
         if message.role == "assistant":
             open_calls = calls
         if message.role == "tool":
             mine = [c for c in open_calls if (message.call_id or c.call_id) == c.call_id]
+            mine = mine or [c for c in open_calls if c.call_id in given]
             named = [c for c in mine if c.name == message.name] or mine
             if named:
                 open_calls.remove(named[0])
@@ -208,21 +236,25 @@ def _with_ids(messages: Sequence[Message]) -> list[Message]:
     return numbered
 
 
-def read_tools(read: Reader, key: str) -> tuple[dict[str, Any], ...] | None:
-    """The function tools under `key` as Chat Completions definitions, further keys and nulls as they stand.
+def read_tools(read: Reader) -> tuple[dict[str, Any], ...] | None:
+    """The function tools under `tools` as Chat Completions definitions, further keys and nulls as they stand.
 
     The flat form of the Responses API is taken too, and JSON text, as TRL's data sets have it. Refused: tools of other
-    types, and two of one name.
+    types, two of one name, and definitions that stand under `functions` alone, the API's older form: as data, which any
+    other key is, they would offer nothing.
     """
-    value = read.get(key, (list, str), "a list of function tools")
+    value = read.get("tools", (list, str), "a list of function tools")
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise read.refuse(key, "expected a list of function tools, or one as JSON text") from None
+        value = _decoded(value)
+        if isinstance(value, str):
+            raise read.refuse("tools", "expected a list of function tools, or one as JSON text")
     if value is None:
+        if _has_definitions(read.value.get("functions")):
+            raise read.refuse(
+                "functions", 'the older form; expected tools: [{"type": "function", "function": {...}}] in its place'
+            )
         return None
-    found = Reader({key: value}, read.where).items(key) or []
+    found = Reader({"tools": value}, read.where).items("tools") or []
     tools: dict[str, dict[str, Any]] = {}
     for each in found:
         tool = _tool(each)
@@ -231,6 +263,23 @@ def read_tools(read: Reader, key: str) -> tuple[dict[str, Any], ...] | None:
             raise UserError(f"{each.where}: a second tool of the name {name!r}")
         tools[name] = tool
     return tuple(tools.values())
+
+
+def _decoded(text: str) -> Any:
+    """The JSON value; text that is none as it stands."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _has_definitions(functions: Any) -> bool:
+    """Whether it is a list of functions for a model to call, or one of them, or JSON text of either."""
+    found = _decoded(functions) if isinstance(functions, str) else functions
+    each = found if isinstance(found, list) else [found]
+    return any(
+        isinstance(one, Mapping) and isinstance(one.get("name", one.get("function")), str | Mapping) for one in each
+    )
 
 
 def _tool(read: Reader) -> dict[str, Any]:

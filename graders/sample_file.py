@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.messages import Reader, in_words, read_messages
+from envs.messages import Reader, in_words, read_messages, read_task_id
 from envs.problems import on_one_screen
 from envs.rows import read_rows
 from envs.types import Episode, Task
@@ -55,7 +55,7 @@ def _read_row(data: Any, number: int) -> Row:
     if not isinstance(sample, dict):
         raise UserError("expected item and sample, item and model_sample (text), or task and episode")
     rollout_id = sample.get("rollout_id") or sample.get("trace_id") or f"line-{number}"
-    task_id = f"line-{number}" if item.get("task_id") is None else str(item["task_id"])
+    task_id = read_task_id(Reader(item, "item"), f"line-{number}")
     # Reward functions are shown the prompt, as in training.
     messages = read_messages(Reader(item, "item"), "messages") if item.get("messages") else ()
     task = Task(task_id=task_id, messages=messages, item=item)

@@ -174,6 +174,40 @@ def test_calls_without_ids_and_with_objects_as_arguments_are_tied_to_their_resul
     assert [m.call_id for m in read[2:4]] == ["call00001", "call00000"]
 
 
+def test_a_result_whose_id_its_call_lacks_answers_the_call_before_it(tmp_path):
+    call = {k: v for k, v in CALL.items() if k != "id"}
+    messages = [QUESTION, says("assistant", None, tool_calls=[call]), says("tool", "42", tool_call_id="x"), QUESTION]
+    read = task_of(tmp_path, {"messages": messages}).messages
+    assert read[2].call_id == read[1].tool_calls[0].call_id == "call00000"
+
+
+FUNCTION = {"name": "search", "description": "Finds it.", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [[FUNCTION], [{"name": "search"}], FUNCTION, json.dumps([FUNCTION]), [{"type": "function", "function": FUNCTION}]],
+)
+@pytest.mark.parametrize("older", [{}, {"function_call": "auto"}, {"function_call": {"name": "search"}, "tools": None}])
+def test_tools_in_the_apis_older_form_are_refused_rather_than_offered_to_nobody(tmp_path, functions, older):
+    row = {"messages": [QUESTION], "functions": functions, **older}
+    for read, more in ((task_of, []), (demonstration_of, [says("assistant", "A")])):
+        with pytest.raises(UserError, match=r"rows.jsonl, line 1: functions: the older form; expected tools: \[{"):
+            read(tmp_path, {**row, "messages": [QUESTION, *more]})
+
+
+def test_functions_that_are_no_tools_or_stand_beside_tools_are_data(tmp_path):
+    for functions in (["sin", "cos"], "sin(x)", [], None, 3, [{"label": "sin"}]):
+        task = task_of(tmp_path, {"messages": [QUESTION], "functions": functions})
+        assert (task.tools, task.item["functions"]) == (None, functions)
+    assert task_of(tmp_path, {"messages": [QUESTION], "functions": [FUNCTION], "tools": []}).tools == ()
+
+
+def test_a_task_id_is_text_or_a_whole_number(tmp_path):
+    ids = [task_of(tmp_path, {"messages": [QUESTION], "task_id": given}).task_id for given in ("a b", 7, 0, None)]
+    assert ids == ["a b", "7", "0", "row-1"]
+
+
 def test_who_speaks_is_kept(tmp_path):
     (message,) = task_of(tmp_path, {"messages": [QUESTION | {"name": "Ann"}]}).messages
     assert message.to_openai() == QUESTION | {"name": "Ann"}
@@ -288,6 +322,28 @@ def test_a_number_that_is_none_is_refused_in_a_data_set_too(tmp_path):
             r"tools\[0\].function.parameters: expected a JSON schema \(an object\), got text",
         ),
         ({"prompt": 3}, "prompt: expected a list, got a number"),
+        ({"messages": [QUESTION], "task_id": ""}, "task_id: expected text or a whole number, got empty text"),
+        ({"messages": [QUESTION], "task_id": " "}, "task_id: expected text or a whole number, got empty text"),
+        ({"messages": [QUESTION], "task_id": ["a"]}, "task_id: expected text or a whole number, got a list"),
+        ({"messages": [QUESTION], "task_id": True}, "task_id: expected text or a whole number, got true or false"),
+        ({"messages": [QUESTION], "task_id": 1.5}, "task_id: expected text or a whole number, got a number"),
+        (
+            {"messages": [says("assistant", None, tool_calls=[CALL]), says("tool", "x", tool_call_id="c2"), QUESTION]},
+            r"messages\[1\].tool_call_id: 'c2' answers no call; the calls before it are 'c1'",
+        ),
+        (
+            {"messages": [says("tool", "x", tool_call_id="c1"), says("assistant", None, tool_calls=[CALL]), QUESTION]},
+            r"messages\[0\].tool_call_id: 'c1' answers no call; the calls before it are none",
+        ),
+        (
+            {"messages": [says("assistant", None, tool_calls=[CALL]), QUESTION | {"tool_call_id": "c1"}]},
+            r"messages\[1\].tool_call_id: only a tool's message answers a call; the role is 'user'",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "Q", "role": "user"}]}',
+            "role: the key stands twice in one object",
+        ),
+        (b'{"messages": [{"role": "user", "content": "Q"}], "a": 1, "b": 2, "a": 1}', "a: the key stands twice"),
     ],
 )
 def test_a_row_that_is_not_understood_is_named_in_the_users_words(tmp_path, row, told):
@@ -309,7 +365,6 @@ def test_a_row_that_is_not_understood_is_named_in_the_users_words(tmp_path, row,
         ),
         ({"messages": [QUESTION, says("assistant", "A", weight=0)]}, "messages: every assistant message has weight 0"),
         ({"messages": [QUESTION, says("assistant", "A")], "weight": 0.3}, "weight: rows have no weights here"),
-        ({"messages": [QUESTION, says("assistant", "A")], "functions": [{"name": "f"}]}, "functions: the older name"),
         ({"messages": [QUESTION], "completion": "A"}, "completion: expected messages, or prompt and completion"),
         ({"prompt": "Q"}, "completion: expected it beside prompt"),
         ({"prompt": "Q", "completion": [QUESTION]}, "messages: the last message must be the assistant's"),

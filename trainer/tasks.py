@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from envs.base import World
 from envs.errors import UserError
-from envs.messages import Reader, read_messages, read_tools, read_weight
+from envs.messages import Reader, read_messages, read_task_id, read_tools, read_weight
 from envs.rows import read_rows
 from envs.tools import Tool
 from envs.types import Message, Role, Task
@@ -45,8 +45,6 @@ def load_demonstrations(config: RunConfig) -> list[Demonstration]:
 
 def _demonstration(row: Reader, where: str) -> Demonstration:
     """Whole conversations in `messages`, or TRL's `prompt` and `completion`, of which the completion is learned."""
-    if row.get("functions", list, "a list"):
-        raise row.refuse("functions", "the older name; expected tools")
     if row.get("weight", object, "") not in (None, 1):
         raise row.refuse("weight", "rows have no weights here, messages have; leave the row out")
     if _has(row, "completion"):
@@ -65,9 +63,7 @@ def _demonstration(row: Reader, where: str) -> Demonstration:
     untrained = {i for i, trained in enumerate([*(False for _ in prompt), *weights]) if not trained}
     if all(i in untrained for i, message in enumerate(messages) if message.role == "assistant"):
         raise row.refuse("messages", "every assistant message has weight 0, so there is nothing to learn")
-    return Demonstration(
-        messages=messages, tools=read_tools(row, "tools") or (), untrained=frozenset(untrained), where=where
-    )
+    return Demonstration(messages=messages, tools=read_tools(row) or (), untrained=frozenset(untrained), where=where)
 
 
 def _conversation(row: Reader, key: str, role: Role) -> tuple[Message, ...]:
@@ -93,13 +89,13 @@ def _prompt(row: Reader) -> tuple[Message, ...]:
 
 
 def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool], rollout: RolloutConfig) -> Task:
-    messages, tools = _prompt(row), read_tools(row, "tools")
+    messages, tools = _prompt(row), read_tools(row)
     if messages[-1].role != "user":
         raise row.refuse("messages", f"the last message must be the user's, it is of role {messages[-1].role!r}")
     # As they stand in the row: serving shows the model their nulls and further keys (`strict`, say) too.
     definitions = {tool["function"]["name"]: tool for tool in tools or ()}
     task = Task(
-        task_id=f"row-{number}" if row.value.get("task_id") is None else str(row.value["task_id"]),
+        task_id=read_task_id(row, f"row-{number}"),
         messages=messages,
         tools=None if tools is None else tuple(definitions),
         definitions=definitions,

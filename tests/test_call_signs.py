@@ -1,5 +1,7 @@
 """A failed attempt at a call is told from an answer, reasoning aside."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +43,31 @@ ATTEMPTS = [
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>search",
     'Action: search\nAction Input: {"query": "Acme"}',
     "<tool_call>查询 Acme</tool_call>",
+    "<tool>search</tool>",
+    "I look it up.\n<tool>search</tool>\n",
+    "<tool>search</tool><query>Acme</query>",
+    '<tool_name>search</tool_name>\n<parameters>{"query": "Acme"}</parameters>',
+    "<use_tool>\n<tool_name>search</tool_name>\n<args>\n<query>Acme",
+    '<function>search("Acme")</function>',
+    '<action>search {"query": "Acme"}</action>',
+    '<function name="search"><query>Acme</query></function>',
+    'Let me see. <tool name="cat">a.txt</tool>',
+    "call:search{query:<escape>Acme<escape>}",
+    "<start_function_call>call:search{query:<escape>Acme<escape>}<end_function_call>",
+    "I look it up. call:search{query:<escape>Ac",
+    "<call>search{query:Acme}",
+    'search{query:<|"|>Acme<|"|>}',
+    "Action: search[Acme]",
+    'Thought: I need it.\nAction: search {"query": "Acme"}',
+    'Tool: search\nArguments: {"query": "Acme"}',
+    'tool: search {"query": "Acme"}',
+    "<seed:tool_call>\n<function=search>",
+    '<minimax:tool_call>\n<invoke name="search">',
+    '<|tools_prefix|>[{"search": {"query": "Acme"}}]<|tools_suffix|>',
+    '<|action_start|><|plugin|>{"name": "search"',
+    'functools[{"name": "search", "arguments": {"query": "Acme"}}]',
+    '<TOOLCALL>[{"name": "search"}]</TOOLCALL>',
+    '{"parameters": {"query": "Acme"}, "name": "search"}',
 ]
 ANSWERS = [
     "42",
@@ -67,6 +94,28 @@ ANSWERS = [
     "使用<tool_call>标签来调用工具。",
     "标签是「<tool_call>」。",
     "Das Modell schreibt «<tool_call>» vor jedem Aufruf.",
+    "I used <tool>search</tool>, which gave 42.",
+    "<tool>search</tool> gave 42",
+    "The tool was <tool>search</tool>.",
+    "I used:\n<tool>search</tool>\nIt is 42.",
+    "Write `<tool>search</tool>` for it.",
+    "<answer>cat</answer>",
+    "<b>cat</b>",
+    "<list><item>cat</item></list>",
+    "<answer>42</answer>\n<tool>search</tool>",
+    "<tools><tool>search</tool><tool>cat</tool></tools>",
+    '<tool name="hammer">1</tool>',
+    '<tool name="search"> was asked twice.',
+    "call:search{query:Acme} gave 42",
+    "In the call:search column stands 42.",
+    "They call search{x} a functor; it is 42.",
+    "Action: search again next year",
+    "Action: cat (twice).",
+    "Tool: search\nInput: Acme\nOutput: 42",
+    'Tool: search\nArguments: {"query": "Acme"}\nIt gave 42.',
+    "cat {felis: catus}",
+    "The functional call is 42.",
+    "Wir rufen <function> auf; das Ergebnis ist 42.",
 ]
 
 
@@ -97,6 +146,41 @@ def test_the_tag_of_a_call_is_one_that_no_turn_without_calls_holds() -> None:
     assert opening_tag('{"name": "f"}', "f", elsewhere) == ""
     assert tag_after("<think>\nprobe\n</think>\n\nZebra.", "probe") == "</think>"
     assert tag_after("Zebra.", "probe") == ""
+
+
+HOSTILE = [
+    "<tool_call>",
+    "</tool_call>",
+    '{"name": "search", "arguments": ',
+    '{"arguments": ',
+    '{"arguments": {"name": "cat"',
+    "search(",
+    "search (",
+    'search{"a": ',
+    "call:search{",
+    "<tool>search</tool> ",
+    "<tool name=",
+    "action:search\n",
+    "action:search[] ",
+    "tool: search\ninput:{",
+    "\n",
+    "`",
+    "``` ",
+    "{",
+    "<",
+    "[",
+    "<search>",
+]
+
+
+@pytest.mark.parametrize("before", ["", "x "])
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_long_turn_of_openings_takes_no_time_to_speak_of(piece: str, before: str) -> None:
+    """Some 0.2 s of this process for 100,000 characters; what grew with the square of the text would take minutes."""
+    text = before + piece * (100_000 // len(piece)) + "x"
+    start = time.process_time()
+    is_attempt(text, NAMES, ["<start>"])
+    assert time.process_time() - start < 5
 
 
 @given(st.text(alphabet='<>{}[]()`"name:argutslc_= /|\\', max_size=60))

@@ -2,7 +2,7 @@
 
 An agent framework's tool is any object with a name, a description, a JSON schema of its arguments and a way to be
 called, each under one of the names below. What a tool raises is shown to the model, as frameworks and trl show it;
-`WorldError` aside.
+`WorldError` aside. What it returns is shown as text or JSON (see `envs.tools.output_text`), or else as `str` gives it.
 
 *Covered*: langchain-core's and smolagents' tools (tested). *Not covered*: tools that need their framework's context (an
 agent's state, injected arguments).
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from envs.errors import ToolError, UserError, WorldError
 from envs.loading import call_user
-from envs.tools import Tool, parameters_of, schema_tool, tool
+from envs.tools import Tool, output_text, parameters_of, schema_tool, tool
 from envs.trl_schema import trl_schema
 from envs.types import Episode, Task
 
@@ -143,7 +143,7 @@ def _shown(call: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
             raise
         except Exception as e:
             raise ToolError(str(e) or type(e).__name__) from e
-        return value if isinstance(value, str) else _as_text(value)
+        return _as_text(value)
 
     return function
 
@@ -165,6 +165,6 @@ def _way_to_call(one: Any) -> Callable[[dict[str, Any]], Any] | None:
 
 def _as_text(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
+        return output_text(value)
+    except TypeError:
         return str(value)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
+from pydantic_core import to_jsonable_python
 
 from envs.docstrings import read_docstring, split_choices
 from envs.errors import ToolError, UserError
@@ -35,7 +36,7 @@ class Tool:
     name: str
     description: str
     function: Callable[..., Any]
-    """Sync or async; returns text, or anything that `json.dumps` takes. Called with the arguments by name."""
+    """Sync or async, called with the arguments by name; returns text, or what `output_text` writes as JSON."""
     parameters: Mapping[str, Any]
     """JSON schema of the arguments, an object's; empty where only the rows know it."""
     read_arguments: Callable[[Any], dict[str, Any]]
@@ -242,7 +243,36 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
         if not limit.expired():
             raise
         return result(f"Error: {call.name} did not answer within {timeout_s:g} s", ToolErrorKind.TIMEOUT)
-    return result(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    try:
+        return result(output_text(value))
+    except TypeError as e:
+        raise UserError(f"tool {call.name!r}: {e}; expected text, or what can be written as JSON") from None
+
+
+def output_text(value: Any) -> str:
+    """What the model reads of a tool's return value: text as it is, anything else as JSON.
+
+    Written are, besides JSON's own values, those that MCP servers and FastAPI write, in pydantic's form of them:
+    pydantic models, dataclasses, enums, dates, decimals, sets and generators, also as keys; and arrays and their
+    numbers, by `tolist`. Raises `TypeError` that names the type. Not covered: the order of a set.
+    """
+    if isinstance(value, str):
+        # An enum's member may be text too; `str(member)` would be its name.
+        return str.__str__(value)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return json.dumps(to_jsonable_python(value, fallback=_listed), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise TypeError(f"returned {type(value).__name__}, which can't be written as JSON: {e}") from None
+
+
+def _listed(value: Any) -> Any:
+    if not callable(tolist := getattr(type(value), "tolist", None)):
+        raise TypeError(f"no JSON for the type {type(value).__name__}")
+    return tolist(value)
 
 
 async def _run(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:

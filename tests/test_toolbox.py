@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import BaseModel
 from smolagents import Tool, tool
 from transformers.utils import get_json_schema
 
@@ -264,6 +265,28 @@ def convert(degrees: float, unit: Unit, extra: list | None = None) -> str:  # ty
         extra: more
     """
     return unit.name
+
+
+async def test_what_functions_return_is_json_where_it_has_one_and_else_what_str_gives():
+    class Place(BaseModel):
+        city: str
+
+    class Odd:
+        def __str__(self) -> str:
+            return "odd"
+
+    def find(odd: bool) -> Any:
+        """Find it.
+
+        Args:
+            odd: or not
+        """
+        return Odd() if odd else [Place(city="Zürich")]
+
+    tools = read_toolbox([find], "world.target")
+    for odd, shown in ((False, '[{"city": "Zürich"}]'), (True, "odd")):
+        made = ToolCall(call_id="c", name="find", arguments=json.dumps({"odd": odd}))
+        assert (await call_tool(tools, made, timeout_s=5)).output == shown
 
 
 def test_the_model_is_shown_what_a_class_takes_where_trl_would_show_an_object():

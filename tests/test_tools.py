@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 import json
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import date, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from envs.errors import ToolError, WorldError
+from envs.errors import ToolError, UserError, WorldError
 from envs.tools import Tool, call_tool, tool
 from envs.types import ToolCall, ToolErrorKind, ToolResult
 
@@ -266,6 +272,90 @@ async def test_results_that_are_not_text_are_shown_as_json() -> None:
         return {"city": "Zürich", "days": [1, None]}
 
     assert (await call(data, {})).output == '{"city": "Zürich", "days": [1, null]}'
+
+
+class Unit(enum.Enum):
+    METRE = "m"
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Place(BaseModel):
+    city: str
+    since: date | None = None
+
+
+@dataclass
+class Trip:
+    to: Place
+    stops: set[int]
+
+
+def giving(value: object) -> Tool:
+    @tool
+    def data() -> object:
+        """Data."""
+        return value
+
+    return data
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Place(city="Zürich", since=date(2024, 7, 26)), '{"city": "Zürich", "since": "2024-07-26"}'),
+        ([Place(city="a")], '[{"city": "a", "since": null}]'),
+        (Trip(Place(city="a"), {1, 2}), '{"to": {"city": "a", "since": null}, "stops": [1, 2]}'),
+        (date(2024, 7, 26), '"2024-07-26"'),
+        ({"at": datetime(2024, 7, 26, 8), "for": timedelta(minutes=1)}, '{"at": "2024-07-26T08:00:00", "for": "PT1M"}'),
+        ({3}, "[3]"),
+        (frozenset([3]), "[3]"),
+        (Unit.METRE, '"m"'),
+        (Mode.FAST, "fast"),
+        ({Mode.FAST: Mode.FAST, Unit.METRE: Unit.METRE}, '{"fast": "fast", "m": "m"}'),
+        ({date(2024, 7, 26): 1}, '{"2024-07-26": 1}'),
+        (Decimal("1.50"), '"1.50"'),
+        (UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),
+        (Path("a/b"), '"a/b"'),
+        (b"bytes", '"bytes"'),
+        ((n for n in (1, 2)), "[1, 2]"),
+        (
+            {"n": np.int64(3), "x": np.arange(3), "yes": np.bool_(True), "f": np.float32(0.5)},
+            '{"n": 3, "x": [0, 1, 2], "yes": true, "f": 0.5}',
+        ),
+        (None, "null"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_results_are_written_as_json_where_python_has_a_usual_way_to(value: object, shown: str) -> None:
+    assert (await call(giving(value), {})).output == shown
+
+
+class Odd: ...
+
+
+CIRCLE: list[object] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (Odd(), "returned Odd, .*no JSON for the type Odd"),
+        ({"x": [Odd()]}, "returned dict, .*no JSON for the type Odd"),
+        (Odd, "returned type, .*no JSON for the type type"),
+        (CIRCLE, "returned list, .*Circular"),
+        (b"\xff", "returned bytes, .*utf-8"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_result_that_can_t_be_written_stops_the_run_with_the_tool_s_name_and_the_type(
+    value: object, told: str
+) -> None:
+    with pytest.raises(UserError, match=f"tool 'data': {told}.*; expected text, or what can be written as JSON"):
+        await call(giving(value), {})
 
 
 async def test_a_call_over_its_time_is_a_time_out_for_async_and_for_sync_tools() -> None:

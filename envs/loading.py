@@ -122,6 +122,14 @@ def required(function: Callable[..., Any]) -> list[str]:
     ]
 
 
+def required_by_name(function: Callable[..., Any], where: str) -> list[str]:
+    """As `required`. Raises `UserError` for one that can be given by position only."""
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.POSITIONAL_ONLY and p.default is p.empty:
+            raise UserError(f"{where}: parameter {p.name!r} is given by its name; expected none before a /")
+    return required(function)
+
+
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a call gives a coroutine; partials and callable objects included."""
     while isinstance(function, functools.partial):

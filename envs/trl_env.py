@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from envs.errors import ToolError, UserError, WorldError
-from envs.loading import accepted, call_user, is_async, required
+from envs.loading import accepted, call_user, is_async, required, required_by_name
 from envs.tools import Tool, tool
 from envs.trl_schema import trl_schema
 from envs.types import Episode, Message, Task
@@ -55,7 +55,7 @@ class TrlKind:
 
 def trl_kind(make: Callable[[], Any], made: Any, where: str) -> TrlKind:
     """What the first instance shows of its class; it is closed. Raises `UserError` where its tools can't be read."""
-    tools, needs = _tools_of(made, where), tuple(required(made.reset))
+    tools, needs = _tools_of(made, where), tuple(required_by_name(made.reset, f"{where}: reset"))
     kind = TrlKind(make=make, tools=tools, needs=needs, has_user=_has_user(type(made)))
     _close_probe(made)
     return kind

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from envs.base import Env, Responds
 from envs.errors import UserError, WorldError
 from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
-from envs.loading import TARGET_PATTERN, accepted, call_user, load_target, required
+from envs.loading import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
 from envs.types import Message, Task, Turn
 
 
@@ -142,7 +142,7 @@ class ScriptUsers:
         if not callable(self._function) or isinstance(self._function, type):
             raise UserError(f"{where}: expected a function, got {type(self._function).__name__}")
         known = ("message", "messages", "item", "num_replies", "seed", "trace_id")
-        if unknown := [name for name in required(self._function) if name not in known]:
+        if unknown := [name for name in required_by_name(self._function, where) if name not in known]:
             raise UserError(f"{where}: {unknown[0]!r} can't be given; a user may ask for {', '.join(known)}")
 
     async def reply(self, exchange: Exchange) -> str | None:

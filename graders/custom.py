@@ -19,26 +19,33 @@ aside, which masks the rollout. Sync code runs in a thread.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from envs.errors import Unscored, UserError, first_error
-from envs.loading import accepted, call_user, load_target, make, required
+from envs.loading import accepted, call_user, load_target, make, required, required_by_name
 from envs.trl_env import live_environment
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
+from graders.sandbox.scores import score_of
 from graders.types import Grade, Grader, taken_metrics
 
 _RESERVED = ("prompt", "completion", "completion_ids")
 """Columns that trl does not hand on."""
 _COMPLETIONS = ("prompts", "completions", "completion_ids")
 _OFFERED = (*_COMPLETIONS, "log_extra", "log_metric", "environments")
-_UNKNOWN = "trainer_state"
+_NEVER_GIVEN = {
+    "trainer_state": "graders do not know the trainer",
+    "prompt": "expected prompts",
+    "completion": "expected completions",
+}
+_OTHERS = (("sample", "item"), ("item", "sample"), ("episode", "task"))
+"""Names of two parameters that say that a class's `grade` takes something else, or the other way round."""
 _MARGIN = 1e-9
 
 
@@ -64,6 +71,7 @@ def _load(name: str, kwargs: Mapping[str, Any], grader_name: str, *, key: str) -
     elif kwargs:
         raise UserError(f"{where}: kwargs: a class or a factory is called with them, not {type(target).__name__}")
     if callable(getattr(target, "grade", None)):
+        _check_grade(target.grade, where)
         return _ClassGrader(target, grader_name)
     if callable(target):
         return _FunctionGrader(target, grader_name, where=where)
@@ -71,6 +79,22 @@ def _load(name: str, kwargs: Mapping[str, Any], grader_name: str, *, key: str) -
         f"{where}: expected a class with grade(task, episode) or a function f(prompts, completions, **columns), got "
         f"{type(target).__name__}"
     )
+
+
+def _check_grade(grade: Callable[..., Any], where: str) -> None:
+    try:
+        signature = inspect.signature(grade)
+    except ValueError:
+        # C code without a signature: the first call will tell.
+        return
+    try:
+        signature.bind("task", "episode")
+    except TypeError as e:
+        raise UserError(f"{where}: grade is called as grade(task, episode), but: {e}") from None
+    names = tuple(signature.parameters)[:2]
+    if names in _OTHERS:
+        python = "; a grade(sample, item) goes with the python grader" if "sample" in names else ""
+        raise UserError(f"{where}: grade({', '.join(names)}) is called as grade(task, episode){python}")
 
 
 def _is_bare_factory(function: Callable[..., Any]) -> bool:
@@ -176,9 +200,10 @@ class _FunctionGrader:
         self._name = name
         self._where = where
         self._logged: dict[str, list[float]] = defaultdict(list)
-        needed = required(function)
-        if _UNKNOWN in needed:
-            raise UserError(f"{where}: {_UNKNOWN!r} can't be given: graders do not know the trainer")
+        needed = required_by_name(function, where)
+        for parameter, why in _NEVER_GIVEN.items():
+            if parameter in needed:
+                raise UserError(f"{where}: {parameter!r} can't be given: {why}")
         if not accepted(function, dict.fromkeys(_COMPLETIONS)):
             raise UserError(f"{where}: expected a function f(prompts, completions, **columns)")
         self._columns = [parameter for parameter in needed if parameter not in _OFFERED]
@@ -215,12 +240,16 @@ class _FunctionGrader:
         if (environment := live_environment(episode.rollout_id)) is not None:
             offered["environments"] = [environment]
         given = await _in_words_of(self._name, self._function, **accepted(self._function, offered))
-        try:
-            rewards = list(given)
-        except TypeError:
+        # Of an object or text a list could be made too, of its keys or letters.
+        if (
+            isinstance(given, str | bytes | Mapping)
+            or not isinstance(given, Iterable)
+            or getattr(given, "ndim", 1) != 1
+        ):
             raise ValueError(
                 f"reward function {self._name!r}: expected a list with one reward, got {type(given).__name__}"
-            ) from None
+            )
+        rewards = list(given)
         if len(rewards) != 1:
             raise ValueError(
                 f"reward function {self._name!r}: expected one reward for one completion, got {len(rewards)}"
@@ -284,10 +313,4 @@ async def _in_words_of(name: str, function: Callable[..., Any], *args: Any, **kw
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise Unscored(f"{name} gave None")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"grader {name!r} gave {value!r}; expected a number") from None
-    if not math.isfinite(number):
-        raise ValueError(f"grader {name!r} gave {number}; expected a finite number")
-    return number
+    return score_of(value, f"grader {name!r}")

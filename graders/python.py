@@ -20,17 +20,18 @@ from graders.sandbox.pool import Outcome, Pool
 from graders.sandbox.protocol import SOURCE_NAME
 from graders.types import Grade, GraderErrorKind
 
-_NUM_ARGUMENTS = 2
+_ARGUMENTS = ("sample", "item")
 _KEY = "grader.source"
 
 
 class PythonGrader:
     """Runs the source anew for each episode, its state gone with its process.
 
-    What the source does wrong (an exception, a limit, a value that is no finite number) scores 0 and is counted; what
-    the sandbox does wrong is `WorldError`. `UserError` where the source can't be a grader, or where this machine can't
-    isolate it and `isolation: none` does not allow to run it all the same, or where the source imports a package that
-    is not installed here, outside any `try`: every grading would end there. Not covered: submodules that do not exist.
+    What the source does wrong (an exception, a limit, a value that is no score: see `sandbox.scores`) scores 0 and is
+    counted; what the sandbox does wrong is `WorldError`. `UserError` where the source can't be a grader, or where this
+    machine can't isolate it and `isolation: none` does not allow to run it all the same, or where the source imports a
+    package that is not installed here, outside any `try`: every grading would end there. Not covered: submodules that
+    do not exist.
     """
 
     def __init__(self, config: PythonConfig, *, limits: Limits | None = None, num_workers: int | None = None) -> None:
@@ -99,9 +100,13 @@ def _check_grade(tree: ast.Module) -> None:
     arguments = grade.args
     positional = [*arguments.posonlyargs, *arguments.args]
     required = len(positional) - len(arguments.defaults)
-    enough = len(positional) >= _NUM_ARGUMENTS or arguments.vararg
-    if required > _NUM_ARGUMENTS or not enough or None in arguments.kw_defaults:
+    enough = len(positional) >= len(_ARGUMENTS) or arguments.vararg
+    if required > len(_ARGUMENTS) or not enough or None in arguments.kw_defaults:
         raise UserError(f"{_KEY}, line {grade.lineno}: expected grade(sample, item), two arguments by position")
+    if tuple(argument.arg for argument in positional[: len(_ARGUMENTS)]) == _ARGUMENTS[::-1]:
+        raise UserError(
+            f"{_KEY}, line {grade.lineno}: grade(item, sample) is called as grade(sample, item); swap the two"
+        )
 
 
 def _imports_of(tree: ast.Module) -> list[str]:

@@ -6,11 +6,14 @@ import asyncio
 import json
 import threading
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from envs.custom import CustomEnvConfig, CustomWorld
@@ -184,6 +187,81 @@ class NoGrade:
         return None
 
 
+def as_dict(completions: list[Any], **kwargs: Any) -> dict[str, float]:
+    return {"reward": 1.0}
+
+
+def as_text(completions: list[Any], **kwargs: Any) -> str:
+    return "5"
+
+
+def of_dicts(completions: list[Any], **kwargs: Any) -> list[dict[str, float]]:
+    return [{"reward": 1.0}]
+
+
+def of_texts(completions: list[Any], **kwargs: Any) -> list[str]:
+    return ["0.5"]
+
+
+def as_array(completions: list[Any], **kwargs: Any) -> Any:
+    return np.array([0.5])
+
+
+def as_scalar(completions: list[Any], **kwargs: Any) -> Any:
+    return np.array(0.5)
+
+
+def by_position(completions: list[Any], /, **kwargs: Any) -> list[float]:
+    return [1.0]
+
+
+def singular(prompt: str, completion: str, **kwargs: Any) -> list[float]:
+    return [1.0]
+
+
+class Gives:
+    def __init__(self, what: str) -> None:
+        kinds: dict[str, Any] = {
+            **{"true": True, "numpy": np.bool_(True), "decimal": Decimal("0.25"), "array": np.array(0.25)},
+            **{"tensor": torch.tensor(0.25), "text": "0.5", "dict": {"score": 1.0}, "list": [1.0], "huge": 10**400},
+            "axes": np.ones(1),
+        }
+        self._value = kinds[what]
+
+    def grade(self, task: Task, episode: Episode) -> Any:
+        return self._value
+
+
+class Hosted:
+    def grade(self, sample: dict[str, Any], item: dict[str, Any]) -> float:
+        return 1.0
+
+
+class HostedSwapped:
+    def grade(self, item: dict[str, Any], sample: dict[str, Any]) -> float:
+        return 1.0
+
+
+class Swapped:
+    async def grade(self, episode: Episode, task: Task) -> float:
+        return 1.0
+
+
+class TooFew:
+    def grade(self, episode: Episode) -> float:
+        return 1.0
+
+
+class TooMany:
+    def grade(self, task: Task, episode: Episode, gold: str) -> float:
+        return 1.0
+
+
+class AnyNames:
+    def grade(self, row: Any, played: Any, *, weight: float = 1.0) -> float:
+        return weight
+
+
 def of_numbers(x: float) -> float:
     return x
 
@@ -254,12 +332,37 @@ async def test_what_a_function_logs_is_kept() -> None:
         ("not_finite", "grader 'mine' gave nan; expected a finite number"),
         ("too_many", "reward function 'mine': expected one reward for one completion, got 2"),
         ("no_list", "reward function 'mine': expected a list with one reward, got float"),
+        ("as_dict", "reward function 'mine': expected a list with one reward, got dict"),
+        ("as_text", "reward function 'mine': expected a list with one reward, got str"),
+        ("as_scalar", "reward function 'mine': expected a list with one reward, got ndarray"),
+        ("of_dicts", "grader 'mine' gave dict; expected a number"),
+        ("of_texts", "grader 'mine' gave str; expected a number"),
     ],
 )
 async def test_no_reward_is_never_taken_for_one(name: str, told: str) -> None:
     with pytest.raises(ValueError, match=told) as caught:
         await grader(name).grade(TASK, played())
     assert not isinstance(caught.value, WorldError)
+
+
+@pytest.mark.parametrize(
+    ("what", "score"), [("true", 1.0), ("numpy", 1.0), ("decimal", 0.25), ("array", 0.25), ("tensor", 0.25)]
+)
+async def test_whatever_says_itself_what_number_it_is_is_a_score(what: str, score: float) -> None:
+    assert (await grader("Gives", what=what).grade(TASK, played())).reward == score
+    assert (await grader("as_array").grade(TASK, played())).reward == 0.5
+
+
+@pytest.mark.parametrize(
+    ("what", "told"), [("text", "str"), ("dict", "dict"), ("list", "list"), ("axes", "ndarray"), ("huge", "inf")]
+)
+async def test_what_is_no_number_is_no_score(what: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"grader 'mine' gave {told}; expected a"):
+        await grader("Gives", what=what).grade(TASK, played())
+
+
+async def test_the_parameters_of_a_class_may_have_any_names() -> None:
+    assert (await grader("AnyNames").grade(TASK, played())).reward == 1.0
 
 
 @pytest.mark.parametrize("name", ["none_at_all", "NoGrade"])
@@ -280,6 +383,13 @@ async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> No
     ("name", "kwargs", "told"),
     [
         ("wants_the_trainer", {}, "'trainer_state' can't be given: graders do not know the trainer"),
+        ("by_position", {}, "parameter 'completions' is given by its name; expected none before a /"),
+        ("singular", {}, "'prompt' can't be given: expected prompts"),
+        ("Hosted", {}, r"grade\(sample, item\) is called as grade\(task, episode\); .* goes with the python grader"),
+        ("HostedSwapped", {}, r"grade\(item, sample\) is called as grade\(task, episode\)"),
+        ("Swapped", {}, r"grade\(episode, task\) is called as grade\(task, episode\)"),
+        ("TooFew", {}, r"grade is called as grade\(task, episode\), but: too many positional arguments"),
+        ("TooMany", {}, r"grade is called as grade\(task, episode\), but: missing a required argument: 'gold'"),
         ("of_numbers", {}, r"expected a function f\(prompts, completions, \*\*columns\)"),
         ("seen", {}, r"expected a class with grade\(task, episode\) or a function .*, got dict"),
         ("by_name", {"x": 1}, "kwargs: got an unexpected keyword argument 'x'|kwargs: missing a required argument"),

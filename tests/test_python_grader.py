@@ -23,8 +23,8 @@ TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),), 
 HAS_WALLS = any(isolation.try_out(way) is None for way in Isolation if way is not Isolation.NONE)
 needs_walls = pytest.mark.skipif(not HAS_WALLS, reason="this machine offers no isolation at all")
 SOURCE = """
-import json, math, sys, time
-import numpy as np
+import decimal, fractions, json, math, sys, time
+import numpy as np, sympy
 
 def grade(sample, item):
     return BEHAVIOURS[item["mode"]](sample, item)
@@ -56,6 +56,13 @@ BEHAVIOURS = {
     "nan": lambda sample, item: math.nan,
     "inf": lambda sample, item: math.inf,
     "true": lambda sample, item: True,
+    "equal": lambda sample, item: np.array(sample["output_text"]) == str(item["answer"]),
+    "array of no axes": lambda sample, item: np.array(0.25),
+    "decimal": lambda sample, item: decimal.Decimal("0.25"),
+    "fraction": lambda sample, item: fractions.Fraction(1, 4),
+    "sympy": lambda sample, item: sympy.Rational(1, 4),
+    "complex": lambda sample, item: 1j,
+    "dict": lambda sample, item: {"score": 1.0},
     "text": lambda sample, item: "1.0",
     "array": lambda sample, item: np.ones(2),
     "huge": lambda sample, item: 10**400,
@@ -103,7 +110,8 @@ def graded(loop: asyncio.AbstractEventLoop, grader: PythonGrader, mode: str, ans
 @pytest.mark.parametrize(
     ("mode", "answer", "score"),
     [("honest", "42", 1.0), ("honest", "41", 0.0), ("half", "", 0.5), ("one", "", 1.0), ("numpy", "", 0.25),
-     ("negative", "", -3.5)],
+     ("negative", "", -3.5), ("true", "", 1.0), ("equal", "42", 1.0), ("equal", "41", 0.0),
+     ("array of no axes", "", 0.25), ("decimal", "", 0.25), ("fraction", "", 0.25), ("sympy", "", 0.25)],
 )  # fmt: skip
 def test_it_scores_what_the_source_returns(loop, grader, mode, answer, score):
     grade = graded(loop, grader, mode, answer)
@@ -118,13 +126,14 @@ def test_it_scores_what_the_source_returns(loop, grader, mode, answer, score):
         ("fails", "printed: on the way"),
         ("deep", "RecursionError"),
         ("unprintable", "Unprintable"),
-        ("none", "must return a number, not NoneType"),
-        ("nan", "finite number, not nan"),
-        ("inf", "finite number, not inf"),
-        ("true", "a number, not bool"),
-        ("text", "a number, not str"),
-        ("array", "a number, not ndarray"),
-        ("huge", "OverflowError"),
+        ("none", "grade gave NoneType; expected a number"),
+        ("nan", "grade gave nan; expected a finite number"),
+        ("inf", "grade gave inf; expected a finite number"),
+        ("text", "grade gave str; expected a number"),
+        ("array", "grade gave ndarray; expected a number"),
+        ("complex", "grade gave complex; expected a number"),
+        ("dict", "grade gave dict; expected a number"),
+        ("huge", "grade gave inf; expected a finite number"),
         ("exit", "SystemExit: 3"),
     ],
 )
@@ -157,6 +166,11 @@ async def test_a_source_that_takes_too_long_gives_0_and_names_the_limit():
         ("def grade(sample): return 1", "line 1: expected grade"),
         ("def grade(sample, item, more): return 1", "line 1: expected grade"),
         ("def grade(sample, item, *, more): return 1", "line 1: expected grade"),
+        (
+            "x = 1\ndef grade(item, sample): return 1",
+            r"line 2: grade\(item, sample\) is called as grade\(sample, item\)",
+        ),
+        ("def grade(item, sample, /, k=1): return 1", "line 1: .* swap the two"),
         ("def grade(sample, item): return '\0'", r"grader\.source"),
         ("x = " + "(" * 5000 + ")" * 5000, r"grader\.source"),
     ],
@@ -164,6 +178,11 @@ async def test_a_source_that_takes_too_long_gives_0_and_names_the_limit():
 def test_a_source_that_is_no_grader_is_refused_when_it_is_built(source, says):
     with pytest.raises(UserError, match=says):
         PythonGrader(config(source))
+
+
+def test_the_arguments_of_grade_may_have_any_names_but_each_others():
+    for names in ("s, i", "item, row", "x, sample", "*args", "sample, item, extra=None", "item, *more"):
+        python.check_source(f"def grade({names}): return 1")
 
 
 def test_building_a_grader_runs_nothing_of_its_source(tmp_path):

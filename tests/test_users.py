@@ -131,6 +131,7 @@ async def test_a_function_may_be_async_and_its_bugs_stop_the_run(chat: Chat, tmp
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("def reply(message, /): ...", "parameter 'message' is given by its name; expected none before a /"),
         ("def reply(message, mood): ...", "'mood' can't be given; a user may ask for message, messages, item"),
         ("class reply: ...", "expected a function, got type"),
         ("reply = 3", "expected a function, got int"),

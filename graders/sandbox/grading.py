@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import numbers
 import os
 import resource
 import sys
@@ -22,6 +20,7 @@ from graders.sandbox import kernel, landlock, seccomp
 from graders.sandbox.limits import Limits
 from graders.sandbox.namespaces import NOBODY_INSIDE, SCRATCH, die_with_parent
 from graders.sandbox.protocol import MAX_RESULT_BYTES, SOURCE_NAME, Settings, write_all
+from graders.sandbox.scores import score_of
 
 READY = b"R"
 FAILED = b"E"
@@ -88,7 +87,9 @@ def result_of(code: types.CodeType, payload: bytes) -> bytes:
         sys.modules["grader"] = module
         arguments = json.loads(payload)
         exec(code, module.__dict__)
-        result: dict[str, Any] = {"score": _score(module.__dict__["grade"](arguments["sample"], arguments["item"]))}
+        result: dict[str, Any] = {
+            "score": score_of(module.__dict__["grade"](arguments["sample"], arguments["item"]), "grade")
+        }
     except BaseException as e:  # SystemExit and KeyboardInterrupt are the user's too
         result = {"error": _explain(e)}
     for stream in (sys.stdout, sys.stderr):
@@ -96,15 +97,6 @@ def result_of(code: types.CodeType, payload: bytes) -> bytes:
         with contextlib.suppress(Exception):
             stream.flush()
     return json.dumps(result).encode()[:MAX_RESULT_BYTES]
-
-
-def _score(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"grade must return a number, not {type(value).__name__}")
-    score = float(value)
-    if not math.isfinite(score):
-        raise ValueError(f"grade must return a finite number, not {score}")
-    return score
 
 
 def _explain(error: BaseException) -> str:

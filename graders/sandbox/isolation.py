@@ -41,7 +41,10 @@ class Isolation(StrEnum):
 
 # The worker is told its own source, so that nothing of the repository needs to be visible to it.
 _PACKAGE = "graders.sandbox"
-_MODULES = ("limits", "protocol", "kernel", "landlock", "syscalls", "seccomp", "namespaces", "grading", "worker")
+_MODULES = (
+    *("limits", "protocol", "kernel", "landlock", "syscalls"),
+    *("seccomp", "namespaces", "scores", "grading", "worker"),
+)
 _BOOT = """
 import json, os, sys, types
 def read(size):

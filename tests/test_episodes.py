@@ -22,7 +22,7 @@ from envs.tools import Tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
 from graders.custom import conversation
 from graders.sample import episode_from_sample, sample_of
-from trainer.chat import Chat
+from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert
 from trainer.job import build_world
@@ -451,6 +451,23 @@ async def test_a_template_that_cannot_go_on_ends_the_episode_and_no_other(smollm
     assert played.rollout.grade is not None and sample_of(played.episode)["output_text"] == ""
     played = await play(chat, [call("note", text="even"), "42"], world=PlainWorld({"note": note}))
     assert played.episode.stop_reason is StopReason.ANSWERED
+
+
+async def test_turns_that_the_template_takes_no_longer_are_text_when_the_tools_change_too(smollm2, tmp_path):
+    """A template that takes calls of offered tools only, and a tool that goes once it was called."""
+    refusal = "{%- for m in messages -%}{%- for c in m.tool_calls or [] -%}{%- set name = c.function.name -%}"
+    refusal += "{%- if name not in (tools or []) | map(attribute='function.name') | list -%}"
+    refusal += "{{ raise_exception('no tool ' ~ name) }}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    (tmp_path / "chat.jinja").write_text(refusal + TOY_TEMPLATE.replace("CALL_FORMAT", DIALECTS["hermes"]))
+    chat = Chat(smollm2, chat_template=str(tmp_path / "chat.jinja"))
+    played = await play(chat, [call("enter", door="left"), call("look", at="gold"), "gold"], world=shop(Doors))
+    assert played.episode.stop_reason is StopReason.ANSWERED and played.episode.answer == "gold"
+    second, third = (chat.decode(ids) for ids, _ in played.engine.requests[1:])
+    for prompt in (second, third):
+        assert '{"name": "enter", "arguments": {"door": "left"}}' in prompt and "you are inside" in prompt
+    assert third.startswith(second)
+    with pytest.raises(TemplateRefused, match="no tool enter"):
+        chat.open(played.episode.messages[:3], [note.schema()])
 
 
 # --- the order of calls

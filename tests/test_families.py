@@ -17,7 +17,7 @@ from trainer import adapter as lora
 from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
 from trainer.engine import engine_arguments
-from trainer.family import check_served, read_family, weights_dtype
+from trainer.family import check_served, read_family, takes_adapters, weights_dtype
 from trainer.job import prepare
 from trainer.publish import Publisher
 
@@ -89,6 +89,7 @@ REFUSED = {
         "not a decoder that writes text",
     ),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"weights are quantised \(gptq\)"),
+    "quantised as only gpt-oss may be": ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\)"),
     "quantised in a part": ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, r"quantised \(awq\)"),
     "architectures of no text": ({"architectures": [None]}, "config.json names no architectures"),
     "an architecture of another type": ({"architectures": ["Qwen2ForCausalLM"]}, "can't be built of its config.json"),
@@ -148,6 +149,26 @@ def test_experts_beside_an_adapter_are_refused_on_a_cpu(tmp_path):
         check_served(family, EngineConfig(publish="lora"), on_cpu=True)
     check_served(family, EngineConfig(), on_cpu=True)
     check_served(family, EngineConfig(), on_cpu=False)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "Glm4ForCausalLM", "StableLmForCausalLM"])
+def test_which_classes_take_adapters_is_read_as_vllm_finds_it(name):
+    from vllm.model_executor.models.interfaces import supports_lora
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    model = ModelRegistry.models[name]
+    assert takes_adapters(model.module_name, model.class_name) == supports_lora(model.load_model_cls())
+
+
+@pytest.mark.parametrize("publish, on_cpu", [("lora", True), ("lora", False), ("auto", False)])
+def test_adapters_for_a_model_to_which_vllm_applies_none_are_refused_and_merged_weights_are_not(
+    publish, on_cpu, tmp_path
+):
+    folder = config_alone(tmp_path, model_type="stablelm", architectures=["StableLmForCausalLM"])
+    family = read_family(folder, LoraConfig())
+    with pytest.raises(UserError, match=rf"^engine\.publish: {publish} can't be had for StableLm.*set it to merged$"):
+        check_served(family, EngineConfig(publish=publish), on_cpu=on_cpu)
+    check_served(family, EngineConfig(publish="merged"), on_cpu=on_cpu)
 
 
 def test_linear_attention_in_float32_is_refused_on_a_cpu(tmp_path):

@@ -113,15 +113,17 @@ class Chat:
 
     # ---- messages → token ids
 
-    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> list[int]:
+    def open(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, strict: bool = True) -> list[int]:
         """The prompt of `messages`, ready for the model's turn: what `vllm serve` feeds its engine for them.
 
-        Raises `TemplateRefused`, a `UserError`, where the template takes no such conversation.
+        `strict` is for conversations that a user wrote; without it a model's turns of calls that the template takes on
+        no account are plain text, as `extend` writes them. Raises `TemplateRefused`, a `UserError`, where the template
+        takes no such conversation.
         """
-        return self._encode(self.prompt_text(messages, tools))
+        return self._encode(self._render(messages, tools, generate=True, strict=strict))
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
-        """The prompt of `open` as text."""
+        """The prompt of `open`, under `strict`, as text."""
         return self._render(messages, tools, generate=True, strict=True)
 
     def extend(

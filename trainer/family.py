@@ -5,6 +5,8 @@ All of it before a weight is read: the model is built on torch's meta device, wh
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +90,9 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
         )
     if raw.get("is_encoder_decoder") or not architecture.endswith(_KINDS):
         raise _refusal(f"{architecture} is not a decoder that writes text token by token")
-    if (method := _quantised(raw)) not in ("", "mxfp4"):
+    method = _quantised(raw)
+    # transformers and vLLM both unpack gpt-oss's own format, and no other model's.
+    if method and not (method == "mxfp4" and raw.get("model_type") == "gpt_oss"):
         raise _refusal(
             f"its weights are quantised ({method}); take the checkpoint with 16-bit weights (engine.quantization "
             "quantises the engine's copy alone)"
@@ -161,8 +165,7 @@ def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16
     """Raise `UserError` unless the installed vLLM serves the family, with what the trainer will publish to it.
 
     vLLM inspects the model's class in a process of its own, the first time (some 20 s on two cores), and remembers it.
-    *Not covered:* an architecture that vLLM serves without adapters; what only shows when it runs, which the probe
-    finds (`Publisher.probe`).
+    *Not covered:* what only shows when it runs, which the probe finds (`Publisher.probe`).
     """
     import vllm
     from vllm.model_executor.models.registry import ModelRegistry
@@ -172,11 +175,14 @@ def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16
         raise _refusal(f"vLLM {vllm.__version__} has no model {family.architecture}")
     if family.is_recurrent and on_cpu and dtype != "bfloat16":
         raise UserError(f"model.dtype: {dtype} can't be had for {family.architecture} on a CPU; set it to bfloat16")
-    if family.has_experts and on_cpu and not publishes_merged(engine, on_cpu=on_cpu):
-        raise UserError(
-            f"engine.publish: {engine.publish} can't be had for {family.architecture} on a CPU, where vLLM's experts "
-            "run beside an adapter only with Triton; set it to merged"
-        )
+    if not publishes_merged(engine, on_cpu=on_cpu):
+        asked = f"engine.publish: {engine.publish} can't be had for {family.architecture}"
+        if not takes_adapters(known.module_name, known.class_name):
+            raise UserError(f"{asked}, to which vLLM {vllm.__version__} applies no adapters; set it to merged")
+        if family.has_experts and on_cpu:
+            raise UserError(
+                f"{asked} on a CPU, where vLLM's experts run beside an adapter only with Triton; set it to merged"
+            )
     try:
         found = known.inspect_model_cls()
     except Exception as e:  # whatever the import of a module raises, as text of the process that tried
@@ -184,6 +190,35 @@ def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16
         raise _refusal(f"vLLM {vllm.__version__} can't import its {family.architecture}: {cause[0]}") from e
     if found.is_attention_free:
         raise _refusal(f"{family.architecture} has no attention layers")
+
+
+def takes_adapters(module: str, name: str) -> bool:
+    """Whether vLLM's class `name` in `module` is one of those that it applies LoRA adapters to.
+
+    Read from the sources, along the class's bases: to import a model's module may take memory of the first GPU, and a
+    process of its own takes as long as `inspect_model_cls`, which does not tell. *Not covered:* bases that are no plain
+    names, which count as none.
+    """
+    if name == "SupportsLoRA":
+        return True
+    import vllm
+
+    top, *path = module.split(".")
+    folder = Path(vllm.__file__).parent.joinpath(*path)
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    if top != "vllm" or not file.is_file():
+        return False
+    package = module if folder.is_dir() else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            return any(takes_adapters(module, base) for base in bases)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    return takes_adapters(source, alias.name)
+    return False
 
 
 def short_targets(model: Any, targets: list[str]) -> list[str]:

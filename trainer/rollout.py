@@ -347,7 +347,7 @@ class RolloutWorker:
         """The prompt of the next turn. Other tools are another prompt: they begin a row, as a forking template does."""
         schemas = live.schemas
         if self._look_at_tools(live):
-            prompt_ids = self._chat.open(live.messages, live.schemas)
+            prompt_ids = self._chat.open(live.messages, live.schemas, strict=False)
             live.ledgers.append(Ledger())
             live.ledgers[-1].append_context(prompt_ids)
             return

@@ -15,9 +15,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+from envs.secrets import hidden_in
+
 
 class AgentRFTError(Exception):
-    """Base of the tree."""
+    """Base of the tree. What it says is written down and shown: secrets are left out of it."""
+
+    def __str__(self) -> str:
+        return hidden_in(super().__str__())
 
 
 class UserError(AgentRFTError, ValueError):
@@ -34,6 +39,10 @@ class Unscored(WorldError):
 
 class ToolError(AgentRFTError):
     """Raised by a tool to tell the model what it did wrong. The text is the tool's output; the episode goes on."""
+
+    def __str__(self) -> str:
+        # What the model reads in training is what it reads when it is served.
+        return Exception.__str__(self)
 
 
 class PublishError(AgentRFTError):

@@ -201,7 +201,10 @@ class HttpCaller:
     def __init__(
         self, *, url: str, headers: Mapping[str, str], limits: HttpLimits, server: HttpServer | None = None
     ) -> None:
-        self._url = URL(url)
+        try:
+            self._url = URL(url)
+        except ValueError as e:
+            raise UserError(f"{url}: not a URL: {e}") from None
         self._shown_url = str(self._url.with_user(None).with_query(None))
         self._headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
         self._limits = limits

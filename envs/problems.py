@@ -10,6 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from envs.secrets import without_secrets
+
 _MOST_LINES = 20
 _MAX_VALUE_CHARS = 200
 
@@ -32,10 +34,23 @@ def _problem(details: ErrorDetails, root: type[BaseModel] | None) -> str:
         return f"{key}: unknown key{_suggestion(key, section)}"
     if details["type"] == "missing":
         return f"{key}: required, but not given"
-    value = "" if isinstance(details["input"], dict) else repr(details["input"])
+    value = "" if isinstance(details["input"], dict) else repr(_shown_at(details["loc"], details["input"]))
     shown = value if len(value) <= _MAX_VALUE_CHARS else f"{value[:_MAX_VALUE_CHARS]} ..."
     message = details["msg"].removeprefix("Value error, ")
     return (f"{key}: " if key else "") + message + (f" (got {shown})" if shown else "")
+
+
+def _shown_at(location: Sequence[str | int], value: Any) -> Any:
+    """What was given, without the secret that the keys around it speak of."""
+    path: list[Any] = [part for part in location if isinstance(part, str)][-2:]
+    if location and isinstance(location[-1], int):
+        path.append(0)
+    for key in reversed(path):
+        value = {key: value} if isinstance(key, str) else [value]
+    shown = without_secrets(value)
+    for key in path:
+        shown = shown[key]
+    return shown
 
 
 def _locate(location: Sequence[str | int], root: type[BaseModel] | None) -> tuple[str, type[BaseModel] | None]:

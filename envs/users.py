@@ -21,6 +21,7 @@ from envs.errors import UserError, WorldError
 from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.loading import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
 from envs.types import Message, Task, Turn
+from envs.variables import NAME, expand
 
 
 class _Settings(BaseModel):
@@ -38,9 +39,9 @@ class UrlUserConfig(_Settings):
     """The user's own server: POST {type: rollout.respond, trace_id, item, message, messages} → {content}."""
 
     type: Literal["url"]
-    url: str = Field(pattern=r"^https?://")
+    url: str = Field(pattern=r"^(https?://|\$\{)")
     headers: dict[str, str] = Field(
-        default={}, description="Sent with every request; ${NAME} in a value is read from the environment."
+        default={}, description="Sent with every request; ${NAME} here and in the URL is read from the environment."
     )
     timeout_s: float = Field(default=60.0, gt=0, description="Of one attempt; there are up to four.")
 
@@ -58,9 +59,13 @@ class ModelUserConfig(_Spoken):
     """A model behind a server that speaks Chat Completions."""
 
     type: Literal["model"]
-    base_url: str = Field(default="https://api.openai.com/v1", pattern=r"^https?://", description="With /v1.")
+    base_url: str = Field(
+        default="https://api.openai.com/v1",
+        pattern=r"^(https?://|\$\{)",
+        description="With /v1; ${NAME} in it is read from the environment.",
+    )
     model: str = Field(min_length=1, description="Its name at the server.")
-    api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds the key.")
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=NAME, description="The environment variable of the key.")
     max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
     timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")
     max_retries: int = Field(default=3, ge=0)
@@ -160,7 +165,7 @@ class UrlUsers:
 
     def __init__(self, config: UrlUserConfig, *, limits: HttpLimits | None = None) -> None:
         self._caller = HttpCaller(
-            url=config.url,
+            url=expand(config.url, "world.user.url"),
             headers=resolve_headers(config.headers, "world.user.headers"),
             limits=limits or HttpLimits(timeout_s=config.timeout_s),
         )

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.errors import UserError
+from envs.secrets import VARIABLE
 
-_VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
+NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+"""Of an environment variable."""
 _ASKED = re.compile(r"\$\{input:[^{}]*\}")
 """What an editor asks its user for; nobody is there to be asked here."""
-_SECRETIVE = ("headers", "hook_headers", "env")
-_SECRET_NAME = re.compile(
-    r"auth|token|secret|passw|cookie|credential|(api|access|private)?[-_]?key\b|(?:^|_)pat$", re.I
-)
-_SECRET_VALUE = re.compile(r"(?:Bearer|Basic)\s|sk-|gh[opsu]_|github_pat_|xox[a-z]-|AKIA|hf_|glpat-")
 _ITEM = re.compile(r"\{\{\s*item((?:\.[\w-]+|\[\d+\])+)\s*\}\}")
 _STEP = re.compile(r"[\w-]+")
 
@@ -40,7 +37,7 @@ def expand(text: str, where: str, own: Mapping[str, str] | None = None) -> str:
             raise UserError(f"{where}: the environment variable {match[1]} is not set")
         return value
 
-    return _VARIABLE.sub(value_of, text)
+    return VARIABLE.sub(value_of, text)
 
 
 def fill(value: Any, where: str, *, item: Mapping[str, Any], own: Mapping[str, str]) -> Any:
@@ -67,33 +64,6 @@ def fill(value: Any, where: str, *, item: Mapping[str, Any], own: Mapping[str, s
     texts = [expand(text, where, own) for text in parts[::2]]
     filled = [text_of(match) for match in _ITEM.finditer(value)]
     return "".join(a + b for a, b in zip(texts, [*filled, ""], strict=True))
-
-
-def without_secrets(value: Any) -> Any:
-    """A config as JSON values, for what is written to disk.
-
-    A secret that stands in headers or in a server's environment is replaced by the ${NAME} that ought to stand there.
-
-    *Covered*: names and values that look like secrets. *Not covered*: secrets in URLs and in a server's arguments.
-    """
-    if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: {name: _hidden(name, text) for name, text in inner.items()}
-        if key in _SECRETIVE and isinstance(inner, dict)
-        else without_secrets(inner)
-        for key, inner in value.items()
-    }
-
-
-def _hidden(name: str, text: Any) -> Any:
-    if not isinstance(text, str) or not text or "${" in text:
-        return text
-    if _SECRET_NAME.search(name) or _SECRET_VALUE.match(text):
-        return "${" + re.sub(r"\W", "_", name).upper() + "}"
-    return text
 
 
 def uses(value: Any, name: str) -> bool:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from envs.errors import UserError
 from envs.loading import TARGET_PATTERN
+from envs.variables import NAME
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
 _MARGIN = 1e-6
@@ -316,7 +317,7 @@ class JudgeConfig(_Settings):
         description="The server's URL with /v1, ${NAME} in it read from the environment; `engine` asks the run's own "
         "base model with the adapter off.",
     )
-    api_key_env: str = Field(default="OPENAI_API_KEY", description="Environment variable that holds the key.")
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=NAME, description="The environment variable of the key.")
     model: str | None = Field(default=None, description="Asked in place of the model that the graders name.")
     max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
     timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")

@@ -308,7 +308,7 @@ def test_a_broken_row_is_named_by_its_line(write, tmp_path):
 
 
 def test_what_has_no_place_is_said_line_by_line_and_stands_in_the_yaml(write, tmp_path):
-    job = job_of(tools=[TOOLS[0] | {"kind": "x", "headers": {"X-Key": "secret"}}], zz=1, hyperparameters=HYPER) | {
+    job = job_of(tools=[TOOLS[0] | {"kind": "x"}], zz=1, hyperparameters=HYPER) | {
         "metadata": {"team": "a\nb"},
         "trainingType": "global",
         "integrations": [{"type": "wandb", "wandb": {"project": "p", "group": "g"}}],
@@ -322,7 +322,6 @@ def test_what_has_no_place_is_said_line_by_line_and_stands_in_the_yaml(write, tm
         "integrations[0].wandb.group",
         "method.reinforcement.zz",
         "method.reinforcement.tools[0].kind",
-        "method.reinforcement.tools[0].headers",
         "method.reinforcement.hyperparameters.reasoning_effort",
         "model.tool_parser",
         "rollout.max_episode_tokens",
@@ -332,6 +331,35 @@ def test_what_has_no_place_is_said_line_by_line_and_stands_in_the_yaml(write, tm
     assert all(f"# {remark}\n" in text for remark in made.remarks)
     (tmp_path / "run.yaml").write_text(text)
     assert load_config(tmp_path / "run.yaml") == made.config
+
+
+def test_a_jobs_secrets_are_used_said_and_left_out_of_what_is_written(write, tmp_path, monkeypatch):
+    held = {"X-Odd": "s3cret", "Authorization": "Bearer ${KEY}"}
+    endpoint = {"type": "endpoint", "name": "own", "url": "https://h/grade?token=s3cret", "headers": held}
+    multi = {"type": "multi", "name": "m", "graders": {"a": endpoint}, "calculate_output": "a"}
+    tools = [TOOLS[0] | {"server_url": "https://bob:s3cret@h/call", "headers": held}]
+    for grader, at in ((endpoint, "grader"), (multi, "grader.graders.a")):
+        made = taken(write, job_of(grader=grader, tools=tools) | {"metadata": {"api_key": "s3cret"}})
+        assert made.config.world.tools[0].headers == held
+        for key, variables in {
+            f"{at}.url": "${TOKEN}",
+            f"{at}.headers.X-Odd": "${X_ODD}",
+            "tools[0].server_url": "${URL_USER}, ${URL_PASSWORD}",
+            "tools[0].headers.X-Odd": "${X_ODD}",
+        }.items():
+            assert f"environment variable that stands there, {variables};" in said(made, f"method.reinforcement.{key}")
+        assert not any("Authorization: holds" in remark for remark in made.remarks)
+        text = made.to_yaml()
+        assert "s3cret" not in text and "Bearer ${KEY}" in text
+        (tmp_path / "run.yaml").write_text(text)
+        written = load_config(tmp_path / "run.yaml").world
+        assert isinstance(written, RemoteConfig) and written.tools[0].headers == held | {"X-Odd": "${X_ODD}"}
+
+
+def test_a_setting_that_is_not_taken_over_is_said_without_its_secrets(write):
+    job = job_of(tools=[TOOLS[0] | {"headers": {"X-Odd": "s3cret"}}])
+    made = taken(write, job, "world={type: remote, tools: [{name: search, server_url: 'https://bob:s4cret@h'}]}")
+    assert "tools" in str(made.remarks) and "s3cret" not in str(made.remarks) and "s4cret" not in str(made.remarks)
 
 
 def test_a_job_that_is_taken_over_whole_has_little_said_of_it(write):

@@ -21,7 +21,6 @@ from envs.remote.mcp_config import McpServerConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import call_tool, offered_tools
 from envs.types import Message, Task, ToolCall, ToolErrorKind, ToolResult
-from envs.variables import without_secrets
 
 SERVER = Path(__file__).with_name("odd_mcp_server.py")
 ITEM = {"owner": "ann", "n": 3, "nested": {"list": [{"a": "x"}]}, "text": "${SECRET}"}
@@ -262,17 +261,3 @@ def test_lists_of_servers_are_read_in_each_programs_form(tmp_path, wrap):
     (tmp_path / "mcp.json").write_text(json.dumps(wrap({"a": {"type": "sse", "url": "http://h/sse"}})))
     with pytest.raises(ValidationError, match=r"a: 'sse' is not spoken here; expected .* streamable HTTP"):
         RemoteConfig.model_validate({"mcp": str(tmp_path / "mcp.json")})
-
-
-def test_secrets_that_stand_in_a_config_are_not_written_down():
-    headers = {"Authorization": "Bearer abc", "X-Api-Key": "abc", "Accept": "text/html", "X-Trace": "sk-abc"}
-    env = {"GITHUB_TOKEN": "abc", "DEBUG": "1", "DB": "${ROLLOUT_DIR}/db", "PASSWORD": "${PW}"}
-    plain = without_secrets({"world": {"tools": [{"headers": headers}], "mcp": [{"env": env}]}, "seed": 1})
-    assert plain["world"]["tools"][0]["headers"] == {
-        "Authorization": "${AUTHORIZATION}",
-        "X-Api-Key": "${X_API_KEY}",
-        "Accept": "text/html",
-        "X-Trace": "${X_TRACE}",
-    }
-    assert plain["world"]["mcp"][0]["env"] == {**env, "GITHUB_TOKEN": "${GITHUB_TOKEN}"}
-    assert plain["seed"] == 1

@@ -246,11 +246,3 @@ def test_rollouts_that_a_kill_left_open_are_known_of_all_processes(tmp_path):
     assert ranks[0].left_open() == ["open-True", "open-False"]
     ranks[0].forget_left_open()
     assert ranks[0].left_open() == []
-
-
-def test_a_secret_that_a_config_holds_does_not_reach_the_run_folder(tmp_path: Path) -> None:
-    server = {"name": "a", "command": "x", "env": {"GITHUB_TOKEN": "s3cret"}}
-    held = make_config(tmp_path / "run", world={"type": "remote", "mcp": [server]}, data={"train": "t", "eval": "e"})
-    RunFolder.create(held)
-    assert "s3cret" not in (tmp_path / "run" / "config.yaml").read_text()
-    RunFolder.check(held)

@@ -23,6 +23,7 @@ from envs.errors import UserError
 from envs.problems import on_one_screen
 from envs.remote.config import RemoteToolConfig
 from envs.rows import FileOrDataset, read_rows
+from envs.secrets import hidden_in, without_secrets
 from trainer.config import OptimConfig, RolloutConfig, RunConfig, read_sections, validate_config
 from trainer.hosted_remarks import HYPER, METHOD, MISSING, find, is_open, left_open, not_taken
 from trainer.hosted_schema import HostedJob, Hyperparameters, Reinforcement, read_job
@@ -44,9 +45,9 @@ class TakenJob:
     """A line, `KEY: what`, for all that was not taken over, or not as it stands."""
 
     def to_yaml(self) -> str:
-        """A config for `--config`, the remarks at its head."""
+        """A config for `--config`, the remarks at its head; secrets are left to the environment."""
         head = [f"# From the hosted job {self.source}.", *(f"# {remark}" for remark in self.remarks)]
-        body = yaml.dump(dict(self.sections), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+        body = yaml.dump(without_secrets(self.sections), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
         return "\n".join(head) + "\n" + body
 
 
@@ -96,7 +97,7 @@ def take_job(
         source=path.name,
         sections=ordered,
         config=validate_config(ordered, source=source),
-        remarks=tuple(" ".join(remark.split()) for remark in remarks if remark),
+        remarks=tuple(hidden_in(" ".join(remark.split())) for remark in remarks if remark),
     )
 
 
@@ -322,7 +323,7 @@ def _merged(sections: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = json.dumps(without_secrets(value), default=str)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
 
 

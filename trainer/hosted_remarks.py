@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from envs.secrets import VARIABLE, without_secrets
 from graders.config import JudgeConfig, LabelModelConfig, MultiConfig, PythonConfig, ScoreModelConfig
 from trainer.config import EvalConfig, ModelConfig, OptimConfig, RolloutConfig
 from trainer.hosted_schema import OF_THE_JOB_OBJECT, HostedJob, Hyperparameters, Reinforcement
@@ -55,18 +56,32 @@ def not_taken(raw: Mapping[str, Any], job: HostedJob, given: Mapping[str, Any]) 
         if key not in (*OF_THE_JOB_OBJECT, "user_provided_suffix"):
             yield f"{key}: unknown key; not taken over"
     if job.metadata:
-        yield f"metadata: no place for it; not taken over: {json.dumps(job.metadata)}"
+        shown = json.dumps(without_secrets({"metadata": job.metadata})["metadata"])
+        yield f"metadata: no place for it; not taken over: {shown}"
     yield from _of_integrations(job)
     yield from _of_hyperparameters(raw, method.hyperparameters, given)
     for name, grader in _graders(method):
         if isinstance(grader, PythonConfig) and grader.image_tag is not None:
             yield f"{name}.image_tag: ignored; the source can import what is installed here"
-    for i, tool in enumerate(method.tools):
-        if any("${" not in value for value in tool.headers.values()):
-            yield (
-                f"{METHOD}.tools[{i}].headers: taken over as they stand, and so written into YAML and run folder; "
-                "write ${NAME} for a secret, which is then read from the environment"
-            )
+    held = {key: raw["method"]["reinforcement"].get(key) for key in ("grader", "tools")}
+    for key, variables in _left_out(held, without_secrets(held), METHOD):
+        yield (
+            f"{key}: holds a secret, which is used but not written into YAML and run folder; to run from these, set "
+            f"the environment variable that stands there, {variables}; it may stand in the job as well"
+        )
+
+
+def _left_out(value: Any, written: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, variables) of each secret in `value` that is a variable in what is written down."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _left_out(inner, written[name], f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _left_out(inner, written[i], f"{key}[{i}]")
+    elif value != written:
+        there = VARIABLE.findall(str(value))
+        yield key, ", ".join(f"${{{name}}}" for name, held in VARIABLE.findall(written) if (name, held) not in there)
 
 
 def _unknown(section: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from envs.secrets import hidden_in
 
 _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -16,8 +20,9 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\
 class LogFile:
     """Leads the file descriptors 1 and 2 to a file, between `open` and `close`.
 
-    Covered: `print`, logging, warnings, native code, and the child processes started in between. *Not covered:*
-    processes started before, or that open the terminal themselves.
+    Covered: `print`, logging, warnings, native code, and the child processes started in between; what this process logs
+    holds no secrets (see `envs.secrets`). *Not covered:* processes started before, or that open the terminal
+    themselves; secrets in what is printed without logging, or by child processes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,6 +30,7 @@ class LogFile:
         self._fd: int | None = None
         self._saved_fds: dict[int, int] = {}
         self._was_line_buffered = False
+        self._make_record: Callable[..., logging.LogRecord] | None = None
 
     def open(self) -> None:
         """Raises `OSError` where the file cannot be written; nothing is redirected then."""
@@ -39,10 +45,15 @@ class LogFile:
         for fd in (1, 2):
             self._saved_fds[fd] = os.dup(fd)
             os.dup2(self._fd, fd)
+        make_record = self._make_record = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(lambda *args, **kwargs: _without_secrets(make_record(*args, **kwargs)))
 
     def close(self) -> None:
         """Leads the descriptors back where they were. Harmless when called twice."""
         _flush_standard_streams()
+        if self._make_record is not None:
+            logging.setLogRecordFactory(self._make_record)
+            self._make_record = None
         if self._saved_fds and isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=self._was_line_buffered)
         while self._saved_fds:
@@ -70,8 +81,20 @@ class LogFile:
 
 
 def clean(text: str) -> str:
-    """Without control characters but tab and newline: text of a model or a library must not steer the terminal."""
-    return _CONTROL.sub("", text)
+    """What may be shown and kept of a text of a model, a server or a library: neither secrets nor control characters.
+
+    Tab and newline stay.
+    """
+    return hidden_in(_CONTROL.sub("", text))
+
+
+def _without_secrets(record: logging.LogRecord) -> logging.LogRecord:
+    # Arguments that do not fit the message are told by logging itself, later.
+    with suppress(TypeError, ValueError, KeyError):
+        record.msg, record.args = hidden_in(record.getMessage()), ()
+    if record.exc_info:
+        record.exc_text = hidden_in(logging.Formatter().formatException(record.exc_info))
+    return record
 
 
 def _flush_standard_streams() -> None:

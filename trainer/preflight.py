@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError, WorldError
+from envs.secrets import without_secrets
 from envs.types import Task
-from envs.variables import without_secrets
 from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
 from trainer.config import RunConfig

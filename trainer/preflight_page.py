@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from envs.variables import without_secrets
+from envs.secrets import without_secrets
 from trainer.advice import Advice, Level
 from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
 from trainer.gpu_estimate import Estimate

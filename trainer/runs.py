@@ -32,8 +32,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from envs.errors import UserError
+from envs.secrets import without_secrets
 from envs.types import Episode, Task
-from envs.variables import without_secrets
 from graders.sample import own_data
 from graders.types import Grade
 from trainer.config import RunConfig

@@ -39,7 +39,8 @@ def read_strict_json(text: str) -> Any:
         )
     except json.JSONDecodeError as e:
         hint = "; expected the whole object on one line" if e.doc.strip() == "{" else ""
-        raise ValueError(f"not valid JSON: {e.msg} at column {e.colno}{hint}") from None
+        place = f"column {e.colno}" if e.lineno == 1 else f"line {e.lineno}, column {e.colno}"
+        raise ValueError(f"not valid JSON: {e.msg} at {place}{hint}") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     # Rarely needed, and a walk through every value costs as much as reading it did.

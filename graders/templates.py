@@ -88,13 +88,14 @@ class Template:
 
     def check(self, task: Task) -> None:
         """Raise `UserError` for a variable that the task's item does not have."""
-        for variable in self.variables:
-            if variable.namespace != "item":
-                continue
+        of_item = [variable for variable in self.variables if variable.namespace == "item"]
+        # Not without need: the whole conversation is written anew for it.
+        item = item_of(task) if of_item else {}
+        for variable in of_item:
             try:
-                variable.value(item_of(task))
+                variable.value(item)
             except LookupError:
-                keys = ", ".join(sorted(item_of(task))) or "none"
+                keys = ", ".join(sorted(item)) or "none"
                 raise UserError(
                     f"{self._where}: task {task.task_id} has no {{{{ {variable.text} }}}}; its item's keys are: {keys}"
                 ) from None

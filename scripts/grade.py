@@ -21,14 +21,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from envs.documents import from_file, read_document
 from envs.errors import UserError, WorldError
 from envs.problems import on_one_screen
 from envs.types import StopReason, Task
@@ -51,7 +51,7 @@ class _Settings(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    grader: GraderConfig
+    grader: Annotated[GraderConfig, BeforeValidator(from_file("grader"))]
     penalties: PenaltiesConfig = PenaltiesConfig()
     judge: JudgeConfig = JudgeConfig()
 
@@ -117,13 +117,11 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _read_settings(arguments: argparse.Namespace) -> _Settings:
     path: Path = arguments.grader
-    data = _read_document(path)
+    data = read_document(path, str(path))
     if isinstance(data, dict) and "type" in data:
         data = {"grader": data}
-    if isinstance(data, dict) and isinstance(data.get("grader"), str):
-        data = {**data, "grader": _read_document(Path(data["grader"]))}
     if arguments.penalties:
-        penalties = _read_document(arguments.penalties)
+        penalties = read_document(arguments.penalties, str(arguments.penalties))
         data = {
             **data,
             "penalties": penalties.get("penalties", penalties) if isinstance(penalties, dict) else penalties,
@@ -136,23 +134,6 @@ def _read_settings(arguments: argparse.Namespace) -> _Settings:
         return _Settings.model_validate(data)
     except ValidationError as e:
         raise UserError(on_one_screen(f"grader {path}", e, _Settings)) from None
-
-
-def _read_document(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise UserError(f"{path}: expected a file that ends in .json, .yaml or .yml")
-    try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}, line {e.lineno}: not valid JSON: {e.msg} at column {e.colno}") from e
-    except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {e}") from e
 
 
 # ---- grading

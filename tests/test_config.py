@@ -200,6 +200,20 @@ def test_a_grader_is_read_from_the_hosted_services_json(tmp_path):
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
 
+def test_a_file_named_in_a_config_is_read_as_json_or_yaml_whichever_it_is(tmp_path):
+    near = {"type": "string_check", "name": "é 😀", "operation": "eq", "input": "{{item.a}}", "reference": "b"}
+    texts = {
+        # Escapes beyond 16 bits and tabs, as programs write them, and the mark that editors put before them.
+        **{"escaped.json": json.dumps(near), "tabs.json": json.dumps(near, indent="\t")},
+        **{"marked.JSON": "\ufeff" + json.dumps(near), "marked.yaml": "\ufeff" + yaml.safe_dump(near)},
+        **{"no_suffix": json.dumps(near, indent="\t"), "other.txt": yaml.safe_dump(near)},
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        config = validate_config(MINIMAL | {"grader": str(tmp_path / name)}, source="c.yaml")
+        assert config.grader.name == "é 😀", name
+
+
 @pytest.mark.parametrize(
     ("grader", "expected"),
     [

@@ -243,7 +243,7 @@ def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shel
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("g.json", '{"type":\n "string_check",\n}', "g.json, line 3: not valid JSON"),
+        ("g.json", '{"type":\n "string_check",\n}', "g.json: not valid JSON: Expecting property name"),
         ("g.json", {**EXACT, "operation": "equal"}, "grader.operation: Input should be 'eq', 'ne', 'like' or 'ilike'"),
         ("g.json", {**EXACT, "inputs": 1}, "grader.inputs: unknown key"),
         ("g.json", {"type": "string_check"}, "grader.input: required, but not given"),
@@ -259,7 +259,10 @@ def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shel
         ("g.json", [], "problem"),
         ("g.yaml", {"output_dir": "x"}, "grader: required, but not given"),
         ("g.yaml", "a: [", "g.yaml: not valid YAML"),
-        ("g.txt", "x", "expected a file that ends in .json, .yaml or .yml"),
+        ("g.json", '{"type": "string_check",\n"type": "exact"}', "g.json: type: the key stands twice in one object"),
+        ("g.json", '{\n"type":\n}', "g.json: not valid JSON: Expecting value at line 3, column 1"),
+        ("g.txt", "a: [", "g.txt: not valid JSON or YAML"),
+        ("g.yaml", "grader: gone.json", "grader: grader file gone.json: No such file"),
     ],
 )
 def test_a_grader_that_cannot_be_read_is_told_on_one_screen(

@@ -419,7 +419,7 @@ def test_a_wrong_hyperparameter_is_named_by_its_key_in_the_job(write, key, value
         ("[]", "expected one job as a JSON object, got a list"),
         ({"object": "list", "data": []}, "expected one job as a JSON object, got a list of jobs"),
         ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("[" * 100_000, "nested more than 200 deep"),
         ({"model": "m", "training_file": "train.jsonl"}, "method: required, with type reinforcement"),
         (job_of() | {"method": {"type": "supervised", "supervised": {}}}, "method: supervised: not done here"),
         (job_of() | {"method": {"type": "dpo"}}, "method: dpo: not done here; expected type reinforcement"),

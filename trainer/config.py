@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from envs.custom import CustomEnvConfig
+from envs.documents import from_file, read_document
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.problems import on_one_screen
@@ -34,23 +35,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _read_file(what: str) -> BeforeValidator:
-    """For a value given as a path: the JSON (or YAML) there, as the hosted service takes it."""
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ValueError(f"{what} file {value}: {e.strerror or e}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as e:
-            raise ValueError(f"{what} file {value}: neither JSON nor YAML: {e}") from None
-
-    return BeforeValidator(read)
-
-
-GraderOrFile = Annotated[GraderConfig, _read_file("grader")]
+GraderOrFile = Annotated[GraderConfig, BeforeValidator(from_file("grader"))]
 
 
 class LoraConfig(Section):
@@ -144,7 +129,7 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 biases the policy gradient")
     response_format: Annotated[
         ResponseFormat | None,
-        _read_file("response_format"),
+        BeforeValidator(from_file("response_format")),
         Field(
             description="the form of every answer, as Chat Completions takes it (type json_schema, json_object or "
             "text), or a file that holds it; tasks may offer no tools then"
@@ -335,23 +320,14 @@ def read_sections(path: Path | None, overrides: list[str]) -> dict[str, Any]:
 
     Raises `UserError`.
     """
-    data = {} if path is None else _read_yaml(path)
+    data = {} if path is None else _read_sections(path)
     for override in overrides:
         _override(data, override)
     return data
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"config {path}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"config {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise UserError(f"config {path}: not valid YAML: {e}") from e
+def _read_sections(path: Path) -> dict[str, Any]:
+    data = read_document(path, f"config {path}")
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
     return data

@@ -6,12 +6,12 @@ Written after the types of the `openai` package, with the agent form's `tools`, 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from envs.documents import read_document
 from envs.errors import UserError
 from envs.problems import on_one_screen
 from envs.remote.config import RemoteToolConfig
@@ -143,14 +143,7 @@ def read_job(path: Path) -> tuple[dict[str, Any], HostedJob]:
 
 def _read(path: Path) -> dict[str, Any]:
     where = f"hosted job {path}"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise UserError(f"{where}: {e.strerror or e}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8 text: {e.reason} at byte {e.start}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON: {e}") from e
+    data = read_document(path, where)
     if not isinstance(data, dict) or data.get("object") == "list":
         raise UserError(f"{where}: expected one job as a JSON object, got a {_kind(data)}")
     without: dict[str, Any] = _without_nulls(data)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from envs.documents import from_file
 from envs.remote.mcp_config import McpServerConfig
 from envs.users import UserConfig
 
@@ -18,24 +17,13 @@ _SPOKEN = ("stdio", "local", "remote", "http", "streamable-http", "streamable_ht
 """How other programs name the transports that we have."""
 
 
-def _read_file(value: Any, key: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(Path(value).read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise ValueError(f"{key}: {value}: {e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{key}: {value}: not valid JSON: {e}") from None
-
-
 def _tools(value: Any) -> Any:
-    read = _read_file(value, "tools")
+    read = from_file("tools")(value)
     return read["tools"] if isinstance(read, dict) and "tools" in read else read
 
 
 def _servers(value: Any) -> Any:
-    read = _read_file(value, "mcp")
+    read = from_file("mcp")(value)
     if not isinstance(read, dict):
         return read
     servers = next((read[key] for key in ("mcpServers", "servers", "mcp_servers") if key in read), read)

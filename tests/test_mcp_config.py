@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp_play import call, opened, world_with
 from pydantic import ValidationError
 
 from envs.base import HasState
 from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
-from envs.remote.env import RemoteEnv
 from envs.remote.mcp_config import McpServerConfig
 from envs.remote.world import RemoteWorld
-from envs.tools import call_tool, offered_tools
-from envs.types import Message, Task, ToolCall, ToolErrorKind, ToolResult
+from envs.types import Message, Task, ToolErrorKind
 
 SERVER = Path(__file__).with_name("odd_mcp_server.py")
 ITEM = {"owner": "ann", "n": 3, "nested": {"list": [{"a": "x"}]}, "text": "${SECRET}"}
@@ -30,29 +27,6 @@ TASK = Task(task_id="t", messages=(Message(role="user", content="q"),), item=ITE
 def server(answer: str = "", name: str = "odd", **settings: Any) -> dict[str, Any]:
     args = [str(SERVER), answer, *settings.pop("args", [])]
     return {"name": name, "command": sys.executable, "args": args, "start_timeout_s": 300, "timeout_s": 60, **settings}
-
-
-def world_with(*servers: dict[str, Any]) -> RemoteWorld:
-    return RemoteWorld(RemoteConfig.model_validate({"type": "remote", "mcp": list(servers)}))
-
-
-@asynccontextmanager
-async def opened(*servers: dict[str, Any], rollouts: tuple[str, ...] = ("r",)) -> AsyncIterator[list[RemoteEnv]]:
-    world = world_with(*servers)
-    envs = [world.make_env() for _ in rollouts]
-    try:
-        for env, rollout_id in zip(envs, rollouts, strict=True):
-            await env.open(TASK, rollout_id)
-        yield envs
-    finally:
-        for env in envs:
-            await env.close(None)
-        await world.aclose()
-
-
-async def call(env: RemoteEnv, name: str, **arguments: Any) -> ToolResult:
-    asked = ToolCall(call_id="c", name=name, arguments=json.dumps(arguments))
-    return await call_tool(offered_tools(TASK, env.tools), asked, timeout_s=60)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +42,7 @@ async def call(env: RemoteEnv, name: str, **arguments: Any) -> ToolResult:
     ],
 )
 async def test_an_odd_answer_is_shown_as_far_as_it_can_be_read(answer, shown):
-    async with opened(server(answer)) as (env,):
+    async with opened(TASK, server(answer)) as (env,):
         result = await call(env, "tell")
         assert (result.output, result.error) == (shown, None)
         assert (await call(env, "notes")).output == "[]", "the session goes on"
@@ -76,7 +50,7 @@ async def test_an_odd_answer_is_shown_as_far_as_it_can_be_read(answer, shown):
 
 @pytest.mark.parametrize("answer", ["string", "list", "nothing", "cut", "deep"])
 async def test_an_answer_that_cannot_be_read_is_a_fault_of_the_world_at_once(answer):
-    async with opened(server(answer, timeout_s=600)) as (env,):
+    async with opened(TASK, server(answer, timeout_s=600)) as (env,):
         start = time.monotonic()
         with pytest.raises(WorldError, match="MCP server 'odd': tell: an answer that can't be read: "):
             await call(env, "tell")
@@ -85,13 +59,13 @@ async def test_an_answer_that_cannot_be_read_is_a_fault_of_the_world_at_once(ans
 
 
 async def test_what_the_model_writes_reaches_the_server_whatever_it_is():
-    async with opened(server(cwd="${ROLLOUT_DIR}")) as (env,):
+    async with opened(TASK, server(cwd="${ROLLOUT_DIR}")) as (env,):
         await call(env, "note", text="\ud83d", owner="ann")
         assert json.loads((await call(env, "notes")).output) == [{"text": "?", "owner": "ann"}]
 
 
 async def test_one_odd_tool_costs_a_server_nothing():
-    async with opened(server(cwd="${ROLLOUT_DIR}")) as (env,):
+    async with opened(TASK, server(cwd="${ROLLOUT_DIR}")) as (env,):
         assert list(env.tools) == ["note", "notes", "tell", "refuse", "bare", "strange", "loose"]
         assert (await call(env, "strange", any=1)).error is None
         assert (await call(env, "loose", q=1)).error is None
@@ -105,7 +79,7 @@ async def test_variables_stand_for_secrets_and_for_the_rollout(monkeypatch, tmp_
     settings = {"args": ["--db", "${WHERE}/${TRACE_ID}.db"], "env": {"GIVEN": "${SECRET}/${TRACE_ID}"}}
     config = server(**settings, cwd="${WHERE}")
     assert "s3cret" not in RemoteConfig.model_validate({"type": "remote", "mcp": [config]}).model_dump_json()
-    async with opened(config, rollouts=("r-1", "r-2")) as envs:
+    async with opened(TASK, config, rollouts=("r-1", "r-2")) as envs:
         for env, rollout_id in zip(envs, ("r-1", "r-2"), strict=True):
             told = json.loads((await call(env, "tell")).output)
             assert told["argv"] == ["", "--db", f"{tmp_path}/{rollout_id}.db"]
@@ -140,7 +114,7 @@ def test_what_belongs_to_a_rollout_cannot_stand_where_one_server_is_for_all():
 
 
 async def test_state_in_files_is_a_rollouts_own_in_a_folder_of_its_own():
-    async with opened(server(cwd="${ROLLOUT_DIR}"), rollouts=("r-1", "r-2")) as (one, two):
+    async with opened(TASK, server(cwd="${ROLLOUT_DIR}"), rollouts=("r-1", "r-2")) as (one, two):
         await call(one, "note", text="a", owner="ann")
         assert (await call(two, "notes")).output == "[]"
         assert json.loads((await call(one, "notes")).output) == [{"text": "a", "owner": "ann"}]
@@ -162,7 +136,7 @@ async def test_a_server_is_prepared_with_the_row_and_asked_for_its_state():
         "state_call": {"tool": "notes"},
     }
     plain = server("unstructured", "plain", tools=["bare"], state_call={"tool": "tell"})
-    async with opened(server(**settings), plain) as (env,):
+    async with opened(TASK, server(**settings), plain) as (env,):
         assert list(env.tools) == ["tell", "bare"] and isinstance(env, HasState)
         assert await env.final_state() == {"odd": [{"text": "x of r", "owner": 3}], "plain": "as text"}
 
@@ -183,13 +157,13 @@ async def test_a_server_is_prepared_with_the_row_and_asked_for_its_state():
 )
 async def test_calls_of_ours_that_cannot_be_made_are_named(settings, error, said):
     with pytest.raises(error, match=said):
-        async with opened(server(cwd="${ROLLOUT_DIR}", **settings)):
+        async with opened(TASK, server(cwd="${ROLLOUT_DIR}", **settings)):
             pass
 
 
 async def test_bound_arguments_are_given_by_the_config_and_hidden_from_the_model():
     bound = {"owner": "{{item.text}} ${TRACE_ID}", "level": "{{item.nested}}"}
-    async with opened(server(cwd="${ROLLOUT_DIR}", bind=bound)) as (env,):
+    async with opened(TASK, server(cwd="${ROLLOUT_DIR}", bind=bound)) as (env,):
         parameters = env.tools["note"].schema()["function"]["parameters"]
         assert parameters == {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
         await call(env, "note", text="a")
@@ -203,7 +177,7 @@ async def test_two_servers_may_have_one_tool_where_a_prefix_tells_them_apart():
     with pytest.raises(UserError, match=r"'note' is offered by two servers; .* a prefix"):
         world_with(server(), server(name="other"))
     both = (server(tools=["notes"], prefix="a_"), server(name="other", tools=["notes", "tell"], prefix="b."))
-    async with opened(*both) as (env,):
+    async with opened(TASK, *both) as (env,):
         assert list(env.tools) == ["a_notes", "b.notes", "b.tell"]
         assert env.tools["b.tell"].schema()["function"]["name"] == "b.tell"
         assert json.loads((await call(env, "b.tell")).output)["meta"]["trace_id"] == "r"

@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp_play import call, opened
 
-from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
-from envs.remote.world import RemoteWorld
-from envs.tools import call_tool
-from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult
+from envs.types import Episode, Message, StopReason, Task
 from graders.config import StringCheckConfig
 from graders.string_check import StringCheckGrader
 
@@ -31,24 +27,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@asynccontextmanager
-async def group(program: str, **settings: Any) -> AsyncIterator[list[RemoteEnv]]:
+def group(program: str, **settings: Any) -> AbstractAsyncContextManager[list[RemoteEnv]]:
     """The environments of two rollouts of one task, open at once."""
     server = {"name": "own", "command": str(PROGRAMS / program), "start_timeout_s": 300, **settings}
-    world = RemoteWorld(RemoteConfig.model_validate({"mcp": [server]}))
-    envs = [world.make_env(), world.make_env()]
-    try:
-        for i, env in enumerate(envs):
-            await env.open(TASK, f"r-{i}")
-        yield envs
-    finally:
-        for env in envs:
-            await env.close(None)
-        await world.aclose()
-
-
-async def call(env: RemoteEnv, name: str, **arguments: Any) -> ToolResult:
-    return await call_tool(env.tools, ToolCall(call_id="c", name=name, arguments=json.dumps(arguments)), timeout_s=60)
+    return opened(TASK, server, rollouts=("r-0", "r-1"))
 
 
 async def reward(env: RemoteEnv, state: str) -> float:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Message, Task
+from graders import templates
 from graders.templates import MissingVariable, Template
 from graders.types import GraderErrorKind
 
@@ -172,3 +173,12 @@ def test_any_text_is_read_or_refused(text):
         assert "{{" in text
     else:
         assert template.variables or "{{" not in text
+
+
+def test_the_item_is_made_once_however_many_variables_a_template_has(monkeypatch):
+    made: list[Task] = []
+    monkeypatch.setattr(templates, "item_of", lambda task: made.append(task) or dict(task.item))
+    task = Task(task_id="t", messages=(), item={"a": 1, "b": 2})
+    Template("{{item.a}} {{item.b}} {{item.a}}", where="grader.input").check(task)
+    Template("{{sample.output_text}}", where="grader.input").check(task)
+    assert made == [task]

@@ -79,7 +79,7 @@ def _tool_of(one: Any, where: str) -> Tool:
         except TypeError as e:
             raise UserError(f"{where}: {e}") from None
         shown = _shown(lambda arguments: call_user(one, **arguments))
-        return replace(made, function=shown, definition=trl_schema(one))
+        return replace(made, function=shown, definition=trl_schema(one, only_true=True))
     raise UserError(
         f"{where}: expected functions, or objects with name, description, a JSON schema ({', '.join(_SCHEMAS)}) and a "
         f"way to be called, got {type(one).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
@@ -12,11 +13,11 @@ from envs.docstrings import split_choices, trl_docs
 _BASIC: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 
 
-def trl_schema(function: Callable[..., Any]) -> dict[str, Any] | None:
+def trl_schema(function: Callable[..., Any], *, only_true: bool = False) -> dict[str, Any] | None:
     """A function or bound method as Chat Completions JSON, the return value included as TRL does.
 
-    None without a docstring in TRL's form, or with types that TRL does not know or shows as what they are not (enums,
-    dates, classes with fields, a bare `list`).
+    None without a docstring in TRL's form, or with types that TRL does not know. With `only_true`, None too where TRL
+    shows a parameter as an object though it is none, or one with fields: enums, dates, other classes, a bare `list`.
     """
     doc = inspect.getdoc(function)
     if not doc:
@@ -28,7 +29,7 @@ def trl_schema(function: Callable[..., Any]) -> dict[str, Any] | None:
     try:
         for name in (*signature, "return"):
             if name in hints:
-                properties[name] = _schema_of(hints[name])
+                properties[name] = _schema_of(hints[name], only_true=only_true and name != "return")
     except TypeError:
         return None
     returned = properties.pop("return", None)
@@ -46,27 +47,28 @@ def trl_schema(function: Callable[..., Any]) -> dict[str, Any] | None:
     return {"type": "function", "function": described}
 
 
-def _schema_of(hint: Any) -> dict[str, Any]:
-    """Raises `TypeError` for types that TRL refuses."""
+def _schema_of(hint: Any, *, only_true: bool) -> dict[str, Any]:
+    """Raises `TypeError` for types that TRL refuses and, with `only_true`, shows as what they are not."""
+    inner = functools.partial(_schema_of, only_true=only_true)
     origin, args = get_origin(hint), get_args(hint)
     if origin is None:
-        if hint is not Any and hint is not dict and hint not in _BASIC:
-            # TRL shows any other class as an object without properties, which the check of arguments would then refuse.
+        if only_true and hint not in (Any, dict, *_BASIC):
+            # An object without properties to TRL, which the check of arguments would then refuse.
             raise TypeError(hint)
         return {} if hint is Any else {"type": _BASIC.get(hint, "object")}
     if origin in (Union, UnionType):
-        return _union([_schema_of(arg) for arg in args if arg is not NoneType], is_nullable=NoneType in args)
+        return _union([inner(arg) for arg in args if arg is not NoneType], is_nullable=NoneType in args)
     if origin is Literal:
         if any(type(arg) not in _BASIC for arg in args):
             raise TypeError(hint)
         types = list(dict.fromkeys(_BASIC[type(arg)] for arg in args))
         return {"type": types[0] if len(types) == 1 else types, "enum": [*args]}
     if origin is list:
-        return {"type": "array", **({"items": _schema_of(args[0])} if args else {})}
+        return {"type": "array", **({"items": inner(args[0])} if args else {})}
     if origin is tuple and len(args) != 1 and ... not in args:
-        return {"type": "array", **({"prefixItems": [_schema_of(arg) for arg in args]} if args else {})}
+        return {"type": "array", **({"prefixItems": [inner(arg) for arg in args]} if args else {})}
     if origin is dict:
-        return {"type": "object", **({"additionalProperties": _schema_of(args[1])} if len(args) == 2 else {})}
+        return {"type": "object", **({"additionalProperties": inner(args[1])} if len(args) == 2 else {})}
     raise TypeError(hint)
 
 

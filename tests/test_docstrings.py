@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import BaseModel, Field
 from transformers.utils import get_json_schema
 
 from envs.docstrings import read_docstring
@@ -190,6 +192,25 @@ TYPES = [
     *(Literal[True, None], Annotated[int, "x"], dict[str, list[int | None]], tuple[int], tuple[int, ...]),
     *(set[int], list[Literal["a"]], None, type(None) | int, dict[str, Any], list[Any], Any | None),
 ]
+
+
+class Unit(enum.Enum):
+    METRE = "m"
+
+
+class Place(BaseModel):
+    city: str
+
+
+@dataclass
+class Trip:
+    days: int
+
+
+SHOWN_AS_OBJECTS = [
+    *(list, tuple, complex, date, Unit, Place, Trip, list[Place], Unit | None, int | Place, dict[str, Trip]),
+    *(tuple[int, Unit], list[list | None]),
+]
 TEXTS = st.sampled_from(
     [
         *("The x.", "The x.\n    on two lines", "The x.\nunindented", "Note: a: b", "", "  spaced  out ", "é “q” (x)"),
@@ -230,7 +251,7 @@ def test_trls_users_are_shown_the_schema_that_trl_builds(head, texts, tail, blan
     names = ["x", "y", "long_name"][: len(texts)]
     entries = ("\n\n" if blank else "\n").join(f"    {n}: {t}" for n, t in zip(names, texts, strict=True))
     doc = head + (f"\n\nArgs:\n{entries}" if names else "") + tail
-    hints = {name: data.draw(st.sampled_from(TYPES)) for name in names}
+    hints = {name: data.draw(st.sampled_from([*TYPES, *SHOWN_AS_OBJECTS])) for name in names}
     returns = data.draw(st.sampled_from([None, int, str | None, list[str], "absent"]))
     scope: dict[str, Any] = {}
     exec(f"def act({', '.join(n + (' = None' if i else '') for i, n in enumerate(names))}): pass", scope)
@@ -242,20 +263,21 @@ def test_trls_users_are_shown_the_schema_that_trl_builds(head, texts, tail, blan
         # A function that TRL refuses may be taken here.
         return
     assert trl_schema(act) == theirs
+    is_true = not any(hint in SHOWN_AS_OBJECTS for hint in hints.values())
+    assert trl_schema(act, only_true=True) == (theirs if is_true else None)
 
 
-@pytest.mark.parametrize("hint", [list, tuple, complex, date], ids=lambda hint: hint.__name__)
-def test_what_trl_would_show_as_a_bare_object_though_it_is_none_is_left_to_the_tools_own_schema(hint):
-    def act(x):
+def test_what_a_function_returns_leaves_its_parameters_to_trl():
+    def act(x: int) -> Place:
         """Do it.
 
         Args:
             x: what
         """
+        return Place(city="")
 
-    act.__annotations__ = {"x": hint}
-    assert get_json_schema(act)["function"]["parameters"]["properties"]["x"]["type"] == "object"
-    assert trl_schema(act) is None
+    act.__annotations__ = {"x": int, "return": Place}
+    assert trl_schema(act, only_true=True) == get_json_schema(act)
 
 
 def test_torch_is_not_loaded_for_a_docstring():

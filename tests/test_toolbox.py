@@ -293,3 +293,27 @@ def test_the_model_is_shown_what_a_class_takes_where_trl_would_show_an_object():
     (made,) = read_toolbox([convert], "world.target").values()
     shown = json.dumps(made.schema())
     assert '"enum": ["celsius", "kelvin"]' in shown and '"type": "array"' in shown
+
+
+class Thermostat:
+    def reset(self) -> str:
+        return "Set it."
+
+    def convert(self, degrees: float, unit: Unit, extra: list | None = None) -> str:  # type: ignore[type-arg]
+        """Convert.
+
+        Args:
+            degrees: how warm
+            unit: in what
+            extra: more
+        """
+        return unit.name
+
+
+async def test_a_class_of_trls_is_shown_as_trl_shows_it_even_where_that_is_an_object() -> None:
+    env = world("Thermostat").make_env()
+    assert schema(env, "convert") == get_json_schema(Thermostat().convert)
+    assert schema(env, "convert")["function"]["parameters"]["properties"]["unit"]["type"] == "object"
+    await env.open(TASK, "r")
+    assert (await call(env, "convert", degrees=1, unit="kelvin")).output == "KELVIN"
+    await env.close(None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,6 @@ def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothing_else(job: Job) -> None:
-    import asyncio
-
     task = job.train_tasks[0]
     turns = job.world.expert_episode(task, 0)
     ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
@@ -80,11 +80,25 @@ def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_p
         expert_ledgers(own.config, own.train_tasks, world=own.world, chat=own.chat)
 
 
+def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_own_turns_are(job: Job) -> None:
+    from trainer.setup import canary_ids
+
+    rules = Message(role="system", content="Read the reports with care. " * 400)
+    tasks = [replace(task, messages=(rules, *task.messages)) for task in job.train_tasks[:3]]
+    rows = canary_ids(replace(job, train_tasks=tasks))
+    assert len(rows) > 1
+    for task, row in zip(tasks, rows, strict=False):
+        turns = job.world.expert_episode(task, 0)
+        ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
+        assert row == ledger.prompt_ids[-len(row) :] and len(row) < len(ledger) / 2
+        assert job.chat.decode(row).endswith(f"{turns[-1]}<|im_end|>")
+        own = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t").trainable[-len(row) :]
+        assert sum(own) > 10, "tokens that the model itself writes"
+
+
 def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
     job: Job, tiny_model: Path, tmp_path: Path
 ) -> None:
-    import asyncio
-
     played = [
         asyncio.run(play_expert(task, job.world.expert_episode(task, 0), world=job.world))
         for task in job.train_tasks[:3]

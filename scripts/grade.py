@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from envs.documents import from_file, read_document
-from envs.errors import UserError, WorldError
+from envs.errors import Unscored, UserError, WorldError
 from envs.problems import on_one_screen
 from envs.types import StopReason, Task
 from graders.build import build_grader
@@ -62,9 +62,11 @@ class Graded:
 
     row: Row
     grade: Grade | None
-    """None where the world broke the rollout off, or a judge could not be reached: in training it is masked."""
+    """None where there is nothing to train on: in training the rollout is masked."""
+    lost: str = ""
+    """What kind of reason there is for that: one for each kind of fault."""
     fault: str = ""
-    """Why there is none."""
+    """Why there is none, in full."""
     errors: tuple[GraderErrorKind, ...] = ()
     latency_s: float
 
@@ -196,14 +198,19 @@ async def _grade_all(settings: _Settings, rows: Sequence[Row], source: Path, con
 
 async def _grade(grader: Grader, row: Row, types: set[str], *, where: str) -> Graded:
     if row.episode.stop_reason is StopReason.WORLD_FAULT:
-        return Graded(row=row, grade=None, fault=f"the world broke it off: {row.episode.error}", latency_s=0.0)
+        lost = "the world broke it off"
+        return Graded(row=row, grade=None, lost=lost, fault=f"{lost}: {row.episode.error}", latency_s=0.0)
     start = time.perf_counter()
     try:
         grade = await grader.grade(row.task, row.episode)
+    except Unscored as e:
+        took_s = time.perf_counter() - start
+        return Graded(row=row, grade=None, lost="every reward function gave None", fault=str(e), latency_s=took_s)
     except WorldError as e:
+        took_s = time.perf_counter() - start
         kinds = {_SERVER_KINDS[name] for name in types if name in _SERVER_KINDS}
         kind = kinds.pop() if len(kinds) == 1 else GraderErrorKind.OTHER
-        return Graded(row=row, grade=None, fault=str(e), errors=(kind,), latency_s=time.perf_counter() - start)
+        return Graded(row=row, grade=None, lost="its grading failed", fault=str(e), errors=(kind,), latency_s=took_s)
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     except Exception as e:
@@ -268,6 +275,7 @@ def print_tables(console: Console, graded: Sequence[Graded], *, num_worst: int) 
         console.print(f"passed {sum(judged)} of {len(judged)} ({sum(judged) / len(judged):.1%})", highlight=False)
     if lost := len(graded) - len(grades):
         console.print(f"not graded {lost} of {len(graded)}: in training these rollouts are masked", highlight=False)
+        _print_counts(console, "not graded", Counter(g.lost for g in graded if g.lost), len(graded))
     _print_counts(
         console, "error", Counter(kind.value for g in graded for kind in dict.fromkeys(g.errors)), len(graded)
     )

@@ -19,6 +19,7 @@ from trainer.bootstrap import intervals, paired_differences, resampled_means
 from trainer.compare import Comparison, compare
 from trainer.compare_data import Policy, read_policies
 from trainer.compare_page import grids, render_markdown, render_terminal, write_compare_page
+from trainer.measures import Masked
 from trainer.rollout import Rollout
 from trainer.runs import rollout_to_json
 
@@ -128,7 +129,9 @@ def comparison() -> Comparison:
 
 def test_means_are_over_shared_tasks_each_counting_the_same(comparison):
     lines = {line.measure.key: line for line in comparison.lines}
-    assert comparison.num_tasks == 3 and comparison.num_left_out == 2 and comparison.num_masked == [1, 1]
+    assert comparison.num_tasks == 3 and comparison.num_left_out == 2
+    assert comparison.num_masked == {Masked.WORLD: [1, 1]}
+    assert "| rollouts in all that were lost to faults of the world | 1 | 1 |" in render_markdown(comparison, demo=True)
     assert [m.mean for m in lines["reward"].means] == pytest.approx([(0.5 + 0 + 1) / 3, (1 + 0.5 + 0.5) / 3])
     assert lines["reward"].differences[0].mean == pytest.approx(0.5 / 3)
     assert lines["reward"].percent(0) == pytest.approx(100 / 3)

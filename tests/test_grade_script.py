@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -169,6 +170,7 @@ def test_a_run_config_gives_grader_and_penalties_and_broken_rollouts_are_counted
     assert code == 0
     assert "0.900" in told
     assert "not graded 1 of 2: in training these rollouts are masked" in told
+    assert re.search(r"the world broke it off +1 ", told)
     assert "the world broke it off: the store is down" in told
 
 
@@ -218,7 +220,9 @@ def test_what_a_custom_grader_raises_is_told_with_its_line_and_place(files: File
         "def broken(answer, **columns):\n"
         "    return [float(answer[0] == 'gold') / (answer[0] != 'iron')]\n"
         "def away(**columns):\n"
-        "    raise WorldError('nobody answers')\n",
+        "    raise WorldError('nobody answers')\n"
+        "def silent(**columns):\n"
+        "    return [None]\n",
     )
     samples = files("s.jsonl", SAMPLES)
     broken = files("g.json", {"type": "custom", "target": f"{mine}:broken"})
@@ -231,7 +235,11 @@ def test_what_a_custom_grader_raises_is_told_with_its_line_and_place(files: File
     assert code == 0
     assert "not graded 2 of 2" in told
     assert "other" in told
-    assert "nobody answers" in told
+    assert "nobody answers" in told and re.search(r"its grading failed +2 ", told)
+    silent = files("g.json", {"type": "custom", "target": f"{mine}:silent"})
+    code, told, _ = shell("run", grader=silent, samples=samples, limit=2)
+    assert code == 0 and re.search(r"every reward function gave None +2 ", told)
+    assert "other" not in told, "no error of the grader's"
 
 
 def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shell: Shell) -> None:

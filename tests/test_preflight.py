@@ -34,6 +34,7 @@ from trainer.estimate import (
     stored_weights,
     time_estimate,
 )
+from trainer.measures import Masked
 from trainer.pictures import bars, bins_of, curves, histogram
 from trainer.preflight import Options, adapter_of, preflight_requests
 from trainer.preflight_figures import best_at_k, figures_of, pass_at_k, worst_at_k
@@ -147,7 +148,7 @@ def test_the_figures_are_those_of_the_rollouts():
     assert f.stop_shares == {"answered": 0.8, "max_turns": 0.2}
     assert f.tool_errors == {"malformed": 0.4, "bad_arguments": 0.2} and f.grader_errors == {"other": 0.2}
     assert f.tool_error_share == pytest.approx(3 / 8)
-    assert f.masked_causes == {"server is down": 2}
+    assert f.masked_causes == {Masked.WORLD: {"server is down": 2}}
     assert f.parts == {"numeric": 0.4, "tool_calls": pytest.approx(-0.02)}
 
 
@@ -219,6 +220,16 @@ def test_limits_that_cut_many_rollouts_are_named_with_their_key():
 
 def test_faults_of_world_and_grader_and_errors_of_tools_are_said_aloud():
     assert said(advice_on([*HEALTHY, rollout("x", None)]), "lost to faults of the world: server is down") is Level.STOP
+    lost = rollout("x", None)
+    done = replace(lost.episode, stop_reason=StopReason.ANSWERED, error="grader: the judge is out")
+    ungraded, unscored = replace(lost, episode=done), replace(lost, episode=done, is_unscored=True)
+    advice = advice_on([*HEALTHY, lost, ungraded, ungraded, unscored])
+    for words in (
+        "1 of 20 rollouts lost to faults of the world: server is down",
+        "2 of 20 rollouts not graded, for the grader failed: grader: the judge is out",
+        "1 of 20 rollouts given None by every reward function: ",
+    ):
+        assert said(advice, words) is Level.STOP
     broken = group("x", 0.0, 0.0, errors=(GraderErrorKind.PYTHON_GRADER_RUNTIME,))
     assert said(advice_on([*HEALTHY, *broken]), "python_grader_runtime") is Level.STOP
     failing = [r for i in range(4) for r in group(f"t{i}", 0.0, 1.0, tool_error=ToolErrorKind.REFUSED)]

@@ -31,7 +31,8 @@ EVALS: dict[int, dict[str, float]] = {
         "episode_latency_s": 8.0,
     },
     NUM_STEPS: {
-        "rollouts": 4, "masked_rollouts": 1, "reward": 0.5, "correct": 0.625, "answered": 1.0, "tool_calls": 3.3,
+        "rollouts": 4, "masked_rollouts": 1, "masked_by/world": 1,
+        "reward": 0.5, "correct": 0.625, "answered": 1.0, "tool_calls": 3.3,
         "invalid_calls": 0.0, "completion_tokens": 140.5, "reasoning_tokens": 0.5, "answer_tokens": 140.0,
         "episode_latency_s": 10.0,
     },
@@ -139,7 +140,8 @@ def run(tmp_path: Path) -> Path:
             "step": k, "train/reward": 0.1 * k, "train/correct": 0.2, "train/tool_calls": 5.0 - k,
             "loss/loss": -0.01 * k, "train/part/numeric": 0.2 * k, "train/stop/answered": 0.75,
             "train/stop/max_turns": 0.25,
-            "train/masked_rollouts": 2, "groups/tied_share": 0.25 * k, "canary/mismatch": 0.05, "time/rollouts_s": 10.0,
+            "train/masked_rollouts": 2, "train/masked_by/grader": 2,
+            "groups/tied_share": 0.25 * k, "canary/mismatch": 0.05, "time/rollouts_s": 10.0,
             "time/training_s": 20.0, "time/publish_s": 1.0, "time/step_s": 32.0,
         }
         for k in range(1, NUM_STEPS + 1)
@@ -254,9 +256,9 @@ def test_adapter_serve_command_config_and_versions_are_named(run: Path) -> None:
 def test_health_counts_what_was_lost(run: Path) -> None:
     page = _parse(write_report(run))
     health = (page.by_id("health") or {})["text"]
-    assert "rollouts masked out6 in all" in health
+    assert "rollouts masked out6 in allwithout a grade, not trained on: 6 not graded, for the grader failed" in health
     assert "tied groups50.0% on average" in health
-    assert "1 rollouts were lost" in (page.by_id("notes") or {})["text"]
+    assert "1 rollouts have no grade: 1 lost to faults of the world" in (page.by_id("notes") or {})["text"]
 
 
 @pytest.mark.parametrize(("before", "percent"), [(0.5, 60.0), (0.0, None), (-0.2, None), (None, None)])

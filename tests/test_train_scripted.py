@@ -170,7 +170,8 @@ def test_rollouts_lost_to_the_world_are_masked_and_counted(tiny_model, tmp_path)
     masked = [r for kind in ("rollouts", "evals") for p in (config.output_dir / kind).iterdir() for r in lines(p)]
     masked = [r for r in masked if r["grade"] is None]
     assert len(masked) == 3
-    assert sum(r.get("train/masked_rollouts", 0) + r.get("eval/masked_rollouts", 0) for r in rows) == 3
+    for key in ("masked_rollouts", "masked_by/world"):
+        assert sum(r.get(f"train/{key}", 0) + r.get(f"eval/{key}", 0) for r in rows) == 3
     assert all(r["episode"]["stop_reason"] == "world_fault" for r in masked)
     assert all("failed" in r["episode"]["error"] for r in masked)
 
@@ -192,7 +193,9 @@ def test_a_lost_rollout_is_tried_anew_and_nothing_is_masked(tiny_model, tmp_path
 
 def test_a_step_in_which_all_rollouts_are_lost_stops_the_run(tiny_model, tmp_path):
     config = make_config(tmp_path / "run", tiny_model, rollout={"world_retries": 0})
-    with pytest.raises(WorldError, match="every rollout of the step was lost"):
+    with pytest.raises(
+        WorldError, match=r"no rollout of the step has a grade: 8 lost to faults of the world, most often: .*failed"
+    ):
         start(config, Faults(failing_requests=frozenset(range(1, 1000))))
 
 

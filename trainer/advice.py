@@ -9,6 +9,7 @@ from enum import StrEnum
 from envs.types import StopReason
 from trainer.config import RunConfig
 from trainer.estimate import GIB, MemoryRow, memory_bytes
+from trainer.measures import WHY_MASKED, Masked
 from trainer.preflight_figures import Figures
 
 FEW_VARIED, ENOUGH_VARIED = 0.10, 0.15
@@ -168,14 +169,22 @@ def _limits(figures: Figures) -> Iterator[Advice]:
             )
 
 
+_MEND_MASKED = {
+    Masked.WORLD: "Mend the server.",
+    Masked.GRADER: "Mend the judge, endpoint or sandbox.",
+    Masked.NO_REWARD: "Let one function give a number, or leave such tasks out.",
+}
+
+
 def _faults(figures: Figures) -> Iterator[Advice]:
-    if figures.num_masked:
-        share = figures.num_masked / figures.num_rollouts
-        cause = max(figures.masked_causes, key=lambda c: figures.masked_causes[c])
+    share = figures.num_masked / figures.num_rollouts
+    for kind, causes in figures.masked_causes.items():
+        cause, num_masked = max(causes, key=lambda c: causes[c]), sum(causes.values())
         yield Advice(
             level=Level.STOP if share > MANY_MASKED else Level.WARN,
-            finding=f"{figures.num_masked} of {figures.num_rollouts} rollouts lost to faults of the world: {cause}",
-            what_to_do="Lost rollouts are not trained on, and what is lost is seldom a fair sample. Mend the server.",
+            finding=f"{num_masked} of {figures.num_rollouts} rollouts {WHY_MASKED[kind]}: {cause}",
+            what_to_do="Such rollouts are not trained on, and what is lost is seldom a fair sample. "
+            f"{_MEND_MASKED[kind]}",
         )
     errors = sum(figures.grader_errors.values())
     if errors > MANY_GRADER_ERRORS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
+from trainer.measures import WHY_MASKED, Masked, masked_causes
 from trainer.progress import Progress
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
 from trainer.runs import RunFolder, append_line, rollout_to_json
@@ -93,20 +93,31 @@ def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sam
     return samples, metrics
 
 
+def refuse_if_none_graded(rollouts: Sequence[Rollout], which: str) -> None:
+    """Raise where no rollout has a grade: `UserError` if the user's functions gave none, else `WorldError`."""
+    if any(r.grade is not None for r in rollouts):
+        return
+    causes = masked_causes(rollouts)
+    told = "; ".join(
+        f"{counts.total()} {WHY_MASKED[kind]}, most often: {counts.most_common(1)[0][0]}"
+        for kind, counts in causes.items()
+    )
+    raise (UserError if causes.keys() == {Masked.NO_REWARD} else WorldError)(f"no rollout {which} has a grade: {told}")
+
+
 def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolder, progress: Progress) -> None:
     """Say aloud what makes a step teach nothing; stop where it cannot be meant (invariant 8).
 
-    Raises `WorldError` when every rollout was lost, `UserError` when no reward varied for several steps in a row.
+    Raises as `refuse_if_none_graded`, and `UserError` when no reward varied for several steps in a row.
     """
-    if all(r.grade is None for r in rollouts):
-        raise WorldError(f"every rollout of the step was lost; the last: {rollouts[-1].episode.error or 'no grade'}")
+    refuse_if_none_graded(rollouts, "of the step")
     if not any(r.episode.num_tokens for r in rollouts):
         raise UserError(
             "no prompt of the step leaves room to generate: all are as long as rollout.max_episode_tokens; raise it"
         )
-    if lost := sum(r.grade is None for r in rollouts):
-        causes = Counter(r.episode.error or "the grader's judge" for r in rollouts if r.grade is None)
-        progress.warn(f"{lost} of {len(rollouts)} rollouts lost to faults of the world: {causes.most_common(1)[0][0]}")
+    for kind, causes in masked_causes(rollouts).items():
+        often = causes.most_common(1)[0][0]
+        progress.warn(f"{causes.total()} of {len(rollouts)} rollouts {WHY_MASKED[kind]}: {often}")
     graded = [r.grade for r in rollouts if r.grade is not None]
     if all(set(grade.errors) - {GraderErrorKind.TRUNCATED_OBSERVATION} for grade in graded):
         raise UserError(f"the grader failed on every rollout of the step: {graded[-1].explanation}")

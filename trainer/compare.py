@@ -22,7 +22,7 @@ import numpy as np
 from envs.errors import UserError
 from trainer.bootstrap import Floats, Interval, intervals, paired_differences
 from trainer.compare_data import Policy
-from trainer.measures import MEASURES, Measure
+from trainer.measures import MEASURES, Masked, Measure, masked_causes
 from trainer.rollout import Rollout
 
 _TAILS = ("tool_calls", "tokens", "latency_s")
@@ -66,7 +66,8 @@ class Comparison:
     num_tasks: int
     num_left_out: int
     """Tasks that not all policies have a graded rollout of."""
-    num_masked: Sequence[int]
+    num_masked: Mapping[Masked, Sequence[int]]
+    """By policy: rollouts without a grade, for each kind of reason that there is."""
     lines: Sequence[Line]
     tails: Mapping[str, Sequence[Mapping[str, float]]]
     """Measure → by policy: quantile → value."""
@@ -102,7 +103,7 @@ def compare(policies: Sequence[Policy], *, by: str | None = None, seed: int = 0)
         policies=mine,
         num_tasks=len(shared),
         num_left_out=len({t for g in graded for t in g} - set(shared)),
-        num_masked=[sum(r.grade is None for r in p.rollouts) for p in policies],
+        num_masked=_num_masked(policies),
         lines=_lines(graded, shared, seed),
         tails={key: [_tail(p.rollouts, key) for p in mine] for key in _TAILS},
         by=by or DEFAULT_BY,
@@ -155,6 +156,13 @@ def values(rollouts: Sequence[Rollout], key: str) -> list[float]:
 def _tail(rollouts: Sequence[Rollout], key: str) -> dict[str, float]:
     measured = values(rollouts, key)
     return {name: float(np.quantile(measured, q)) for name, q in _QUANTILES.items()}
+
+
+def _num_masked(policies: Sequence[Policy]) -> dict[Masked, list[int]]:
+    causes = [masked_causes(p.rollouts) for p in policies]
+    return {
+        kind: [c[kind].total() if kind in c else 0 for c in causes] for kind in Masked if any(kind in c for c in causes)
+    }
 
 
 def _errors(policies: Sequence[Policy]) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from trainer.bootstrap import LEVEL, NUM_RESAMPLES, Interval
 from trainer.compare import Comparison, Line, values
-from trainer.measures import MEASURES, Measure
+from trainer.measures import MEASURES, WHY_MASKED, Measure
 from trainer.page import cut, message, shown, write_page
 from trainer.pictures import histogram, interval_rows
 
@@ -61,9 +61,9 @@ def grids(c: Comparison, *, demo: bool) -> list[Grid]:
         for quantile in by_policy[0]
     ]
     out.append(Grid(id="tails", title="Tails, over single rollouts", headers=["", *names], rows=tails))
-    if c.errors:
+    if c.errors or c.num_masked:
         rows = [[name, *(f"{x:.3f}" for x in by_policy)] for name, by_policy in c.errors.items()]
-        rows.append(["masked rollouts, in all", *map(str, c.num_masked)])
+        rows += [[f"rollouts in all that were {WHY_MASKED[kind]}", *map(str, n)] for kind, n in c.num_masked.items()]
         out.append(Grid(id="errors", title="Errors per rollout", headers=["", *names], rows=rows))
     for kind, lines in c.kinds.items():
         title = f"{c.by}: {kind} ({lines[0].means[0].num_tasks} tasks)"

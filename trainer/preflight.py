@@ -21,11 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from envs.errors import UserError, WorldError
+from envs.errors import UserError
 from envs.secrets import without_secrets
 from envs.types import Task
 from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
+from trainer.collect import refuse_if_none_graded
 from trainer.config import RunConfig
 from trainer.estimate import (
     GIB,
@@ -238,8 +239,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         rollouts_start = time.perf_counter()
         rollouts = loop.run(worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
         rollouts_s = time.perf_counter() - rollouts_start
-        if all(r.grade is None for r in rollouts):
-            raise WorldError(f"every rollout was lost; the last: {rollouts[-1].episode.error or 'no grade'}")
+        refuse_if_none_graded(rollouts, "of the preflight")
 
         progress.phase("one microbatch's update")
         trained_tokens_per_s = _training_speed(policy, rollouts, config, progress)

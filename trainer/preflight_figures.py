@@ -20,10 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from envs.types import StopReason
 from graders.types import Grade
 from trainer.difficulty import TaskStats, stats_of
-from trainer.measures import num_tool_errors
+from trainer.measures import Masked, masked_causes, num_tool_errors
 from trainer.rollout import Rollout
 
 Curve = list[tuple[int, float]]
@@ -72,7 +71,8 @@ class Figures:
     """Per rollout by kind, `malformed` among them."""
     grader_errors: Mapping[str, float]
     """Per rollout by kind."""
-    masked_causes: Mapping[str, int]
+    masked_causes: Mapping[Masked, Mapping[str, int]]
+    """Why rollouts have no grade: by kind, how often each cause."""
     parts: Mapping[str, float]
     """Mean of each part of the reward: the grader's own first, then the penalties."""
 
@@ -130,7 +130,7 @@ def figures_of(rollouts: Sequence[Rollout], *, samples_per_task: int) -> Figures
         stop_shares=_per_rollout(Counter(str(e.stop_reason) for e in episodes), len(graded)),
         tool_errors=_per_rollout(_tool_errors(graded), len(graded)),
         grader_errors=_per_rollout(Counter(str(k) for r in graded if r.grade for k in r.grade.errors), len(graded)),
-        masked_causes=Counter(_cause(r) for r in rollouts if r.grade is None),
+        masked_causes=masked_causes(rollouts),
         parts=_part_means([r.grade for r in graded if r.grade]),
     )
 
@@ -198,12 +198,6 @@ def _tool_errors(rollouts: Sequence[Rollout]) -> Counter[str]:
     malformed = sum(turn.malformed for r in rollouts for turn in r.episode.turns)
     assert kinds.total() + malformed == sum(map(num_tool_errors, rollouts))
     return kinds + Counter(malformed=malformed)
-
-
-def _cause(rollout: Rollout) -> str:
-    if rollout.episode.error:
-        return rollout.episode.error
-    return str(rollout.episode.stop_reason) if rollout.episode.stop_reason is StopReason.WORLD_FAULT else "grader"
 
 
 def _per_rollout(counts: Mapping[str, int], num_rollouts: int) -> dict[str, float]:

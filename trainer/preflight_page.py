@@ -16,6 +16,7 @@ from envs.secrets import without_secrets
 from trainer.advice import Advice, Level
 from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
 from trainer.gpu_estimate import Estimate
+from trainer.measures import WHY_MASKED
 from trainer.page import write_page
 from trainer.pictures import bars, curves, histogram, number
 from trainer.preflight import Preflight, gib
@@ -105,8 +106,9 @@ def figure_rows(found: Preflight) -> list[tuple[str, str]]:
         ("tool errors per call", number(f.tool_error_share, percent=True)),
         ("rollouts with a malformed call", number(f.malformed_share, percent=True)),
         ("grader errors per rollout", number(sum(f.grader_errors.values()))),
-        ("rollouts lost to the world", f"{f.num_masked} of {f.num_rollouts}"),
+        ("rollouts without a grade", f"{f.num_masked} of {f.num_rollouts}"),
     ]
+    rows += [(f"of them {WHY_MASKED[kind]}", str(sum(causes.values()))) for kind, causes in f.masked_causes.items()]
     return rows
 
 
@@ -143,7 +145,7 @@ def _sections(found: Preflight) -> list[tuple[str, list[Markup]]]:
     f = found.figures
     means = [stats.mean for stats in f.tasks.values()]
     stops = list(f.stop_shares.items())
-    lost = [("lost to the world", f.num_masked / f.num_rollouts)] if f.num_masked else []
+    lost = [(WHY_MASKED[kind], sum(causes.values()) / f.num_rollouts) for kind, causes in f.masked_causes.items()]
     failures = [*((f"tool: {kind}", x) for kind, x in f.tool_errors.items()),
                 *((f"grader: {kind}", x) for kind, x in f.grader_errors.items()), *lost]  # fmt: skip
     passes = {name: points for name, points in f.curves.items() if name == "pass@k"}

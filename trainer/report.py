@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from trainer.before_after import (
     rows_of,
 )
 from trainer.charts import Series, line_chart, stacked_chart
+from trainer.measures import WHY_MASKED
 from trainer.page import cut, write_page
 from trainer.run_data import RunData, Sample, read_run
 from trainer.transcripts import PAGE as TRANSCRIPTS
@@ -108,8 +109,15 @@ def _notes(data: RunData) -> list[str]:
         notes.append("there is one evaluation only: nothing to compare it with yet")
     for step in data.eval_steps:
         if masked := data.steps[step].get("eval/masked_rollouts"):
-            notes.append(f"evaluation after {step} steps: {masked:.0f} rollouts were lost to faults of the world")
+            kinds = _kinds_of_masked({k: data.steps[step].get(f"eval/masked_by/{k}", 0.0) for k in WHY_MASKED})
+            notes.append(f"evaluation after {step} steps: {masked:.0f} rollouts have no grade{kinds}")
     return notes
+
+
+def _kinds_of_masked(counts: Mapping[str, float]) -> str:
+    """Why rollouts have no grade, to go on with; empty where the run did not note it."""
+    kinds = ", ".join(f"{count:,.0f} {WHY_MASKED[kind]}" for kind, count in counts.items() if count)
+    return f": {kinds}" if kinds else ""
 
 
 def _caption(data: RunData) -> str:
@@ -241,9 +249,10 @@ def _generic_charts(data: RunData, prefix: str) -> list[Markup]:
 
 def _health(data: RunData) -> list[tuple[str, str, str]]:
     """(what, over the run, meaning): what should be zero or small in a healthy run."""
+    masked = _kinds_of_masked({k: sum(v for _, v in data.series(f"train/masked_by/{k}")) for k in WHY_MASKED})
     sums = [
-        ("train/masked_rollouts", "rollouts masked out", "lost to faults of the world, not trained on"),
-        ("train/retried_rollouts", "rollouts retried", "earlier attempts were lost to faults of the world"),
+        ("train/masked_rollouts", "rollouts masked out", f"without a grade, not trained on{masked}"),
+        ("train/retried_rollouts", "rollouts retried", "the world or the grading of earlier attempts failed"),
     ]
     means = [
         ("groups/tied_share", "tied groups", "{:.1%}", "all rewards equal: nothing to learn from in the group"),

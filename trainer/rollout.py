@@ -41,7 +41,7 @@ class Rollout:
     ledgers: tuple[Ledger, ...]
     """Usually one training row; one more for every turn at which the template rewrote the earlier text."""
     grade: Grade | None
-    """None where the world failed: masked out of the loss."""
+    """None where there is none to learn from: masked out of the loss. `measures.masked_by` says why."""
     watch: Grade | None = None
     """What the grader that is never trained on gave; None without one, and where it failed."""
     is_unscored: bool = False
@@ -49,7 +49,7 @@ class Rollout:
     num_drifted_turns: int = 0
     """Turns whose raw text differs from what serving would render for the parsed message."""
     num_attempts: int = 1
-    """More than one where earlier attempts were lost to faults of the world."""
+    """More than one where the world or the grading of earlier attempts failed."""
 
     @property
     def reward(self) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from graders.types import Grade
+from trainer.measures import masked_causes
 from trainer.rollout import Rollout
 from trainer.samples import Sample
 
@@ -15,7 +16,7 @@ Metrics = dict[str, float]
 
 
 def summarise(rollouts: Sequence[Rollout]) -> Metrics:
-    """Means over the graded rollouts, and counts of what was lost.
+    """Means over the graded rollouts, and counts of what was lost: all, and where there are any by kind (`Masked`).
 
     Tokens are generated tokens: `completion_tokens` in all, of which `reasoning_tokens` by the reasoning parser and
     `answer_tokens` the others (tool calls and answers). Latencies are in seconds. `tool_calls` counts malformed calls
@@ -28,6 +29,7 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     """
     graded = [r for r in rollouts if r.grade is not None]
     metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
+    metrics |= {f"masked_by/{kind}": causes.total() for kind, causes in masked_causes(rollouts).items()}
     metrics["retried_rollouts"] = sum(r.num_attempts > 1 for r in rollouts)
     if not graded:
         return metrics

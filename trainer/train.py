@@ -41,7 +41,7 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, release_left_open
     from trainer.transcripts import write_token_figures, write_transcripts
 
-    accelerator = Accelerator(log_with=list(config.trackers), project_dir=str(config.output_dir))
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
     if accelerator.is_main_process:
         RunFolder.create(config)
     accelerator.wait_for_everyone()

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,16 @@ def test_a_lost_rollout_is_tried_anew_and_nothing_is_masked(tiny_model, tmp_path
     assert len(written) == 2 + 8 + 2
     assert sorted(r["num_attempts"] for r in written) == [1] * 10 + [2] * 2
     assert all(r["grade"] is not None for r in written)
+
+
+def test_a_run_without_trackers_is_not_warned_of_them(tiny_model, tmp_path):
+    config = make_config(tmp_path / "run", tiny_model, optim={"num_steps": 1})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(config.model_copy(update={"trackers": []}))
+    assert not [str(w.message) for w in caught if "tracker" in str(w.message)]
+    assert not list(config.output_dir.rglob("*tfevents*"))
+    assert len(lines(config.output_dir / "metrics.jsonl")) == 3
 
 
 def test_a_step_in_which_all_rollouts_are_lost_stops_the_run(tiny_model, tmp_path):

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,24 @@ from servers import VLLM, running_vllm, served_dtype
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+# Workers side by side (pytest -n) share the cores out, before torch or an engine counts them: threads of two processes
+# that wait for each other on one core take several times as long.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers: real engines first and one at a time, every other file as a whole, for its fixtures."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        engine = item.get_closest_marker("vllm") is not None
+        item.add_marker(pytest.mark.xdist_group("engines" if engine else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
 
 # One ChatML template in four dialects of tool calls; with `thinking`, reasoning before the last question is dropped.
 TOY_TEMPLATE = """

@@ -215,11 +215,13 @@ async def test_every_expert_episode_is_right_within_ten_calls_and_reads_only_wha
 
 async def test_junk_is_graded_0_on_every_task(shipped: FinanceWorld) -> None:
     build_grader(NUMERIC, PenaltiesConfig(), tasks=all_tasks(shipped))
-    for task in all_tasks(shipped):
+    for i, task in enumerate(all_tasks(shipped)):
         gold = task.item["answer"]
         assert await score(task, gold) == 1.0
         text = shipped.texts[task.item["paths"][0]]
-        junk = ["", "I don't know.", task.messages[-1].content, text, text[:4000], "yes", "no", f"9{gold.lstrip('-$')}"]
+        # The hundreds of numbers of a whole report take most of the test's time.
+        junk = ["", "I don't know.", task.messages[-1].content, text[:1000], "yes", "no", f"9{gold.lstrip('-$')}"]
+        junk += [text, text[:4000]] if i % 20 == 0 else []
         if task.item["kind"] == "greater":
             junk.append({"0": "1", "1": "0"}[gold])
         else:

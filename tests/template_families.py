@@ -1,4 +1,4 @@
-"""The chat templates that the installed trl ships, the family of each, and episodes through them.
+"""The chat templates that the installed trl and vLLM ship, the family of each, and episodes through them.
 
 `python tests/template_families.py` prints the table of docs/models.md.
 """
@@ -62,6 +62,7 @@ DEEPSEEK = Family(
     stops=("<｜end▁of▁sentence｜>",),
     special={"bos_token": "<｜begin▁of▁sentence｜>"},
 )
+DEEPSEEK_VL = Family(stops=DEEPSEEK.stops, special={**DEEPSEEK.special, "eos_token": "<｜end▁of▁sentence｜>"})
 LLAMA = Family(stops=("<|eot_id|>",), tokens=("<|python_tag|>",), special={"bos_token": "<|begin_of_text|>"})
 LLAMA_JSON = Family(tool_parser="llama3_json", stops=LLAMA.stops, tokens=LLAMA.tokens, special=LLAMA.special)
 LFM2 = Family(tool_parser="lfm2", tokens=("<|tool_call_start|>", "<|tool_call_end|>"))
@@ -127,15 +128,27 @@ FAMILIES = {
     "qwen3_instruct_2507": Family(),
     "qwen3_vl": Family(),
     "smolvlm": Family(stops=("<end_of_utterance>",)),
+    "vllm: basic": Family(refused="ends an assistant's turn with no special token"),
+    "vllm: blip2": Family(refused="ends an assistant's turn with no special token"),
+    "vllm: chatml": Family(),
+    "vllm: deepseek_ocr": Family(special=DEEPSEEK_VL.special, refused="ends an assistant's turn with no special token"),
+    "vllm: deepseek_vl2": DEEPSEEK_VL,
+    "vllm: kimi_audio": Family(refused="renders no tools, nor does it write them where they stand in the text"),
+    "vllm: minicpmv45": Family(),
 }
 
 
 def template_files() -> dict[str, Path]:
-    """The templates of the installed trl by name, the training templates left out."""
-    spec = find_spec("trl")
+    """The templates of the installed trl and vLLM by name, trl's training templates left out."""
+    trl, vllm = _folder("trl", "chat_templates"), _folder("vllm", "transformers_utils", "chat_templates")
+    files = {path.stem: path for path in sorted(trl.glob("*.jinja")) if not path.stem.endswith("_training")}
+    return files | {f"vllm: {path.stem.removeprefix('template_')}": path for path in sorted(vllm.glob("*.jinja"))}
+
+
+def _folder(package: str, *below: str) -> Path:
+    spec = find_spec(package)
     assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "chat_templates"
-    return {path.stem: path for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")}
+    return Path(spec.origin).parent.joinpath(*below)
 
 
 def family_chat(smollm2: Path, folder: Path, name: str, **settings: Any) -> Chat:
@@ -283,7 +296,7 @@ def row(smollm2: Path, folder: Path, name: str) -> list[str]:
 if __name__ == "__main__":
     from trainer.model_cache import DEFAULT_MODEL, resolve_model
 
-    head = ["template of trl", "parsers", *EPISODES, "rows / forks", "verdict"]
+    head = ["template", "parsers", *EPISODES, "rows / forks", "verdict"]
     print(f"trl {metadata.version('trl')}\n")
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""Every chat template that trl ships: episodes of several turns read and continue as serving does, or it is refused."""
+"""Every chat template that trl and vLLM ship: episodes of several turns read and continue as serving does, or it is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chat(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest
     return name, family_chat(smollm2, tmp_path_factory.mktemp("family") / name, name)
 
 
-def test_every_template_that_trl_ships_has_a_family() -> None:
+def test_every_template_that_the_installed_packages_ship_has_a_family() -> None:
     assert template_files().keys() == FAMILIES.keys()
 
 

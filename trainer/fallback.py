@@ -63,7 +63,11 @@ def choose_template(tokenizer: Any, setting: str, template_kwargs: Mapping[str, 
     if not missing:
         return own, ""
     template = _fallback_of(tokenizer, own, template_kwargs)
-    assert not lack(template), "a fallback lists tools and writes calls"
+    if lack(template):
+        raise UserError(
+            f"model.chat_template: the model's own template {missing}, nor does it write them where they stand in the "
+            "text of a message; name a template that does"
+        )
     return template, f"the model's own template {missing}"
 
 

@@ -17,8 +17,8 @@ settings.load_profile("repeatable")
 # Workers side by side (pytest -n) share the cores out, before torch or an engine counts them: threads of two processes
 # that wait for each other on one core take several times as long.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
-    cores = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    os.sched_setaffinity(0, cores or os.sched_getaffinity(0))
+    number, count = int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::count] or os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,4 +1,4 @@
-"""Every chat template that trl and vLLM ship: episodes of several turns read and continue as serving does, or it is refused."""
+"""Every chat template that trl and vLLM ship: its episodes read and go on as serving does, or it is refused."""
 
 from __future__ import annotations
 

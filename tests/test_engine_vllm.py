@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -337,6 +337,14 @@ def _questions(smollm2: Path) -> list[list[int]]:
     ]
 
 
+def _forced(grammar: Grammar, token_ids: Sequence[int]) -> torch.Tensor:
+    """Whether the grammar allows but one token at each place of an answer."""
+    allowed_NW = torch.full((len(token_ids), 49152 // 32), -1, dtype=torch.int32)
+    grammar.fill(allowed_NW, 0, token_ids)
+    bits = (allowed_NW[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    return bits.sum((1, 2)) == 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_probabilities(
     merged: Rig, smollm2: Path, temperature: float
@@ -360,9 +368,10 @@ def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_pro
     trainer = torch.cat(merged.policy.logprobs(rows, temperature=temperature, adapter=merged.engine._version > 0))
     engine = torch.tensor([x for c in completions for x in c.logprobs])
     assert (trainer - engine).abs().mean() < TOLERANCE
-    # Where one token alone is allowed, both are certain.
-    forced = trainer == 0
-    assert forced.sum() > 5 and engine[forced].abs().max() < 1e-4
+    # Where one token alone is allowed, such as the end of turn after a whole answer, both are certain.
+    forced = torch.cat([_forced(merged.policy._grammar, completion.token_ids) for completion in completions])
+    assert all(_forced(merged.policy._grammar, completion.token_ids)[-1] for completion in finished)
+    assert trainer[forced].abs().max() == 0 and engine[forced].abs().max() < 1e-4
     free = [replace(row, constrained=()) for row in rows]
     unmasked = torch.cat(merged.policy.logprobs(free, temperature=temperature, adapter=merged.engine._version > 0))
     assert (unmasked - engine).abs().mean() > 3 * TOLERANCE

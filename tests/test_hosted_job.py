@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -491,7 +492,7 @@ def shop_script(prompt: str, seed: int) -> str:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_job_runs_from_its_json_to_an_adapter_with_tools_and_grader_over_http(tmp_path, tiny_model):
+def test_a_job_runs_from_its_json_to_an_adapter_with_tools_and_grader_over_http(tmp_path, tiny_model, monkeypatch):
     examples = REPOSITORY / "scripts" / "examples"
     first = (examples / "shop.jsonl").read_text().splitlines()[0]
     (tmp_path / "file-Shop1.jsonl").write_text(first + "\n")
@@ -506,7 +507,8 @@ def test_a_job_runs_from_its_json_to_an_adapter_with_tools_and_grader_over_http(
             job = job_of(
                 grader=json.loads((examples / "grader.json").read_text()) | {"url": f"{grader}/grade"},
                 tools=[
-                    {"name": name, "server_url": f"{tools}/tools"} for name in ("search", "add_to_cart", "view_cart")
+                    {"name": name, "server_url": f"{tools}/tools", "headers": {"X-Odd": "s3cret"}}
+                    for name in ("search", "add_to_cart", "view_cart")
                 ],
                 max_episode_steps=3,
                 hyperparameters={"batch_size": 1, "n_epochs": 2, "compute_multiplier": 0.5, "eval_samples": 1},
@@ -514,11 +516,20 @@ def test_a_job_runs_from_its_json_to_an_adapter_with_tools_and_grader_over_http(
             job |= {"training_file": "file-Shop1", "validation_file": "file-Shop1", "suffix": "shop"}
             (tmp_path / "job.json").write_text(json.dumps(job))
             made = take_job(tmp_path / "job.json", config=tmp_path / "base.yaml")
-            (tmp_path / "run.yaml").write_text(made.to_yaml())
-            folder = train(load_config(tmp_path / "run.yaml"), start_engine=engine_starter(shop_script))
+            monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+            script = importlib.import_module("train")
+            starter = engine_starter(shop_script)
+            monkeypatch.setattr(script, "_train", lambda config: train(config, start_engine=starter))
+            folder = script._train_job(made, is_main=True)
     records = [json.loads(line) for p in folder.glob("rollouts/*.jsonl") for line in p.read_text().splitlines()]
     assert folder == tmp_path / "run" and len(records) == 2 * 4
     assert {record["grade"]["reward"] for record in records} == {0.0, 1.0}
     results = [r for record in records for turn in record["episode"]["turns"] for r in turn["results"]]
     assert len(results) == 8 and all("blue pen" in r["output"] for r in results)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    # The config with what is said of it, which runs again once the variable is set.
+    written = (folder / "hosted_job.yaml").read_text()
+    assert all(f"# {remark}\n" in written for remark in made.remarks) and "${X_ODD}" in str(made.remarks)
+    assert load_config(folder / "hosted_job.yaml") == load_config(folder / "config.yaml")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not any(b"s3cret" in path.read_bytes() for path in files)

@@ -13,6 +13,7 @@ import pytest
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld, task_row
+from envs.messages import Reader, read_tools
 from envs.rows import DatasetSource, read_dataset
 from envs.types import Message, Task
 from graders.sample import item_of
@@ -132,6 +133,9 @@ def test_nulls_as_an_sdk_dumps_them_are_read_as_missing_keys(tmp_path):
     ]
     plain = [{k: v for k, v in m.items() if v is not None and v != []} for m in messages]
     assert task_of(tmp_path, {"messages": messages}).messages == task_of(tmp_path, {"messages": plain}).messages
+    flat = {"type": "function", "name": "cat", "description": None, "strict": None, "function": None}
+    (tool,) = read_tools(Reader({"tools": [flat], "functions": None}, "row")) or ()
+    assert tool["function"]["name"] == "cat" and read_tools(Reader({"tools": None}, "row")) is None
 
 
 def test_a_row_with_nulls_in_its_tools_is_read_and_keeps_them(tmp_path):

@@ -1,0 +1,35 @@
+"""What the pages say of the tests holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from servers import REPOSITORY
+
+PAGES = sorted([*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*.md")])
+
+
+def names_in(path: Path) -> set[str]:
+    nodes = ast.parse(path.read_text()).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page):
+    files = {path.stem: names_in(path) for path in REPOSITORY.glob("tests/*.py")}
+    for file, test in re.findall(r"\b(?:(test_\w+)\.py(?:::)?)?(test_\w+)?", page.read_text()):
+        assert not file or file in files, f"{page.name} names {file}.py"
+        if test:
+            known = files[file] if file else {*files, *(name for names in files.values() for name in names)}
+            assert test in known, f"{page.name} names {test}"
+
+
+def test_every_case_of_the_compatibility_page_names_its_tests():
+    rows = [
+        line for line in (REPOSITORY / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    cases = [row for row in rows if not row.startswith("| | case")]
+    assert len(cases) > 40 and all(re.search(r"`test_\w+`[^|]*\|$", row) for row in cases)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Env, ExpertTurn, World
 from envs.errors import UserError
-from envs.loading import TARGET_PATTERN, load_target, make
+from envs.loading import TARGET_PATTERN, check_order, load_target, make
 from envs.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.tools import Tool
 from envs.trl_env import TrlEnv, TrlKind, trl_kind
@@ -70,6 +70,8 @@ class CustomWorld:
         if hasattr(made, "make_env"):
             self._world = made
         elif all(hasattr(made, name) for name in ("tools", "open", "close")):
+            check_order(made.open, ("task", "rollout_id"), f"{self._where}: open")
+            check_order(made.close, ("episode",), f"{self._where}: close")
             # Made already: the first rollout gets it.
             self._spare = made
         elif callable(getattr(made, "reset", None)):

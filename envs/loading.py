@@ -130,6 +130,28 @@ def required_by_name(function: Callable[..., Any], where: str) -> list[str]:
     return required(function)
 
 
+def check_order(function: Callable[..., Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """For a function that is called with arguments by position, so that its parameters may have any names.
+
+    Gives its own names of them, none where they can't be known. Raises `UserError` where it does not take so many, or
+    names them as we do in another order: it would read one as the other.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # C code without a signature: the first call will tell.
+        return ()
+    called = f"{where} is called as {where.rpartition(' ')[2]}({', '.join(names)})"
+    try:
+        signature.bind(*names)
+    except TypeError as e:
+        raise UserError(f"{called}, but: {e}") from None
+    given = tuple(signature.parameters)[: len(names)]
+    if given != names and sorted(given) == sorted(names):
+        raise UserError(f"{called}, but: its parameters are {', '.join(given)}, in this order")
+    return given
+
+
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a call gives a coroutine; partials and callable objects included."""
     while isinstance(function, functools.partial):

@@ -19,7 +19,6 @@ aside, which masks the rollout. Sync code runs in a thread.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from envs.errors import Unscored, UserError, first_error
-from envs.loading import accepted, call_user, load_target, make, required, required_by_name
+from envs.loading import accepted, call_user, check_order, load_target, make, required, required_by_name
 from envs.trl_env import live_environment
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
@@ -44,8 +43,6 @@ _NEVER_GIVEN = {
     "prompt": "expected prompts",
     "completion": "expected completions",
 }
-_OTHERS = (("sample", "item"), ("item", "sample"), ("episode", "task"))
-"""Names of two parameters that say that a class's `grade` takes something else, or the other way round."""
 _MARGIN = 1e-9
 
 
@@ -82,19 +79,9 @@ def _load(name: str, kwargs: Mapping[str, Any], grader_name: str, *, key: str) -
 
 
 def _check_grade(grade: Callable[..., Any], where: str) -> None:
-    try:
-        signature = inspect.signature(grade)
-    except ValueError:
-        # C code without a signature: the first call will tell.
-        return
-    try:
-        signature.bind("task", "episode")
-    except TypeError as e:
-        raise UserError(f"{where}: grade is called as grade(task, episode), but: {e}") from None
-    names = tuple(signature.parameters)[:2]
-    if names in _OTHERS:
-        python = "; a grade(sample, item) goes with the python grader" if "sample" in names else ""
-        raise UserError(f"{where}: grade({', '.join(names)}) is called as grade(task, episode){python}")
+    names = check_order(grade, ("task", "episode"), f"{where}: grade")
+    if sorted(names) == ["item", "sample"]:
+        raise UserError(f"{where}: grade is called as grade(task, episode); sample and item are a python grader's")
 
 
 def _is_bare_factory(function: Callable[..., Any]) -> bool:
@@ -205,7 +192,9 @@ class _FunctionGrader:
             if parameter in needed:
                 raise UserError(f"{where}: {parameter!r} can't be given: {why}")
         if not accepted(function, dict.fromkeys(_COMPLETIONS)):
-            raise UserError(f"{where}: expected a function f(prompts, completions, **columns)")
+            raise UserError(
+                f"{where}: expected a function f(prompts, completions, **columns), or a class with grade(task, episode)"
+            )
         self._columns = [parameter for parameter in needed if parameter not in _OFFERED]
         self._needs_tokens = "completion_ids" in needed
 

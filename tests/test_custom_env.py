@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -273,6 +274,22 @@ async def test_our_own_protocol_is_taken_as_it_is() -> None:
     assert not hasattr(own, "sweep")
 
 
+class Swapped:
+    tools: Mapping[str, Tool] = MappingProxyType({"ring": ring})
+
+    async def open(self, rollout_id: str, task: Task) -> None: ...
+
+    async def close(self, episode: Episode | None) -> None: ...
+
+
+class Hasty:
+    tools: Mapping[str, Tool] = MappingProxyType({"ring": ring})
+
+    async def open(self, row: Task, name: str) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 def test_tasks_come_from_the_data_where_the_environment_has_none() -> None:
     with pytest.raises(
         UserError, match=r"data: world.target .*Plain' has no tasks of its own; expected a data section"
@@ -284,6 +301,8 @@ def test_tasks_come_from_the_data_where_the_environment_has_none() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "told"),
     [
+        ("Swapped", {}, r"open is called as open\(task, rollout_id\), but: its parameters are rollout_id, task"),
+        ("Hasty", {}, r"close is called as close\(episode\), but: too many positional arguments"),
         ("NoEnv", {}, r"expected a world \(make_env\), .* a TRL-style environment \(reset\), .*got NoEnv"),
         ("Mute", {}, r"every public method is a tool: tool 'act' has no docstring"),
         ("Drawer", {"size": 1}, r"kwargs: got an unexpected keyword argument 'size'"),

@@ -258,7 +258,7 @@ class TooMany:
 
 
 class AnyNames:
-    def grade(self, row: Any, played: Any, *, weight: float = 1.0) -> float:
+    def grade(self, row: Any, played: Any, *more: Any, weight: float = 1.0, **rest: Any) -> float:
         return weight
 
 
@@ -385,9 +385,9 @@ async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> No
         ("wants_the_trainer", {}, "'trainer_state' can't be given: graders do not know the trainer"),
         ("by_position", {}, "parameter 'completions' is given by its name; expected none before a /"),
         ("singular", {}, "'prompt' can't be given: expected prompts"),
-        ("Hosted", {}, r"grade\(sample, item\) is called as grade\(task, episode\); .* goes with the python grader"),
-        ("HostedSwapped", {}, r"grade\(item, sample\) is called as grade\(task, episode\)"),
-        ("Swapped", {}, r"grade\(episode, task\) is called as grade\(task, episode\)"),
+        ("Hosted", {}, r"grade is called as grade\(task, episode\); sample and item are a python grader's"),
+        ("HostedSwapped", {}, r"grade is called as grade\(task, episode\); sample and item are"),
+        ("Swapped", {}, r"grade is called as grade\(task, episode\), but: its parameters are episode, task, in this"),
         ("TooFew", {}, r"grade is called as grade\(task, episode\), but: too many positional arguments"),
         ("TooMany", {}, r"grade is called as grade\(task, episode\), but: missing a required argument: 'gold'"),
         ("of_numbers", {}, r"expected a function f\(prompts, completions, \*\*columns\)"),

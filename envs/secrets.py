@@ -58,8 +58,8 @@ _LONG = re.compile(r"[A-Za-z0-9]{20,}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """A commit's, an image's."""
 # Bounded repeats: what a server says is searched too, however long it is, in time that grows with its length alone.
-_URL = re.compile(r"(?<![A-Za-z0-9])([A-Za-z][A-Za-z0-9+.-]{0,40}://)([^\s'\"<>`]+)")
-_PARAMETER = re.compile(r"([?&#;])([^=&#;?/]+)=([^&#;]*)")
+_URL = re.compile(r"(?<![A-Za-z0-9])([A-Za-z][A-Za-z0-9+.-]{0,40}(?:://|:/(?=[^/\s]{1,99}@)))([^\s'\"<>`]+)")
+_PARAMETER = re.compile(r"([?&#;])([^=&#;?/]+)(?:=([^&#;]*))?")
 _SCHEME = re.compile(
     r"\b(Authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:(?:Bearer|Basic|Token)\s{1,9}|(?=\S{0,99}\d))|(?:Bearer|Basic)\s+(?=\S{0,99}[\d=]))"
     r"([^\s'\",]+)"
@@ -70,7 +70,7 @@ _FLAG = re.compile(r"(?<![\w-])(--?[A-Za-z][\w.-]{0,99})(\s{1,9})(?!-)" + _VALUE
 _FIELD = re.compile(r"(?<![\w-])([A-Za-z][\w-]{0,99})(:\s{0,9}(?:(?:Bearer|Basic|Token)\s{1,9})?)(?!/)" + _VALUE)
 _WORD = re.compile(r"(?<!\S)[^\s/]+(?!\S)")
 """No path and no URL."""
-_BARE_USER = re.compile(r"(?<![\w@/])[^\s:@/'\"]{1,99}:[^\s:@/'\"]{1,99}@(?=[\w-])")
+_BARE_USER = re.compile(r"(?<![\w@/])[^\s:@/'\"]{1,99}:[^\s:@/'\"]{1,99}@(?=[A-Za-z]|\d+(?:\.\d+){3})")
 _FREE = re.compile(r"env|bind|arguments|metadata|\w*kwargs", re.IGNORECASE)
 """Mappings whose keys are not ours; of these the names of variables alone end in KEY where they hold one."""
 
@@ -87,7 +87,7 @@ def without_secrets(value: Any) -> Any:
 def hidden_in(text: str) -> str:
     """An error's or a log's text without the secrets of URLs, headers, arguments and assignments in it."""
     text = _SCHEME.sub(lambda m: m[0] if "${" in m[2] else f"{m[1]}${{AUTHORIZATION}}", _in_text(text))
-    text = _BARE_USER.sub(lambda m: m[0] if "${" in m[0] else "${URL_USER}@", text)
+    text = _BARE_USER.sub(_bare_user, text)
     text = _ASSIGNED.sub(lambda m: _named(m, asks_key=False), text)
     return _FLAG.sub(lambda m: _named(m, asks_key=False) if re.search(r"\d", m[3]) else m[0], text)
 
@@ -101,7 +101,9 @@ def _of_key(key: str, value: Any, within: str = "") -> Any:
         if key.lower().endswith("headers"):
             return {name: _header(str(name), text) for name, text in value.items()}
         within = key if _FREE.fullmatch(key) else within
-        return {name: _of_key(str(name), inner, within) for name, inner in value.items()}
+        # All that stands under `credentials` is one, whatever it is called there.
+        outer = f"{key}." if within and _speaks_of_secrets(key, asks_key=False) else ""
+        return {name: _of_key(f"{outer}{name}", inner, within) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return _arguments(value) if key == "args" else [_of_key(key, inner, within) for inner in value]
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -117,7 +119,8 @@ def _of_key(key: str, value: Any, within: str = "") -> Any:
 
 
 def _header(name: str, value: Any) -> Any:
-    if _HARMLESS_HEADER.fullmatch(name) and not (isinstance(value, str) and _is_key(value)):
+    tells = _speaks_of_secrets(name, asks_key=True) or (isinstance(value, str) and _is_key(value))
+    if _HARMLESS_HEADER.fullmatch(name) and not tells:
         return _in_text(value) if isinstance(value, str) else value
     return _hidden(name, value)
 
@@ -150,7 +153,9 @@ def _words(text: str) -> str:
         else:
             kept = _of_key("arguments", read)
             return text if kept == read else json.dumps(kept, ensure_ascii=False)
-    text = _URL.sub(_url, _without_defaults(text))
+    if _AUTH.match(text):
+        return str(_hidden("secret", text))
+    text = _BARE_USER.sub(_bare_user, _URL.sub(_url, _without_defaults(text)))
     for pattern in (_FLAG, _FIELD, _ASSIGNED):
         text = pattern.sub(lambda m: _named(m, asks_key=True), text)
     return _WORD.sub(lambda m: "${SECRET}" if _is_key(m[0]) else m[0], _KNOWN.sub("${SECRET}", text))
@@ -178,7 +183,8 @@ def _hidden(name: str, value: Any) -> Any:
     """The value's variable, but for values that are none or that are read from somewhere else anyway."""
     if not isinstance(value, str):
         return value if value is None or isinstance(value, bool) else _variable(name)
-    if "{{" in value or ("${" in value and not _is_key(_AUTH.sub("", VARIABLE.sub("", value)))):
+    rest = _AUTH.sub("", VARIABLE.sub("", value))
+    if "{{" in value or ("${" in value and "${" not in rest and not _is_key(rest)):
         return VARIABLE.sub(r"${\1}", value)
     return value if _NO_VALUE.fullmatch(value) and not _is_key(value) else _variable(name)
 
@@ -227,6 +233,10 @@ def _url(match: re.Match[str]) -> str:
     return match[1] + user + "/".join(_pieces(rest[:end])) + _PARAMETER.sub(_parameter, rest[end:])
 
 
+def _bare_user(match: re.Match[str]) -> str:
+    return match[0] if "${" in match[0] else "${URL_USER}@"
+
+
 def _user_of(text: str) -> tuple[str, str]:
     """What stands before the @ of a URL, and the rest. A password may hold what ought to be escaped in it."""
     authority = re.split(r"[/?#]", text, maxsplit=1)[0]
@@ -248,6 +258,8 @@ def _pieces(path: str) -> Iterator[str]:
 
 def _parameter(match: re.Match[str]) -> str:
     mark, name, value = match.groups()
+    if value is None:
+        return f"{mark}${{URL_KEY}}" if _is_key(name) else match[0]
     asked = unquote(name)
     speaks = _speaks_of_secrets(asked, asks_key=True) or asked == "code"
     return f"{mark}{name}={_hidden(asked, value) if speaks or _is_key(value) else value}"

@@ -72,6 +72,10 @@ HELD: list[dict[str, Any]] = [
     {"grader": {"type": "custom", "target": "m:G", "kwargs": {"client": {"api_key": "s3cret"}}}},
     {"grader": {"type": "custom", "targets": [{"target": "m:G", "kwargs": {"hubToken": "s3cret"}}]}},
     judge_of(base_url="https://h/v1?key=s3cret"),
+    endpoint_of(url=f"https://h/grade?{LONG}s3"),
+    endpoint_of(headers={"X-Odd": "${A-s3cret}", "Content-Secret": "s3cret"}),
+    mcp_of(args=["--proxy", "bob:s3cret@proxy:80"], env={"HEADER": "Bearer s3cret"}),
+    {"grader": {"type": "custom", "target": "m:G", "kwargs": {"credentials": {"a": "s3cret", "b": ["s3cret"]}}}},
     judge_of(base_url="https://bob:s3/cret@h/v1"),
     user_of(type="url", url="https://h/user?sig=s3cret"),
     user_of(type="url", url="https://h", headers={"X-Pass": "s3cret"}),
@@ -174,6 +178,7 @@ def test_no_url_shows_its_password_in_an_error_or_in_a_config(user, password, na
 @pytest.mark.parametrize(
     "text",
     [
+        "data.train https:/bob:s3cret@h/rows.jsonl: No such file or directory",
         "HTTP 401 for url 'https://h/mcp?token=s3cret'",
         "refused: Authorization: Bearer s3cret",
         "{'Authorization': 'Bearer s3cret'}",

@@ -21,6 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
+from envs.secrets import hidden_in
 from trainer.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": hidden_in(shlex.join(["python", *sys.argv])),
     }
 
 

@@ -122,6 +122,19 @@ def test_two_calls_under_a_template_that_takes_one_are_the_models_fault_and_none
         chat.open([*before, turn, *results], [search.schema()])
 
 
+def test_a_turn_of_another_shape_than_those_that_were_taken_is_tried_under_the_template(make_chat) -> None:
+    texts_only = "{% for c in m.tool_calls or [] %}{% for v in c.function.arguments.values() %}{% if v is not string %}"
+    texts_only += "{{ raise_exception('texts only') }}{% endif %}{% endfor %}{% endfor %}{{ m.content"
+    chat = make_chat(PLAIN.replace("{{ m.content", texts_only).replace("CALL", DIALECTS["hermes"]))
+    deep = "[" * 400 + "]" * 400
+    said = {'"a"': False, '"b"': False, "7": True, '"c"': False, "[]": True, deep: True, '"d"': False}
+    for value, malformed in said.items():
+        text = f'<tool_call>{{"name": "search", "arguments": {{"query": {value}}}}}</tool_call>'
+        parsed = chat.parse([*chat._encode(text), chat.end_token_id], [search.schema()])
+        assert parsed.malformed == malformed and ("texts only" in parsed.complaint) == malformed, value
+    assert len(chat._taken_shapes) == 1
+
+
 def test_whatever_a_template_raises_on_a_turn_is_a_refusal_of_that_turn(make_chat) -> None:
     """A TypeError in an expression, as well as an exception that the template raises itself."""
     dialect = DIALECTS["hermes"].replace(

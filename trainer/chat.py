@@ -33,12 +33,13 @@ from trainer.chat_parsing import (
     tools_key,
     with_cached_vocabulary,
 )
-from trainer.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text
+from trainer.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
 from trainer.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
 from trainer.grammar import Grammar
 
 __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
+_MOST_SHAPES = 4096
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -104,6 +105,7 @@ class Chat:
         self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
         self._parser = self._turn_parser(tool_parser, reasoning_parser)
         self._answer_end, self._call_end = self._find_ends()
+        self._taken_shapes: set[tuple[str, str]] = set()
         # A turn's prompt is the text that the turn before it was extended to: it need not be rendered again.
         self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
         self._prime = self._encode(self._render([HELLO], (), generate=True))[-16:]
@@ -195,13 +197,21 @@ class Chat:
         turn with no parsed call but an unmistakable sign of one is malformed; under the parser `hermes` that is also
         the turn of several calls of which one is broken, since it then gives up all of them. So is a turn of calls
         that the template can't render (some take one call a turn): serving could not go on from it, so none of its
-        calls may run. Raises nothing for what a model wrote.
+        calls may run. (A template that refused one text and took another in its place would be heard by `extend` only:
+        turns alike but for their texts are tried once.) Raises nothing for what a model wrote.
         """
         parsed = self._parser.parse(token_ids, tools, prime=self._prime, turn=turn)
         if not parsed.message.tool_calls:
             return parsed
-        refusal = self._renderer.refusal(parsed.message, self._parser.normalized_tools(tools_key(tools)))
+        # One rendering for each shape of turn, not for each turn: what templates refuse is seen in the shape.
+        tools_json, shape = tools_key(tools), shape_of(parsed.message)
+        if shape and (tools_json, shape) in self._taken_shapes:
+            return parsed
+        refusal = self._renderer.refusal(parsed.message, self._parser.normalized_tools(tools_json))
         if not refusal:
+            if len(self._taken_shapes) >= _MOST_SHAPES:
+                self._taken_shapes.clear()
+            self._taken_shapes.add((tools_json, shape))
             return parsed
         return replace(
             parsed,

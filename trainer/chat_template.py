@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,9 @@ from envs.types import Message
 from trainer.chat_parsing import content_is_a_list
 
 HELLO = Message(role="user", content="Hello")
+
+
+_LONGEST_SHAPE = 2000
 
 
 class TemplateRefused(UserError):
@@ -88,6 +92,27 @@ class Renderer:
             written = bool(message.tool_calls) and bool(self.refusal(message, tools))
             plain.append(calls_as_text(message) if written else message)
         return self.render(plain, tools, generate=generate)
+
+
+def shape_of(turn: Message) -> str:
+    """The turn without its texts and numbers: what stands in it, the names of its calls and arguments, their types.
+
+    Empty for one that is too long or too deeply nested to be told so.
+    """
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shape(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [shape(inner) for inner in value]
+        return bool(value) if isinstance(value, str) else type(value).__name__
+
+    try:
+        calls = [[call.name, shape(_as_object(call.arguments))] for call in turn.tool_calls]
+        text = json.dumps([bool(turn.content.strip()), bool(turn.reasoning.strip()), calls])
+    except RecursionError:
+        return ""
+    return text if len(text) < _LONGEST_SHAPE else ""
 
 
 def calls_as_text(turn: Message) -> Message:

@@ -48,8 +48,9 @@ _LINEAR_ATTENTION = {
     "num_hidden_layers": 4,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    # vLLM's kernels for a CPU know this size alone.
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
 }
 _LATENT = {
     # vLLM's kernels know these two sizes alone.
@@ -58,6 +59,8 @@ _LATENT = {
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
     "num_key_value_heads": 2,
+    # transformers turns as many dimensions as this says, not as qk_rope_head_dim does.
+    "head_dim": 64,
 }
 _T = transformers
 
@@ -98,7 +101,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         head_dim=32,
     ),
     "mixtral": lambda: _text(_T.MixtralConfig, num_local_experts=4),
-    "phi": lambda: _text(_T.PhiConfig, num_key_value_heads=2),
+    # vLLM takes the width of the feed-forward layers for four times the hidden size, as it is in Phi 1 to 2.
+    "phi": lambda: _text(_T.PhiConfig, num_key_value_heads=2, intermediate_size=256),
     "phi3": lambda: _text(_T.Phi3Config),
     "glm4": lambda: _text(_T.Glm4Config),
     "glm4-moe": lambda: _text(
@@ -125,6 +129,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         _T.DeepseekV2Config,
         n_routed_experts=4,
         n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
         first_k_dense_replace=1,
         q_lora_rank=None,
         **_EXPERTS,
@@ -175,11 +181,22 @@ def build(name: str, folder: Path, tokenizer: Path, *, dtype: torch.dtype = torc
     return folder
 
 
+ADAPTED: dict[str, LoraConfig] = {
+    "glm4": LoraConfig(r=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+}
+"""Where vLLM does not take adapters on all linear layers; the merged weights are of all."""
+
+
+def adapted(name: str, publish: str) -> LoraConfig:
+    whole = LoraConfig(r=4, alpha=8)
+    return ADAPTED.get(name, whole) if publish == "lora" else whole
+
+
 CANARIES = [list(range(20 + 100 * i, 120 + 100 * i)) for i in range(4)]
 
 
 def take_through_engine(
-    model: Path, publish: Literal["lora", "merged"], *, dtype: str = "float32", scratch: Path
+    model: Path, publish: Literal["lora", "merged"], *, lora: LoraConfig, dtype: str = "float32", scratch: Path
 ) -> dict[str, float]:
     """Start the engine on `model`, publish two updates and prove each; the figures of the last proof."""
     from accelerate import Accelerator
@@ -188,7 +205,7 @@ def take_through_engine(
     from trainer.policy import Policy
     from trainer.publish import Publisher
 
-    config = ModelConfig(name=str(model), dtype=dtype, lora=LoraConfig(r=4, alpha=8))  # type: ignore[arg-type]
+    config = ModelConfig(name=str(model), dtype=dtype, lora=lora)  # type: ignore[arg-type]
     engine_config = EngineConfig(publish=publish, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4)
     with asyncio.Runner() as loop:
         engine = loop.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import scripted_config
-from families import CONFIGS, build, class_of
+from families import ADAPTED, CONFIGS, adapted, build, class_of
 from scripted_engine import ScriptedEngine
 
 from envs.errors import PublishError, UserError
@@ -17,7 +17,7 @@ from trainer import adapter as lora
 from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
 from trainer.engine import engine_arguments
-from trainer.family import check_served, read_family, takes_adapters, weights_dtype
+from trainer.family import check_served, read_family, split_in_vllm, takes_adapters, weights_dtype
 from trainer.job import prepare
 from trainer.publish import Publisher
 
@@ -151,13 +151,28 @@ def test_experts_beside_an_adapter_are_refused_on_a_cpu(tmp_path):
     check_served(family, EngineConfig(), on_cpu=False)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Phi3ForCausalLM", "Glm4ForCausalLM", "StableLmForCausalLM"])
-def test_which_classes_take_adapters_is_read_as_vllm_finds_it(name):
+@pytest.mark.parametrize(
+    "name",
+    [f"{name}ForCausalLM" for name in ("Llama", "Phi3", "Glm4", "Glm", "Phi", "StableLm")],
+)
+def test_what_a_class_takes_as_adapters_is_read_as_vllm_finds_it(name):
     from vllm.model_executor.models.interfaces import supports_lora
     from vllm.model_executor.models.registry import ModelRegistry
 
     model = ModelRegistry.models[name]
-    assert takes_adapters(model.module_name, model.class_name) == supports_lora(model.load_model_cls())
+    own = model.load_model_cls()
+    assert takes_adapters(model.module_name, model.class_name) == supports_lora(own)
+    assert split_in_vllm(model.module_name, model.class_name) == getattr(own, "packed_modules_mapping", {})
+
+
+def test_a_layer_of_which_vllm_takes_adapters_in_parts_alone_is_refused_by_name(tmp_path):
+    folder = config_alone(tmp_path, "glm4")
+    published = EngineConfig(publish="lora")
+    with pytest.raises(UserError, match=r"^engine\.publish: .* gate_up_proj .*\(gate_proj, up_proj\); leave it out"):
+        check_served(read_family(folder, LoraConfig()), published, on_cpu=True)
+    check_served(read_family(folder, LoraConfig()), EngineConfig(publish="merged"), on_cpu=True)
+    check_served(read_family(folder, ADAPTED["glm4"]), published, on_cpu=True)
+    check_served(read_family(config_alone(tmp_path / "phi3", "phi3"), LoraConfig()), published, on_cpu=True)
 
 
 @pytest.mark.parametrize("publish, on_cpu", [("lora", True), ("lora", False), ("auto", False)])
@@ -207,7 +222,8 @@ LOADED = ["qwen3-moe", "qwen2-moe", "gpt-oss", "deepseek-v3"]
 def random_adapter(name: str, folder: Path, tokenizer: Path) -> tuple[Path, Path]:
     """A model of the family and an adapter in which every layer changes something."""
     model_path = build(name, folder / name, tokenizer)
-    config = ModelConfig(name=str(model_path), lora=LoraConfig(r=12, alpha=8))
+    fits = adapted(name, "lora").model_copy(update={"r": 12})
+    config = ModelConfig(name=str(model_path), lora=fits)
     model = lora.load_model(model_path, config, device=torch.device("cpu"), seed=0)
     for changes in lora.random_changes(model, size=0.1).values():
         lora.load_weights(model, changes)

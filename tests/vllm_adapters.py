@@ -47,6 +47,8 @@ def load(model: Path, adapter: Path) -> dict[str, Any]:
         inner.activate_adapter(1)
     took, left = [], []
     for name, module in inner.modules.items():
+        if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            continue
         stacked = module.lora_b_stacked if hasattr(module, "lora_b_stacked") else module.w13_lora_b_stacked
         (took if all(bool(part.any()) for part in stacked) else left).append(name)
     return {"took": sorted(took), "left": sorted(left)}

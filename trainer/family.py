@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,13 @@ def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16
         asked = f"engine.publish: {engine.publish} can't be had for {family.architecture}"
         if not takes_adapters(known.module_name, known.class_name):
             raise UserError(f"{asked}, to which vLLM {vllm.__version__} applies no adapters; set it to merged")
+        split = split_in_vllm(known.module_name, known.class_name)
+        for layer in sorted({name.rpartition(".")[2] for name in family.targets}):
+            if layer not in split.get(layer, [layer]):
+                raise UserError(
+                    f"{asked}, of whose {layer} vLLM {vllm.__version__} takes adapters in parts alone "
+                    f"({', '.join(split[layer])}); leave it out of model.lora.target_modules, or set this to merged"
+                )
         if family.has_experts and on_cpu:
             raise UserError(
                 f"{asked} on a CPU, where vLLM's experts run beside an adapter only with Triton; set it to merged"
@@ -193,32 +200,49 @@ def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16
 
 
 def takes_adapters(module: str, name: str) -> bool:
-    """Whether vLLM's class `name` in `module` is one of those that it applies LoRA adapters to.
+    """Whether vLLM's class `name` in `module` is one of those that it applies LoRA adapters to; see `_vllm_bases`."""
+    return any(base == "SupportsLoRA" for base, _ in _vllm_bases(module, name))
 
-    Read from the sources, along the class's bases: to import a model's module may take memory of the first GPU, and a
-    process of its own takes as long as `inspect_model_cls`, which does not tell. *Not covered:* bases that are no plain
-    names, which count as none.
+
+def split_in_vllm(module: str, name: str) -> dict[str, list[str]]:
+    """Layers that vLLM's class holds as one, and the names that an adapter must have for their parts."""
+    for _, found in _vllm_bases(module, name):
+        for statement in found.body if found else ():
+            match statement:
+                case ast.Assign(targets=[ast.Name(id="packed_modules_mapping")], value=ast.Dict() as value):
+                    return dict(ast.literal_eval(value))
+    return {}
+
+
+def _vllm_bases(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | None]]:
+    """A class of vLLM and its bases, depth first; outside vLLM their names alone.
+
+    Read from the sources: to import a model's module may take memory of the first GPU, and a process of its own takes
+    as long as `inspect_model_cls`, which does not tell. *Not covered:* bases that are no plain names.
     """
-    if name == "SupportsLoRA":
-        return True
     import vllm
 
     top, *path = module.split(".")
     folder = Path(vllm.__file__).parent.joinpath(*path)
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if top != "vllm" or not file.is_file():
-        return False
+        yield name, None
+        return
     package = module if folder.is_dir() else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef) and node.name == name:
-            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-            return any(takes_adapters(module, base) for base in bases)
+            yield name, node
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    yield from _vllm_bases(module, base.id)
+            return
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if name == (alias.asname or alias.name):
                     source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                    return takes_adapters(source, alias.name)
-    return False
+                    yield from _vllm_bases(source, alias.name)
+                    return
+    yield name, None
 
 
 def short_targets(model: Any, targets: list[str]) -> list[str]:

@@ -18,7 +18,8 @@ from envs.types import StopReason, Task
 from graders.config import CustomConfig
 from graders.custom import load_custom_grader
 from trainer.chat import Chat
-from trainer.config import RolloutConfig
+from trainer.config import EngineConfig, ModelConfig, RolloutConfig
+from trainer.engine import Engine, VllmEngine
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
 
 EXAMPLE = str(REPOSITORY / "scripts" / "examples" / "bfcl.py")
@@ -78,16 +79,15 @@ def silent(task: Task) -> list[str]:
     return ["Done."] * len(task.item["ground_truth"])
 
 
+def worker_of(world: Any, chat: Chat, engine: Engine, limits: RolloutConfig) -> RolloutWorker:
+    grader = load_custom_grader(CustomConfig(type="custom", target=f"{EXAMPLE}:BfclGrader"))
+    return RolloutWorker(world=world, grader=grader, chat=chat, engine=engine, config=limits)
+
+
 async def play(chat: Chat, world: Any, tasks: Sequence[Task], words: Words) -> list[Rollout]:
     """A rollout of each task, all at once, by the run's own worker."""
     texts = {derive_seed(i, n): text for i, task in enumerate(tasks) for n, text in enumerate(words(task))}
-    worker = RolloutWorker(
-        world=world,
-        grader=load_custom_grader(CustomConfig(type="custom", target=f"{EXAMPLE}:BfclGrader")),
-        chat=chat,
-        engine=Writer(chat, lambda prompt, seed: texts[seed]),
-        config=LIMITS,
-    )
+    worker = worker_of(world, chat, Writer(chat, lambda prompt, seed: texts[seed]), LIMITS)
     requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i, task in enumerate(tasks)]
     rollouts = await worker.run(requests, temperature=1.0)
     left = load_target(f"{EXAMPLE}:multi_turn_utils", key="world.target")
@@ -176,3 +176,29 @@ async def test_what_the_model_writes_runs_as_a_call_and_never_as_code(chat, worl
     results = [r for turn in rollout.episode.turns for r in turn.results]
     assert [r.error for r in results] == ["bad_arguments", "unknown_tool"]
     assert rollout.reward == 0.0
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+async def test_the_embedded_model_plays_it_on_vllm_without_a_fault_of_the_world(smollm2, chat, world):
+    small = LIMITS.model_copy(update={"max_turns": 4, "max_turn_tokens": 64, "max_episode_tokens": 4000})
+    engine = await VllmEngine.start(
+        smollm2,
+        model=ModelConfig(),
+        engine=EngineConfig(publish="merged", seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4),
+        max_model_len=small.max_episode_tokens + 1,
+        stop_token_ids=sorted(chat.stop_token_ids),
+        device="cpu",
+    )
+    try:
+        worker = worker_of(world, chat, engine, small)
+        tasks = [task for task in world.tasks("train") if task.item["entry"]["involved_classes"] == ["TradingBot"]][:2]
+        requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i, task in enumerate(tasks)]
+        rollouts = await worker.run(requests, temperature=1.0)
+    finally:
+        engine.shutdown()
+    assert len(rollouts) == 2
+    for rollout in rollouts:
+        assert rollout.episode.stop_reason is not StopReason.WORLD_FAULT and rollout.reward in (0.0, 1.0)
+        assert rollout.episode.turns and rollout.num_attempts == 1

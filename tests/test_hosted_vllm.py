@@ -9,21 +9,57 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from servers import REPOSITORY, running
+
+from trainer.config import load_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2400)]
 FINANCE = [sys.executable, "scripts/examples/finance_server.py", "--config", "configs/quickstart.yaml"]
 DEADLINE_S = 900
 SMALL = [
-    "warmstart.num_steps=6",
-    "warmstart.episodes_per_step=6",
+    "warmstart.num_steps=3",
+    "warmstart.episodes_per_step=3",
+    "warmstart.learning_rate=2e-3",
     "optim.num_steps=1",
-    "rollout.tasks_per_step=2",
-    "rollout.group_size=4",
     "rollout.max_turns=4",
-    "eval={num_tasks: 2, samples_per_task: 1}",
+    "eval.num_tasks=2",
     "engine.kv_cache_gib=1",
 ]
+
+
+def write_job(folder: Path, url: str) -> Path:
+    """The job's JSON as the hosted service had it; the files lie next to it under their ids."""
+    for name, file_id in (("train", "file-Train1"), ("eval", "file-Eval1")):
+        (folder / f"{name}.jsonl").rename(folder / f"{file_id}.jsonl")
+    reinforcement = {
+        "grader": {"type": "endpoint", "name": "numeric", "url": f"{url}/grade", "pass_threshold": 0.6},
+        "tools": [{"name": n, "server_url": f"{url}/call"} for n in ("search", "list", "cat", "calculate")],
+        "max_episode_steps": 7,
+        "hyperparameters": {"batch_size": 2, "compute_multiplier": 0.5, "eval_samples": 1},
+    }
+    job = {
+        "object": "fine_tuning.job",
+        "id": "ftjob-1",
+        "model": "o4-mini-2025-04-16",
+        "training_file": "file-Train1",
+        "validation_file": "file-Eval1",
+        "seed": 0,
+        "method": {"type": "reinforcement", "reinforcement": reinforcement},
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    return folder / "job.json"
+
+
+def write_base(folder: Path) -> Path:
+    """What no job says: the hosted config without what a job brings."""
+    base = yaml.safe_load((REPOSITORY / "configs" / "hosted.yaml").read_text())
+    for key in ("world", "data", "grader"):
+        del base[key]
+    for key in ("tasks_per_step", "group_size", "max_turns", "max_tool_calls"):
+        del base["rollout"][key]
+    (folder / "base.yaml").write_text(yaml.safe_dump(base | {"eval": {}}))
+    return folder / "base.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +67,19 @@ def run_folder(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("hosted")
     subprocess.run([*FINANCE, "--write", str(folder)], cwd=REPOSITORY, check=True, capture_output=True)
     with running(FINANCE, folder / "tools.log", ready="/docs") as url:
-        tools = ", ".join(
-            f"{{name: {name}, server_url: '{url}/call'}}" for name in ("search", "list", "cat", "calculate")
-        )
-        train = [sys.executable, "scripts/train.py", "--config", "configs/hosted.yaml", *SMALL]
-        train += [f"output_dir={folder / 'run'}", f"world.tools=[{tools}]", f"grader.url={url}/grade"]
-        train += [f"data={{train: {folder / 'train.jsonl'}, eval: {folder / 'eval.jsonl'}}}"]
+        train = [sys.executable, "scripts/train.py", "--hosted-job", str(write_job(folder, url))]
+        train += ["--config", str(write_base(folder)), *SMALL, f"output_dir={folder / 'run'}"]
         train += [f"warmstart.data={folder / 'conversations.jsonl'}", f"judge.base_url={judge_url}"]
         result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert result.returncode == 0, result.stderr
+    assert "job.json: model: 'o4-mini-2025-04-16' is the hosted service's" in result.stdout
     return folder / "run"
+
+
+def test_the_config_that_the_job_made_lies_in_the_run_folder(run_folder: Path) -> None:
+    made = load_config(run_folder / "hosted_job.yaml")
+    assert made == load_config(run_folder / "config.yaml")
+    assert made.rollout.tasks_per_step == 2 and made.rollout.group_size == 4 and made.eval.samples_per_task == 1
 
 
 def rollouts(run_folder: Path) -> list[dict[str, Any]]:

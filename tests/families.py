@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,17 @@ DTYPES = {"qwen3-next": "bfloat16", "qwen3.5": "bfloat16"}
 """float32 where nothing is said; vLLM's linear attention runs on a CPU in bfloat16 alone."""
 
 
+PROCESSORS = {
+    "qwen2.5-vl": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+}
+"""What vLLM reads of a wrapper's pictures, even where it is given none."""
+
+
 def class_of(config: Any) -> Any:
     """transformers' class of a model that writes text."""
     auto = _T.AutoModelForImageTextToText if config is not config.get_text_config() else _T.AutoModelForCausalLM
@@ -175,6 +187,8 @@ def build(name: str, folder: Path, tokenizer: Path, *, dtype: torch.dtype = torc
             if key.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
+    if name in PROCESSORS:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[name]))
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "generation")):
             shutil.copy(file, folder)

@@ -17,7 +17,7 @@ from trainer import adapter as lora
 from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
 from trainer.engine import engine_arguments
-from trainer.family import check_served, read_family, split_in_vllm, takes_adapters, weights_dtype
+from trainer.family import check_served, model_class_of, read_family, split_in_vllm, takes_adapters, weights_dtype
 from trainer.job import prepare
 from trainer.publish import Publisher
 
@@ -141,6 +141,20 @@ def test_a_users_own_targets_are_checked_alike(name, target, why, tmp_path):
 def test_a_users_own_targets_mean_the_text_decoder_of_a_wrapper(tmp_path):
     family = read_family(config_alone(tmp_path, "gemma3-vision"), LoraConfig(target_modules=["q_proj"]))
     assert family.targets == tuple(f"model.language_model.layers.{i}.self_attn.q_proj" for i in (0, 1))
+
+
+def test_the_config_is_transformers_own_even_where_vllm_has_put_its_own_in_the_place(tmp_path, monkeypatch):
+    from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
+
+    class Foreign(LlamaConfig):
+        """As vLLM registers its own class of Qwen3.5's config when its engine starts."""
+
+        model_type = "llama"
+
+    folder = config_alone(tmp_path)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "llama", Foreign)
+    assert type(AutoConfig.from_pretrained(folder)) is Foreign
+    assert type(model_class_of(folder)[1]) is LlamaConfig
 
 
 def test_experts_beside_an_adapter_are_refused_on_a_cpu(tmp_path):

@@ -97,8 +97,11 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
             f"its weights are quantised ({method}); take the checkpoint with 16-bit weights (engine.quantization "
             "quantises the engine's copy alone)"
         )
+    # vLLM's own config classes take the place of transformers' in AutoConfig as soon as it has read such a model.
+    own = getattr(model_class, "config_class", None)
+    reader = own if getattr(own, "model_type", None) == raw.get("model_type") else AutoConfig
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = reader.from_pretrained(folder)
     except Exception as e:  # the config's own checks raise errors of several kinds
         raise UserError(f"model.name: {folder / 'config.json'}: transformers can't read it: {_in_one_line(e)}") from e
     if getattr(config.get_text_config(), "is_encoder_decoder", False):

@@ -99,7 +99,7 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
         )
     # vLLM's own config classes take the place of transformers' in AutoConfig as soon as it has read such a model.
     own = getattr(model_class, "config_class", None)
-    reader = own if getattr(own, "model_type", None) == raw.get("model_type") else AutoConfig
+    reader: Any = own if getattr(own, "model_type", None) == raw.get("model_type") else AutoConfig
     try:
         config = reader.from_pretrained(folder)
     except Exception as e:  # the config's own checks raise errors of several kinds

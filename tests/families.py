@@ -150,7 +150,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_LATENT,
     ),
     "qwen2.5-vl": lambda: _wrapped(
-        _T.Qwen2_5_VLConfig, _text(_T.Qwen2Config), depth=1, num_heads=2, out_hidden_size=64
+        _T.Qwen2_5_VLConfig,
+        _text(
+            _T.Qwen2_5_VLTextConfig,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        ),
+        depth=1,
+        num_heads=2,
+        out_hidden_size=64,
     ),
 }
 

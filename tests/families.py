@@ -134,6 +134,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         topk_group=1,
         first_k_dense_replace=1,
         q_lora_rank=None,
+        # As in DeepSeek V2 Lite; the other one's rotary embedding is the plain one, as in Moonlight.
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
         **_EXPERTS,
         **_LATENT,
     ),

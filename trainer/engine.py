@@ -342,6 +342,10 @@ def engine_arguments(
             # The state of recurrent layers is cached at the ends of chunks.
             "enable_prefix_caching": not family.is_recurrent,
         }
+        if family.is_latent:
+            # vLLM 0.31's rotary kernel for a CPU takes every head of latent attention's queries for a token: it turns
+            # it by another's position, and reads and writes past the ends. vLLM's own code in torch is right.
+            arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     return arguments
 
 

@@ -43,6 +43,8 @@ class Family:
     """A vision or audio model around a text decoder, of which only the decoder is used."""
     is_recurrent: bool
     """Some of its layers carry a state along instead of attending (linear attention, beside convolutions)."""
+    is_latent: bool
+    """Its attention keeps keys and values compressed to one vector a token (MLA)."""
     max_length: int | None
     """Tokens of the longest sequence that the model's positions allow; None: not limited."""
 
@@ -66,6 +68,7 @@ def read_family(folder: Path, lora: LoraConfig) -> Family:
         has_experts=any("experts" in name.split(".") for name, _ in decoder.named_modules()),
         is_wrapper=config.get_text_config() is not config,
         is_recurrent=any(isinstance(module, nn.Conv1d) for module in decoder.modules()),
+        is_latent=any(name.rpartition(".")[2] == _ABSORBED for name, _ in decoder.named_modules()),
         max_length=_max_length(config.get_text_config()),
     )
 

@@ -156,7 +156,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         topk_group=1,
         first_k_dense_replace=1,
         q_lora_rank=32,
+        # transformers has this way alone and reads neither; real checkpoints name it, and vLLM does otherwise without.
         topk_method="noaux_tc",
+        scoring_func="sigmoid",
         **_EXPERTS,
         **_LATENT,
     ),

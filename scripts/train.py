@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,24 +92,19 @@ def _hosted_job(arguments: argparse.Namespace) -> TakenJob | None:
     )
 
 
-def _train(config: RunConfig) -> Path:
+def _train(config: RunConfig, *, beside: Mapping[str, str] | None = None) -> Path:
     # Heavy imports only once the config is known to be good.
     from trainer.train import train
 
-    return train(config)
+    return train(config, beside=beside)
 
 
 def _train_job(job: TakenJob, *, is_main: bool) -> Path:
     """Train, and leave the config with what is said of it in the run folder, which the run itself lays out."""
-    from trainer.runs import RunFolder
-
-    RunFolder.check(job.config)
-    try:
-        return _train(job.config)
-    finally:
-        folder = job.config.output_dir
-        if is_main and (folder / "config.yaml").is_file():
-            _write(folder / "hosted_job.yaml", job)
+    folder = _train(job.config, beside={"hosted_job.yaml": job.to_yaml()})
+    if is_main:
+        print(f"config    {folder / 'hosted_job.yaml'}")
+    return folder
 
 
 def _write(path: Path, job: TakenJob) -> None:

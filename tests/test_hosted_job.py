@@ -519,7 +519,9 @@ def test_a_job_runs_from_its_json_to_an_adapter_with_tools_and_grader_over_http(
             monkeypatch.syspath_prepend(REPOSITORY / "scripts")
             script = importlib.import_module("train")
             starter = engine_starter(shop_script)
-            monkeypatch.setattr(script, "_train", lambda config: train(config, start_engine=starter))
+            monkeypatch.setattr(
+                script, "_train", lambda config, beside: train(config, start_engine=starter, beside=beside)
+            )
             folder = script._train_job(made, is_main=True)
     records = [json.loads(line) for p in folder.glob("rollouts/*.jsonl") for line in p.read_text().splitlines()]
     assert folder == tmp_path / "run" and len(records) == 2 * 4

@@ -18,6 +18,10 @@ import pytest
 import yaml
 from conftest import scripted_config
 
+from envs.errors import UserError
+from trainer.config import load_config
+from trainer.train import train
+
 HERE = Path(__file__).parent
 NUM_STEPS = 12
 NUM_KILLS = 10
@@ -187,3 +191,26 @@ def test_a_torn_line_and_a_half_written_checkpoint_are_left_behind(server, tiny_
     after = in_flight.read_text().splitlines()
     assert after[:3] == before[:3], "finished rollouts are kept as they were, their timings included"
     assert not list((folder / "checkpoints").glob(".unfinished-*"))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_second_run_on_the_folder_is_refused_touches_nothing_and_may_have_it_after_a_kill(
+    server, uninterrupted, tiny_model, tmp_path
+):
+    folder = tmp_path / "shared"
+    path = write_config(folder, tiny_model, NUM_STEPS)
+    pid = server.start(path)
+    while num_rollouts(folder) <= 12:
+        time.sleep(0.005)
+    # Stopped in its tracks, so that whatever changes is the other's doing.
+    os.kill(pid, signal.SIGSTOP)
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    config = load_config(path)
+    with pytest.raises(UserError, match=f"output_dir {folder}: is in use by process {pid} on {os.uname().nodename}"):
+        train(config, beside={"hosted_job.yaml": "x"})
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
+    os.kill(pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
+    server.start(path)
+    assert server.wait() == 0
+    assert_equal_runs(folder, uninterrupted)

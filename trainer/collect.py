@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
+from trainer import processes
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
 from trainer.measures import WHY_MASKED, Masked, masked_causes
@@ -48,8 +49,6 @@ class Collector:
         `kind` is rollouts or evals: the folder to which each rollout is written when it finishes. What an interrupted
         run has already written there for this step is read and not rolled out again.
         """
-        from accelerate.utils import gather_object
-
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         mine = requests[rank::world_size]
         finished = self._run.finished_rollouts(kind, step)
@@ -62,7 +61,7 @@ class Collector:
 
         new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))
         finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
-        everyone = dict(gather_object([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
+        everyone = dict(processes.gather([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
         return [everyone[r.rollout_id] for r in requests]
 
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from trainer import adapter as lora
+from trainer import processes
 from trainer.config import LossConfig, ModelConfig, OptimConfig
 from trainer.grammar import Grammar
 from trainer.head import token_logprobs
@@ -89,6 +90,8 @@ class Policy:
         """The PEFT model; a warm start may train it in place before the first `update`."""
         self._head = lora.read_head(self.model)
         self._parameters = list(lora.trainable_parameters(self.model).values())
+        # Loading may keep one process longer than NCCL waits for it.
+        processes.wait_for_all()
         for parameter in self._parameters:
             broadcast(parameter.data)
         self._optimizer = torch.optim.AdamW(
@@ -162,7 +165,7 @@ class Policy:
         self.num_steps += 1
         self.last_logprobs = self._of_all_processes(samples, old)
         local = [{name: float(value) for name, value in part.items()} for part in parts]
-        return reduce_metrics(gather_object(local)) | {
+        return reduce_metrics(processes.gather(local)) | {
             "grad_norm": sum(norms) / max(len(norms), 1),
             "learning_rate": rate,
             "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
@@ -290,12 +293,12 @@ class Policy:
     def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
         """In the order of `samples`, the log-probabilities that each process noted of its own rows."""
         mine = [(i, old[id(s)].tolist()) for i, s in enumerate(samples) if id(s) in old]
-        everyone = dict(gather_object(mine))
+        everyone = dict(processes.gather(mine))
         return [everyone.get(i) for i in range(len(samples))]
 
     def _assert_same_everywhere(self, samples: Sequence[Sample]) -> None:
         digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(s.advantage for s in samples))
-        digests = gather_object([digest])
+        digests = processes.gather([digest])
         assert all(d == digest for d in digests), f"processes were given different samples: {digests}"
 
     def save_adapter(self, folder: Path) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from envs.secrets import without_secrets
 from envs.types import Task
+from trainer import processes
 from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
 from trainer.collect import refuse_if_none_graded
@@ -190,14 +191,12 @@ def this_machine() -> Machine:
 
 
 def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
-    from accelerate import Accelerator
-
     from trainer.publish import Publisher
     from trainer.scratch import Scratch
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine
 
     config = job.config
-    accelerator = Accelerator()
+    accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise UserError("preflight runs on one process: start it with python, and give the run's GPUs as --gpus")
     RunFolder.create(config)

@@ -10,11 +10,13 @@ checkpoints/step-000001/     what resuming needs, and the adapter
 adapter/                the final adapter with its chat template
 visits.jsonl            rewards by task and step, for a curriculum
 live.rank0.jsonl        which rollouts were opened and closed, should the run be killed
+run.lock                held by the run's processes; who its main process is
 report.html, transcripts.html, run.log
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -22,7 +24,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,8 +38,10 @@ from envs.secrets import without_secrets
 from envs.types import Episode, Task
 from graders.sample import own_data
 from graders.types import Grade
+from trainer import processes
 from trainer.config import RunConfig
 from trainer.rollout import Rollout
+from trainer.run_lock import LOCK_NAME, RunLock
 from trainer.samples import Ledger, completion_ids
 
 _EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
@@ -73,7 +77,7 @@ class RunFolder:
                     f"output_dir {path}: holds a run that is at step {done} already, past optim.num_steps = "
                     f"{config.optim.num_steps}; choose another output_dir, or a larger optim.num_steps"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(file.name != LOCK_NAME for file in path.iterdir()):
             raise UserError(f"output_dir {path}: is not empty and holds no run; choose another output_dir")
 
     @classmethod
@@ -84,8 +88,39 @@ class RunFolder:
         return about.exists() and json.loads(about.read_text()).get("finished_steps") == config.optim.num_steps
 
     @classmethod
-    def create(cls, config: RunConfig) -> None:
-        """Lay out the folder, or take up the one there is. Main process only."""
+    @contextlib.contextmanager
+    def held(cls, config: RunConfig, *, rank: int, beside: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
+        """The folder as `create` leaves it, closed to other runs until the end. Every process of the run calls it.
+
+        Raises `UserError` on all of them where another run holds it, before anything in it is touched, and where it is
+        not the same folder for all.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def take() -> str:
+                cls.check(config)
+                stack.enter_context(RunLock(config.output_dir))
+                cls.create(config, beside)
+                return cls.open(config, rank=0).run_id
+
+            run_id = processes.from_main(take)
+            apart = []
+            if rank > 0:
+                try:
+                    stack.enter_context(RunLock(config.output_dir, is_main=False))
+                    apart = [] if cls.open(config, rank=rank).run_id == run_id else [platform.node()]
+                except (UserError, OSError):
+                    apart = [platform.node()]
+            if elsewhere := processes.gather(apart):
+                raise UserError(
+                    f"output_dir {config.output_dir}: is not the main process's folder on {', '.join(set(elsewhere))}; "
+                    "choose one on a file system that all nodes share"
+                )
+            yield cls(config.output_dir, run_id=run_id, rank=rank)
+
+    @classmethod
+    def create(cls, config: RunConfig, beside: Mapping[str, str] | None = None) -> None:
+        """Lay out the folder, or take up the one there is; `beside` are texts to leave by name. Main process only."""
         cls.check(config)
         path = config.output_dir
         for name in ("rollouts", "evals", "checkpoints"):
@@ -93,6 +128,8 @@ class RunFolder:
         for unfinished in path.glob("checkpoints/.unfinished-*"):
             shutil.rmtree(unfinished)
         write_atomically(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+        for name, text in (beside or {}).items():
+            write_atomically(path / name, text)
         if not (path / "run.json").exists():
             about = {
                 "run_id": f"run-{uuid.uuid4().hex[:12]}",

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from envs.errors import UserError
+from trainer import processes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
 from trainer.engine import Engine, VllmEngine
 from trainer.engine_judge import BaseEngine
@@ -32,7 +33,7 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     progress.phase("loading the model")
     policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)
     checkpoint = run.last_checkpoint()
-    accelerator.wait_for_everyone()
+    processes.wait_for_all()
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
@@ -61,7 +62,7 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
                 policy.keep_as_reference()
         if run.is_main:
             keep_checkpoint(write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
-    accelerator.wait_for_everyone()
+    processes.wait_for_all()
     return policy
 
 

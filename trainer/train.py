@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer import processes
 from trainer.canary import Canary
 from trainer.collect import Collector, to_samples, watch_for_no_ops
 from trainer.config import RunConfig
@@ -22,17 +24,17 @@ if TYPE_CHECKING:
     from trainer.setup import StartEngine
 
 
-def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path:
+def train(
+    config: RunConfig, *, start_engine: StartEngine | None = None, beside: Mapping[str, str] | None = None
+) -> Path:
     """Run or resume the run that `config` describes; returns its folder.
 
-    `start_engine` takes the arguments of `VllmEngine.start`, its default.
+    `start_engine` takes the arguments of `VllmEngine.start`, its default. `beside` are texts to leave in the folder.
     Raises `UserError` before anything is loaded, `PublishError` when the engine does not run the trained policy.
     """
     if RunFolder.is_finished(config):
         return config.output_dir
     job = prepare(config)
-    from accelerate import Accelerator
-
     from trainer.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.export import export_adapter
     from trainer.publish import Publisher
@@ -41,15 +43,12 @@ def train(config: RunConfig, *, start_engine: StartEngine | None = None) -> Path
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, release_left_open
     from trainer.transcripts import write_token_figures, write_transcripts
 
-    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
-    if accelerator.is_main_process:
-        RunFolder.create(config)
-    accelerator.wait_for_everyone()
-    run = RunFolder.open(config, rank=accelerator.process_index)
-    accelerator.init_trackers("agent-rft")
+    accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
     num_steps = config.optim.num_steps
 
     with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunFolder.held(config, rank=accelerator.process_index, beside=beside))
+        accelerator.init_trackers("agent-rft")
         first_step = run.resume_step
         progress = stack.enter_context(Progress(run.log_path, num_steps, first_step=first_step, show=run.is_main))
         loop = stack.enter_context(asyncio.Runner())

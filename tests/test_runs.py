@@ -1,8 +1,11 @@
 """The run folder: what belongs to a run, what survives a kill, and rollouts read back exactly."""
 
+import asyncio
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.sample import item_of
 from graders.types import Grade, GraderErrorKind
+from trainer.collect import Collector
 from trainer.config import RunConfig
-from trainer.rollout import Rollout
+from trainer.progress import Progress
+from trainer.rollout import Rollout, RolloutRequest
 from trainer.runs import RunFolder, append_line, read_lines, rollout_from_json, rollout_to_json
 from trainer.samples import Ledger
 
@@ -133,6 +138,40 @@ def test_finished_rollouts_go_by_the_first_attempts_id_and_a_torn_line_is_cut_of
     ]
     append_line(path, rollout_to_json(make_rollout("run-step1-0-a-3")))
     assert len(read_lines(path)) == 4
+
+
+class NoWorker:
+    """For a step of which everything has been rolled out."""
+
+    async def run(self, requests: list[RolloutRequest], **how: object) -> list[Rollout]:
+        assert requests == []
+        return []
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number(config, run, num_processes):
+    task = Task(task_id="t", messages=(Message(role="user", content="?"),))
+    requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(6)]
+    for i, request in enumerate(requests):
+        path = RunFolder.open(config, rank=i % 2).rollouts_file("rollouts", 1)
+        append_line(path, rollout_to_json(make_rollout(request.rollout_id)))
+    before = {p.name: p.read_text() for p in (run.path / "rollouts").iterdir()}
+    with path.open("a") as file:
+        file.write('{"episode": ')
+    for rank in range(num_processes):
+        with asyncio.Runner() as loop:
+            collector = Collector(
+                RunFolder.open(config, rank=rank),
+                NoWorker(),
+                SimpleNamespace(process_index=rank, num_processes=num_processes),
+                Progress.silent(),
+                loop,
+            )
+            # Only this process's share comes back: there is no other to gather from.
+            with contextlib.suppress(KeyError):
+                collector.collect("rollouts", 1, requests, temperature=1.0)
+    after = {p.name: p.read_text() for p in (run.path / "rollouts").iterdir() if p.stat().st_size}
+    assert after == before | ({} if num_processes > 1 else {path.name: before[path.name] + '{"episode": '})
 
 
 def test_a_step_not_begun_has_no_finished_rollouts(run):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from trainer.scratch import Scratch, sweep
+from envs.errors import UserError
+from trainer.scratch import Scratch, default_roots, sweep, sweep_default_roots
 
+MIB = 2**20
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
@@ -78,3 +84,60 @@ def test_a_process_that_took_over_a_childs_id_is_left_alone(tmp_path):
     finally:
         bystander.kill()
         bystander.wait()
+
+
+# --- room
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with 1 MiB in all: a real tmpfs where this process may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    if not mounted:
+        usage, full = shutil.disk_usage, shutil.disk_usage(folder)._replace(free=MIB)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full if Path(path) == folder else usage(path))
+    yield folder
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_weights_lie_in_shared_memory_only_where_it_has_room_and_else_in_the_temporary_folder(
+    tmp_path, small, monkeypatch
+):
+    large = tmp_path / "large"
+    large.mkdir()
+    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [small, large])
+    with Scratch(need_bytes=MIB // 2) as scratch:
+        assert scratch.path.parent == small
+    with Scratch(need_bytes=3 * MIB) as scratch:
+        assert scratch.path.parent == large
+        (scratch.path / "weights").write_bytes(b"w" * 3 * MIB)
+
+
+def test_no_room_anywhere_is_a_mistake_that_names_folders_need_and_free_space(small, monkeypatch):
+    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [small])
+    need = f"they take 3 MiB, but {re.escape(str(small))} has 1 MiB free; make room"
+    with pytest.raises(UserError, match=need), Scratch(need_bytes=3 * MIB - 5):
+        pass
+    assert folders(small) == []
+    monkeypatch.setattr("trainer.scratch.default_roots", list)
+    with pytest.raises(UserError, match="there is no temporary folder that can be written"), Scratch():
+        pass
+
+
+def test_scratch_may_lie_in_shared_memory_or_where_tmpdir_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert default_roots() == [*([Path("/dev/shm")] if Path("/dev/shm").is_dir() else []), tmp_path]
+
+
+def test_an_engine_that_a_killed_run_left_is_gone_when_its_scratch_is_swept(tmp_path, owner, monkeypatch):
+    process, child = owner
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [tmp_path])
+    sweep_default_roots()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert folders(tmp_path) == []

@@ -218,6 +218,25 @@ def test_the_loss_is_that_of_trl_itself(job: Job, tmp_path: Path, monkeypatch: p
     assert ours == pytest.approx(trls, abs=1e-5)
 
 
+def test_one_process_that_sees_several_gpus_trains_on_one(job: Job, tmp_path: Path, monkeypatch) -> None:
+    import trl
+
+    from trainer.adapter import load_model
+
+    original = trl.SFTConfig
+    # Off the CPU transformers counts what torch counts.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(trl, "SFTConfig", lambda **options: original(**options | {"use_cpu": False}))
+    assert trl.SFTConfig(output_dir=str(tmp_path), bf16=False).n_gpu == 4
+    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
+    section = job.config.warmstart.model_copy(update={"num_steps": 2})
+    config = job.config.model_copy(update={"warmstart": section})
+    ledgers = expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
+    losses: list[float] = []
+    warm_start(model, ledgers, config=config, folder=tmp_path, on_step=losses.append)
+    assert len(losses) == 2 and not model.training
+
+
 def _mean_nll(model: torch.nn.Module, ledgers: list, start: int) -> float:  # type: ignore[type-arg]
     total, count = 0.0, 0
     for ledger in ledgers[start : start + 2]:

@@ -219,9 +219,18 @@ def save_merged(model: Any, folder: Path, *, model_path: str | Path) -> None:
             seen.add(tensor.data_ptr())
             if layer is not None:
                 tensor = (tensor.float() + layer.get_delta_weight(_ADAPTER)).to(tensor.dtype)
-            tensors[renamed[name]] = tensor.contiguous()
+            # Off the GPU one by one: a copy of the whole base would not fit beside it.
+            tensors[renamed[name]] = tensor.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def published_bytes(model: Any, *, merged: bool) -> int:
+    """Of the weights in the file that `save_merged` or `save_adapter` writes."""
+    if merged:
+        # The second name of tied weights is not in the file.
+        return sum({t.data_ptr(): t.numel() * t.element_size() for _, t, _ in _base_tensors(model)}.values())
+    return sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
 
 
 def _base_tensors(model: Any) -> Iterator[tuple[str, Tensor, LoraLinear | None]]:

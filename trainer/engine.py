@@ -331,7 +331,10 @@ def engine_arguments(
     if not merged and family.has_experts:
         # Or vLLM gives every expert buffers for an adapter, which leaves the experts alone.
         arguments["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in family.targets})
-    if device == "cpu":
+    if device != "cpu":
+        # As a server has it: agents read more than they write. An AsyncLLM made in process would get 2,048.
+        arguments["max_num_batched_tokens"] = max(8192, engine.max_num_seqs)
+    else:
         arguments |= {
             # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
             # offset"), so every prompt is prefilled whole there.

@@ -192,8 +192,8 @@ def this_machine() -> Machine:
 
 def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
     from trainer.publish import Publisher
-    from trainer.scratch import Scratch
-    from trainer.setup import canary_ids, load_policy, make_worker, open_engine
+    from trainer.scratch import sweep_default_roots
+    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch
 
     config = job.config
     accelerator = processes.start()
@@ -206,11 +206,12 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         loop = stack.enter_context(asyncio.Runner())
         stack.callback(lambda: loop.run(job.aclose()))
         start = time.perf_counter()
+        sweep_default_roots()
         policy = load_policy(job, run, accelerator, progress)
         if options.adapter is not None:
             _load_adapter(policy, options.adapter)
         progress.phase("starting the engine")
-        scratch = stack.enter_context(Scratch())
+        scratch = stack.enter_context(open_scratch(job, policy))
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=0))
         stack.callback(engine.shutdown)
         scratch.note_children()

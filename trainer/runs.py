@@ -177,11 +177,17 @@ class RunFolder:
         return self.path / kind / f"step-{step:06d}{suffix}.jsonl"
 
     def finished_rollouts(self, kind: str, step: int) -> dict[str, Rollout]:
-        """What an interrupted run had already rolled out for this step, by the first attempt's rollout id."""
+        """What an interrupted run had already rolled out for this step, by the first attempt's rollout id.
+
+        Of all its processes: there may have been more or fewer than now. Only this process's own file is mended.
+        """
         path = self.rollouts_file(kind, step)
         records = read_lines(path)
         # A line cut off by a kill must not run into the next one.
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
+        for others in sorted(path.parent.glob(f"step-{step:06d}*.jsonl")):
+            if others != path:
+                records = [*read_lines(others), *records]
         rollouts = [rollout_from_json(r) for r in records]
         return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
 

@@ -14,28 +14,43 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
+import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Self
 
 import psutil
 
+from envs.errors import UserError
+
 _PREFIX = "agent-rft-"
 _LOCK = "owner.json"
+_MOST_WAIT_S = 30.0
+_MIB = 2**20
 
 
 class Scratch:
-    """A folder for weights on their way to the engine; memory-backed where there is any. A context manager."""
+    """A folder for weights on their way to the engine; memory-backed where that has room. A context manager.
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._root = root or _default_root()
+    `need_bytes` is what will lie in it, by all processes of this machine that have one. Raises `UserError` where no
+    folder has so much room. *Not covered:* what others write meanwhile; quotas.
+    """
+
+    def __init__(self, root: Path | None = None, *, need_bytes: int = 0) -> None:
+        self._root = root
+        self._need_bytes = need_bytes
         self.path = Path()
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        sweep(self._root)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._root))
+        roots = [self._root] if self._root else default_roots()
+        for root in roots:
+            sweep(root)
+        root = roomy(roots, self._need_bytes)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
         self._lock = (self.path / _LOCK).open("w")
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
         return self
@@ -55,8 +70,17 @@ class Scratch:
         self._lock.flush()
 
 
+def sweep_default_roots() -> None:
+    """`sweep` where scratch folders may lie: before a model is loaded beside the engine of a run that was killed."""
+    for root in default_roots():
+        sweep(root)
+
+
 def sweep(root: Path) -> None:
-    """Delete the scratch folders under `root` that have lost their owner, and end the processes that they name."""
+    """Delete the scratch folders under `root` that have lost their owner, and end the processes that they name.
+
+    They are gone, with their memory, when it returns.
+    """
     for folder in root.glob(f"{_PREFIX}*"):
         # Another run may be sweeping too, or the folder may belong to another user.
         with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
@@ -73,8 +97,27 @@ def _kill(pid: int, create_time: float) -> None:
         # The id may have been given to another process since.
         if abs(process.create_time() - create_time) < 1:
             process.kill()
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(_MOST_WAIT_S)
 
 
-def _default_root() -> Path:
-    shared_memory = Path("/dev/shm")
-    return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+def default_roots() -> list[Path]:
+    """Where scratch may lie, the best first: shared memory, the temporary folder (TMPDIR)."""
+    roots = [Path("/dev/shm")]
+    with contextlib.suppress(FileNotFoundError):
+        roots.append(Path(tempfile.gettempdir()))
+    return [root for root in roots if root.is_dir() and os.access(root, os.W_OK | os.X_OK)]
+
+
+def roomy(roots: Sequence[Path], need_bytes: int) -> Path:
+    """The first of `roots` with so much free space. Raises `UserError` that names each with what it has."""
+    free = {root: shutil.disk_usage(root).free for root in roots}
+    for root, free_bytes in free.items():
+        if free_bytes >= need_bytes:
+            return root
+    has = " and ".join(f"{root} has {free_bytes / _MIB:,.0f} MiB free" for root, free_bytes in free.items())
+    raise UserError(
+        f"no room for the weights on their way to the engine: they take {math.ceil(need_bytes / _MIB):,} MiB, but "
+        f"{has or 'there is no temporary folder that can be written'}; make room (a container's /dev/shm: docker run "
+        "--shm-size), or name a folder that has it in TMPDIR"
+    )

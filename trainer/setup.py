@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from envs.errors import UserError
 from trainer import processes
+from trainer.adapter import published_bytes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
-from trainer.engine import Engine, VllmEngine
+from trainer.engine import Engine, VllmEngine, publishes_merged
 from trainer.engine_judge import BaseEngine
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
 from trainer.rollout import RolloutWorker, derive_seed
 from trainer.runs import RunFolder
+from trainer.scratch import Scratch
 from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
 
 if TYPE_CHECKING:
@@ -25,6 +31,10 @@ StartEngine = Callable[..., Awaitable[Engine]]
 
 _CANARY_TOKENS = 448
 _MOST_CANARIES = 8
+_MOST_VERSIONS = 2
+"""Versions that lie on their way to the engine at once: the former is deleted when the new one has been proved."""
+_FILE_OVERHEAD_BYTES = 2**20
+"""Headers and the adapter's config."""
 
 
 def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress) -> Policy:
@@ -77,8 +87,18 @@ async def release_left_open(job: Job, run: RunFolder, progress: Progress) -> Non
         run.forget_left_open()
 
 
+def open_scratch(job: Job, policy: Policy) -> Scratch:
+    """The folder by which weights reach the engine, with room for this and every other process of the machine."""
+    merged = publishes_merged(job.config.engine, on_cpu=policy.accelerator.device.type == "cpu")
+    of_one_process = _MOST_VERSIONS * published_bytes(policy.model, merged=merged) + _FILE_OVERHEAD_BYTES
+    return Scratch(need_bytes=of_one_process * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None, *, first_step: int) -> Engine:
     """Start this process's engine on the base model."""
+    # The engine refuses to start where less is free than its share, and a warm start leaves its peak reserved.
+    gc.collect()
+    torch.cuda.empty_cache()
     start = start_engine or VllmEngine.start
     engine = await start(
         job.model_path,

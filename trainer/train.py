@@ -39,8 +39,8 @@ def train(
     from trainer.export import export_adapter
     from trainer.publish import Publisher
     from trainer.report import write_report
-    from trainer.scratch import Scratch
-    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, release_left_open
+    from trainer.scratch import sweep_default_roots
+    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch, release_left_open
     from trainer.transcripts import write_token_figures, write_transcripts
 
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
@@ -54,9 +54,10 @@ def train(
         loop = stack.enter_context(asyncio.Runner())
         stack.callback(lambda: loop.run(job.aclose()))
         loop.run(release_left_open(job, run, progress))
+        sweep_default_roots()
         policy = load_policy(job, run, accelerator, progress)
         progress.phase("starting the engine")
-        scratch = stack.enter_context(Scratch())
+        scratch = stack.enter_context(open_scratch(job, policy))
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=first_step))
         stack.callback(engine.shutdown)
         scratch.note_children()

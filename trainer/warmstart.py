@@ -146,7 +146,7 @@ def warm_start(
     """Train the adapter of `model` (a PEFT model, in place) with trl's SFTTrainer; `on_step` gets each step's loss.
 
     The loss is the mean negative log-likelihood of the expert's own tokens, nats: prompts, tool results and template
-    glue are context.
+    glue are context. The model is left in the mode (train or eval) that it came in.
     """
     import torch
     from datasets import Dataset
@@ -199,11 +199,15 @@ def warm_start(
         dataloader_pin_memory=False,
         use_cpu=not next(model.parameters()).is_cuda,
     )
+    # One process would spread over all the GPUs that it sees, which trl refuses: only a launcher's processes see one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    was_training = model.training
     trainer = ExpertTokensTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(_columns(ledgers)), callbacks=[Report()]
     )
     trainer.train()
-    model.eval()
+    # Activations are recomputed in train mode only, in which a model that does so was loaded.
+    model.train(was_training)
 
 
 def _columns(ledgers: Sequence[Ledger]) -> dict[str, list[list[int]]]:

@@ -42,7 +42,7 @@ SAYS_WHAT_IT_SEES = """
         said = f"accepted: {processes.start().num_processes}"
     except UserError as e:
         said = f"refused: {e}"
-    os.write(1, f"{said}\n".encode())  # at once, or the processes' lines would mix
+    os.write(1, (said + chr(10)).encode())  # at once, or the processes' lines would mix
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -81,6 +82,26 @@ def test_a_process_that_took_over_a_childs_id_is_left_alone(tmp_path):
         (folder / "owner.json").write_text(f"[[{bystander.pid}, {began - 100}]]")
         sweep(tmp_path)
         assert not folder.exists() and bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("how", ["owner", "link"])
+def test_a_folder_of_another_users_ends_and_deletes_nothing_of_ours(tmp_path, monkeypatch, how):
+    bystander = subprocess.Popen(["sleep", "600"])
+    try:
+        folder = tmp_path / "agent-rft-fake"
+        target = tmp_path / "target" if how == "link" else folder
+        target.mkdir()
+        began = psutil.Process(bystander.pid).create_time()
+        (target / "owner.json").write_text(f"[[{bystander.pid}, {began}]]")
+        if how == "link":
+            folder.symlink_to(target)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+        sweep(tmp_path)
+        assert (target / "owner.json").exists() and bystander.poll() is None
     finally:
         bystander.kill()
         bystander.wait()

@@ -121,14 +121,14 @@ def _accelerate_asked(command: Sequence[str]) -> int:
 # ---- what they tell each other
 
 
-def gather(mine: list[T]) -> list[T]:
+def gather(mine: Sequence[T]) -> list[T]:
     """Every process's objects, in the order of processes, on each of them."""
     if not _are_several():
-        return mine
+        return list(mine)
     import torch.distributed as dist
 
     wait_for_all()
-    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[Sequence[T]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine, group=_control_group())
     return [x for theirs in everyone for x in theirs]
 

@@ -34,11 +34,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def checkpointed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Policy]:
     """A policy that recomputes activations, after its warm start."""
-    sections: dict[str, Any] = {
-        "warmstart": {"num_steps": 1, "episodes_per_step": 2},
-        "model": {"gradient_checkpointing": True},
-    }
-    config = scripted_config(tmp_path_factory.mktemp("run") / "run", tiny_model, **sections)
+    warmstart: dict[str, object] = {"num_steps": 1, "episodes_per_step": 2}
+    config: dict[str, Any] = scripted_config(tmp_path_factory.mktemp("run") / "run", tiny_model, warmstart=warmstart)
+    config["model"]["gradient_checkpointing"] = True
     job = prepare(RunConfig.model_validate(config))
     RunFolder.create(job.config)
     run = RunFolder.open(job.config, rank=0)
@@ -49,11 +47,13 @@ def test_activations_are_still_recomputed_after_a_warm_start(checkpointed):
     _, policy = checkpointed
     forwards = []
     layer = policy.model.get_base_model().model.layers[0].mlp
-    hook = layer.register_forward_hook(lambda *arguments: forwards.append(1))
+    # Recomputing stops inside the layer, as soon as nothing is missing.
+    hook = layer.register_forward_pre_hook(lambda *arguments: forwards.append(1))
     policy.model(input_ids=torch.arange(1, 9)[None]).logits.sum().backward()
     hook.remove()
     policy.model.zero_grad()
     assert len(forwards) == 2, "once forward, once more in the backward pass"
+    assert policy.model.training
 
 
 def test_room_is_asked_for_two_versions_of_every_process_of_the_machine(checkpointed, tmp_path, monkeypatch):

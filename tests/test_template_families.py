@@ -43,7 +43,7 @@ def test_an_episode_goes_on_from_what_serving_renders(chat: tuple[str, Chat], ep
     assert "Find reports." in the_chat.decode(rollout.ledgers[0].prompt_ids)
 
 
-@pytest.mark.parametrize("name", FAMILIES.keys() - THROUGH)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in THROUGH])
 def test_what_is_refused_is_refused_by_its_reason(name: str, smollm2: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         family_chat(smollm2, tmp_path / name, name)

@@ -28,7 +28,7 @@ quickstart: setup
 
 # Two at a time, real engines in a row beside everything else; `pytest` alone runs one after the other.
 test: setup tests/npm/node_modules
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # MCP servers of others, for the tests; without npm those tests are skipped.
 tests/npm/node_modules: tests/npm/package-lock.json

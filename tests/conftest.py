@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -21,15 +22,27 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[number::count] or os.sched_getaffinity(0))
 
 
-@pytest.hookimpl(tryfirst=True)
+def _starts_engines(file: str) -> bool:
+    return file.endswith("_vllm.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers: real engines first and one at a time, every other file as a whole, for its fixtures."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        engine = item.get_closest_marker("vllm") is not None
-        item.add_marker(pytest.mark.xdist_group("engines" if engine else item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+    """With several workers the slowest first, so that none is left alone with them at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _starts_engines(item.path.name))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file as a whole, for its fixtures; those that start engines in a row, since two do not fit into memory."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "engines" if _starts_engines(file) else file
+
+    return ByFile(config, log)
 
 
 # One ChatML template in four dialects of tool calls; with `thinking`, reasoning before the last question is dropped.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from accelerate import Accelerator
 from conftest import scripted_config
 
 from envs.errors import UserError
+from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
 from trainer.engine import engine_arguments
@@ -21,7 +24,7 @@ from trainer.job import Job, prepare
 from trainer.policy import Policy
 from trainer.progress import Progress
 from trainer.runs import RunFolder
-from trainer.setup import load_policy, open_scratch
+from trainer.setup import load_policy, open_engine, open_scratch
 from trainer.train import train
 
 pytestmark = [
@@ -117,3 +120,30 @@ def test_on_a_gpu_as_many_tokens_are_read_in_one_step_as_on_a_server(tiny_model)
     assert tokens("cuda") == 8192
     assert tokens("cuda", max_num_seqs=10_000) == 10_000, "vLLM refuses fewer tokens than sequences"
     assert tokens("cpu") == 4096
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "expected"),
+    [
+        ("cuda", 0, ["started", "waited"]),
+        ("cuda", 1, ["waited", "started"]),
+        ("cpu", 0, ["started"]),
+        ("cpu", 1, ["started"]),
+    ],
+)
+def test_on_gpus_one_engine_of_a_machine_fills_the_compile_cache_before_the_others_start(
+    tiny_model, monkeypatch, device, local_rank, expected
+):
+    happened: list[str] = []
+
+    async def start(*arguments: object, **options: object) -> Any:
+        happened.append("started")
+
+    monkeypatch.setattr(processes, "wait_for_all", lambda: happened.append("waited"))
+    config = RunConfig.model_validate(scripted_config(Path("unused"), tiny_model))
+    job = SimpleNamespace(
+        config=config, model_path=tiny_model, chat=SimpleNamespace(stop_token_ids={2}), asks_engine={}
+    )
+    accelerator = SimpleNamespace(device=torch.device(device), local_process_index=local_rank, process_index=local_rank)
+    asyncio.run(open_engine(job, accelerator, start, first_step=0))
+    assert happened == expected

@@ -128,8 +128,9 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
     if groups["groups/tied_share"] < 1:
         return
     progress.warn("no group of this step had rewards that vary: nothing was learned from it")
-    earlier = [r["groups/tied_share"] for r in run.metrics() if "groups/tied_share" in r]
-    recent = earlier[1 - _MOST_TIED_STEPS :]
+    # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.
+    metrics = processes.from_main(run.metrics)
+    recent = [r["groups/tied_share"] for r in metrics if "groups/tied_share" in r][1 - _MOST_TIED_STEPS :]
     if len(recent) == _MOST_TIED_STEPS - 1 and min(recent) == 1:
         raise UserError(
             f"rewards did not vary within any group for {_MOST_TIED_STEPS} steps: there is nothing to learn from. "

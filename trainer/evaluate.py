@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from envs.types import Task
+from trainer import processes
 from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.job import Job
@@ -35,7 +36,10 @@ def is_due(config: RunConfig, step: int) -> bool:
 
 def evaluate_if_due(job: Job, run: RunFolder, collector: Collector, progress: Progress, *, step: int) -> None:
     """Evaluate the policy after `step`, unless it is not due or the metrics hold it already."""
-    if not is_due(job.config, step) or any(r["step"] == step and "eval/rollouts" in r for r in run.metrics()):
+    if not is_due(job.config, step):
+        return
+    # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.
+    if processes.from_main(lambda: any(r["step"] == step and "eval/rollouts" in r for r in run.metrics())):
         return
     requests = eval_requests(job.config, job.eval_tasks, run_id=run.run_id, step=step)
     when = {0: " before", job.config.optim.num_steps: " after"}.get(step, "")

@@ -100,6 +100,10 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
     gc.collect()
     torch.cuda.empty_cache()
     start = start_engine or VllmEngine.start
+    # The engines of a machine share vLLM's compile cache, whose index is not written at once: one fills it for all.
+    takes_turns, is_first = accelerator.device.type != "cpu", accelerator.local_process_index == 0
+    if takes_turns and not is_first:
+        processes.wait_for_all()
     engine = await start(
         job.model_path,
         model=job.config.model,
@@ -111,6 +115,8 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(job.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
+    if takes_turns and is_first:
+        processes.wait_for_all()
     for key, asks in job.asks_engine.items():
         if engine.publishes_merged:
             engine.shutdown()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,12 @@ from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.sample import item_of
 from graders.types import Grade, GraderErrorKind
+from trainer import processes
 from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.progress import Progress
 from trainer.rollout import Rollout, RolloutRequest
+from trainer.run_lock import RunLock
 from trainer.runs import RunFolder, append_line, read_lines, rollout_from_json, rollout_to_json
 from trainer.samples import Ledger
 
@@ -229,6 +232,30 @@ def test_foreign_files_and_a_file_in_its_place_are_refused(config):
 def test_checking_writes_nothing(config):
     RunFolder.check(config)
     assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize("there", ["nothing", "another folder"])
+def test_a_process_that_finds_another_folder_than_the_main_one_names_its_machine(config, monkeypatch, there):
+    # As on a node whose disk is its own.
+    if there == "another folder":
+        RunFolder.create(config)
+    monkeypatch.setattr(processes, "from_main", lambda make: "run-of-the-main-process")
+    own = f"is not the main process's folder on {platform.node()}; choose one on a file system that all nodes share"
+    with pytest.raises(UserError, match=own), RunFolder.held(config, rank=1):
+        pass
+    assert config.output_dir.exists() == (there == "another folder")
+
+
+def test_texts_are_left_beside_the_config_by_the_run_that_holds_the_folder(config):
+    with RunFolder.held(config, rank=0, beside={"job.yaml": "a: 1"}) as run:
+        assert (run.path / "job.yaml").read_text() == "a: 1" and run.is_main
+        assert run.run_id == RunFolder.open(config, rank=0).run_id
+
+
+def test_a_folder_in_which_a_run_was_killed_at_once_is_taken(config):
+    with RunLock(config.output_dir):
+        pass
+    RunFolder.create(config)
 
 
 # --- resuming

@@ -14,6 +14,22 @@ from envs.json_text import read_strict_json
 _YAML = (".yaml", ".yml")
 
 
+class _DistinctKeys(yaml.SafeLoader):
+    """YAML's safe loader, by which a key can't stand twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            # Several `<<` may be merged, and give way to what stands here.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} stands twice in one mapping; expected it once"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_document(path: Path, where: str) -> Any:
     """The value: JSON in a file that is named so, YAML in one that is, and what it is in any other.
 
@@ -34,7 +50,7 @@ def read_document(path: Path, where: str) -> Any:
             if suffix == ".json":
                 raise UserError(f"{where}: {e}") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _DistinctKeys)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid {'YAML' if suffix in _YAML else 'JSON or YAML'}: {e}") from e
 

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from conftest import scripted_config
 
+from envs.documents import read_document
+
 ROOT = Path(__file__).parents[1]
 ROW = {"messages": [{"role": "user", "content": "How much?"}], "answer": "1 million"}
 # Runs the script as `python scripts/train.py` does, and tells what it had loaded when it ended.
@@ -80,6 +82,17 @@ def test_missing_config_file(tmp_path):
 
 def test_a_config_that_is_not_yaml(tmp_path):
     assert "not valid YAML" in refused(tmp_path, "optim: [")
+
+
+def test_a_section_that_stands_twice(tmp_path):
+    message = refused(tmp_path, "optim: {num_steps: 1}\nrollout: {}\noptim: {num_steps: 2}\n")
+    assert "the key 'optim' stands twice in one mapping" in message and "line 3" in message
+
+
+def test_merged_mappings_give_way_to_what_stands_beside_them(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b\n  <<: *a\n  x: 2\nc:\n  <<: *b\n  y: 3\n")
+    assert read_document(path, "merged") == {"a": {"x": 1, "y": 1}, "b": {"x": 2, "y": 1}, "c": {"x": 2, "y": 3}}
 
 
 def test_bad_override(tmp_path, setting):

@@ -220,7 +220,7 @@ async def test_junk_is_graded_0_on_every_task(shipped: FinanceWorld) -> None:
         assert await score(task, gold) == 1.0
         text = shipped.texts[task.item["paths"][0]]
         # The hundreds of numbers of a whole report take most of the test's time.
-        junk = ["", "I don't know.", task.messages[-1].content, text[:1000], "yes", "no", f"9{gold.lstrip('-$')}"]
+        junk = ["", "I don't know.", task.messages[-1].content, "yes", "no", f"9{gold.lstrip('-$')}"]
         junk += [text, text[:4000]] if i % 20 == 0 else []
         if task.item["kind"] == "greater":
             junk.append({"0": "1", "1": "0"}[gold])

@@ -34,7 +34,8 @@ def read_document(path: Path, where: str) -> Any:
     """The value: JSON in a file that is named so, YAML in one that is, and what it is in any other.
 
     YAML's reader is not for JSON: it splits the characters beyond 16 bits that JSON escapes, and takes no tabs. A byte
-    order mark is passed over. Raises `UserError` that begins with `where`, with the place of what can't be read.
+    order mark is passed over; a key that stands twice in one mapping is refused in either. Raises `UserError` that
+    begins with `where`, with the place of what can't be read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -86,7 +86,10 @@ class World(Protocol):
     """What a whole run shares: it supplies tasks and opens one `Env` per episode."""
 
     def make_env(self) -> Env:
-        """A fresh environment; cheap, called once per episode."""
+        """A fresh environment; called once per episode, on the event loop, in the order of the episodes.
+
+        Cheap: while it runs everything waits, and no limit can end it. What takes time belongs in `Env.open`.
+        """
         ...
 
     def tasks(self, split: str) -> Sequence[Task]:

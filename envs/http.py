@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from envs.clocks import stopped_clocks
 from envs.errors import UserError, WorldError
 from envs.variables import expand
 
@@ -270,8 +271,9 @@ class HttpCaller:
                 patience.left_s -= waited_s
                 self._metrics["breaker_wait_s"] += waited_s
             try:
-                await self._keep_rate()
-                await self._slots.acquire()
+                with stopped_clocks():
+                    await self._keep_rate()
+                    await self._slots.acquire()
             except asyncio.CancelledError:
                 if is_probe:
                     self._server.abandoned()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import difflib
 import functools
 import hashlib
@@ -13,17 +11,15 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from envs.errors import UserError
+from envs.threads import THREADS
 
 TARGET_PATTERN = r"^[^:]+:[A-Za-z_][\w.]*$"
 _EXPECTED = "expected `package.module:Name` or `path/to/file.py:name`"
-# Of our own, as with tools: asyncio's pool has six threads on two cores, and graders that wait would fill it.
-_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="custom")
 
 
 def load_target(target: str, *, key: str) -> Any:
@@ -159,13 +155,19 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-async def call_user(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def call_user(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call sync code in a worker thread, async code on this event loop.
 
-    Not covered: sync code that never returns keeps its thread.
+    Raises `WorldError` where calls that never return have left no thread.
     """
     if is_async(function):
         return await function(*args, **kwargs)
-    in_context = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
-    value = await asyncio.get_running_loop().run_in_executor(_THREADS, in_context)
+    value = await THREADS.run(_name_of(function), function, *args, **kwargs)
     return await value if inspect.isawaitable(value) else value
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name.rpartition("<locals>.")[2]

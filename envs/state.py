@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 from envs.base import Env, HasState
+from envs.clocks import time_limit
 from envs.errors import WorldError
 
 
@@ -18,7 +18,7 @@ async def read_state(env: Env, *, timeout_s: float) -> dict[str, Any]:
     if not isinstance(env, HasState):
         return {}
     try:
-        async with asyncio.timeout(timeout_s) as limit:
+        async with time_limit(timeout_s) as limit:
             state = await env.final_state()
     except TimeoutError:
         if not limit.expired():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -17,14 +14,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
+from envs.clocks import time_limit
 from envs.docstrings import read_docstring, split_choices
 from envs.errors import ToolError, UserError
 from envs.json_text import read_json
 from envs.schemas import Check, argument_check, schema_error, without_nulls
+from envs.threads import THREADS
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
-# asyncio's own pool has six threads on two cores: slow tools of a few episodes would fill it. These start on demand.
-_THREADS = ThreadPoolExecutor(max_workers=256, thread_name_prefix="tool")
 _MAX_ECHO = 60
 _MAX_FAULTS = 5
 
@@ -208,9 +205,11 @@ def _completed(definition: Mapping[str, Any], known: Tool) -> Mapping[str, Any]:
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:
     """Validate and run one call. The model's faults come back as results with `error` set.
 
-    Sync functions run in a worker thread, so that they hold up no other episode. A tool that raises anything but
-    `ToolError` (a `TimeoutError` of its own included) is the world's or our fault: the exception passes through to the
-    caller. Not covered: a sync function that exceeds its time is abandoned, not stopped; its thread goes on.
+    Sync functions run in a worker thread, so that they hold up no other episode; their time begins when the thread
+    does. A tool that raises anything but `ToolError` (a `TimeoutError` of its own included) is the world's or our
+    fault: the exception passes through to the caller, as does `WorldError` where calls that hang have left no thread.
+    Not covered: a sync function that exceeds its time is given up, not stopped; its thread goes on and is counted
+    (`envs.threads`). An async one that swallows its cancellation, or blocks the event loop, can't be given up.
     """
     start = time.perf_counter()
 
@@ -235,8 +234,8 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
     except RecursionError:
         return result("Error: arguments are nested too deep", ToolErrorKind.BAD_ARGUMENTS)
     try:
-        async with asyncio.timeout(None if offered.is_remote else timeout_s) as limit:
-            value = await (offered.function(call) if offered.is_remote else _run(offered.function, kwargs))
+        async with time_limit(None if offered.is_remote else timeout_s) as limit:
+            value = await (offered.function(call) if offered.is_remote else _run(offered, kwargs))
     except ToolError as e:
         return result(f"Error: {e}", ToolErrorKind.REFUSED)
     except TimeoutError:
@@ -275,11 +274,10 @@ def _listed(value: Any) -> Any:
     return tolist(value)
 
 
-async def _run(function: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(function):
-        return await function(**kwargs)
-    in_context = functools.partial(contextvars.copy_context().run, function, **kwargs)
-    value = await asyncio.get_running_loop().run_in_executor(_THREADS, in_context)
+async def _run(tool: Tool, kwargs: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(tool.function):
+        return await tool.function(**kwargs)
+    value = await THREADS.run(tool.name, tool.function, **kwargs)
     # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the event loop.
     return await value if inspect.isawaitable(value) else value
 

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from envs.clocks import place_in
 from envs.errors import UserError, WorldError
 from envs.variables import expand
 from graders.config import JudgeConfig, JudgeSampling
@@ -145,7 +146,7 @@ class OpenAIJudge:
             )
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
-        async with self._slots:
+        async with place_in(self._slots):
             start = time.perf_counter()
             try:
                 reply, num_retries = await self._ask(request)

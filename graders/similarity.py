@@ -18,12 +18,12 @@ of thousands of words, whose table takes gigabytes.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from envs.errors import UserError
+from envs.loading import call_user
 from envs.types import Episode, Task
 from graders.config import TextSimilarityConfig
 from graders.sample import item_of, sample_of
@@ -59,7 +59,7 @@ class TextSimilarityGrader:
         except MissingVariable as e:
             return Grade(reward=0.0, parts={self._config.name: 0.0}, explanation=str(e), errors=(e.kind,))
         # Rounding lifts some metrics of equal texts over 1 by an ulp or two.
-        score = min(1.0, max(0.0, await asyncio.to_thread(self._metric, text, reference)))
+        score = min(1.0, max(0.0, await call_user(self._metric, text, reference)))
         why = f"{self._config.evaluation_metric} of input and reference: {score:.4g}"
         return Grade(reward=score, parts={self._config.name: score}, explanation=why)
 

@@ -237,6 +237,13 @@ def test_a_step_without_any_advantage_makes_no_update_and_says_so(model):
     assert all(torch.equal(before[n], t) for n, t in weights(policy).items())
 
 
+def test_a_step_without_samples_makes_no_update(model):
+    policy = tiny_policy(model)
+    metrics = policy.update([], PG, temperature=1.0, constant_tokens=64)
+    assert metrics["grad_norm"] == 0 and metrics["skipped_updates"] == 0 and policy.num_updates == 0
+    assert policy.num_steps == 1 and policy.last_logprobs == []
+
+
 def test_updates_raise_what_was_good_and_lower_what_was_bad(model):
     policy = tiny_policy(model, learning_rate=3e-3)
     samples = [s for s in random_samples() if s.advantage]

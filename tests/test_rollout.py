@@ -19,8 +19,10 @@ from graders.types import Grade
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
+from trainer.measures import Masked, masked_by
 from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, Rollout, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.summary import summarise
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))
 CONFIG = RolloutConfig(max_turns=6, max_tool_calls=4, max_turn_tokens=64, max_episode_tokens=900, world_retries=2)
@@ -194,6 +196,7 @@ async def play(
     set_up: Callable[[Writer, LengthGrader], None] = lambda engine, grader: None,
     watch_grader: LengthGrader | None = None,
     live: LiveIds | None = None,
+    max_num_seqs: int | None = None,
     **settings: Any,
 ) -> Played:
     world = world or World(dict(TOOLS))
@@ -201,7 +204,14 @@ async def play(
     set_up(engine, grader)
     config = CONFIG.model_copy(update=settings)
     worker = RolloutWorker(
-        world=world, grader=grader, watch_grader=watch_grader, chat=chat, engine=engine, config=config, live=live
+        world=world,
+        grader=grader,
+        watch_grader=watch_grader,
+        chat=chat,
+        engine=engine,
+        config=config,
+        live=live,
+        max_num_seqs=max_num_seqs,
     )
     requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(num_rollouts)]
     played = Played([], world, engine, grader)
@@ -471,7 +481,118 @@ async def test_every_rollout_has_an_id_and_turns_have_seeds_of_their_own(chat):
     assert len(set(seeds)) == len(seeds) == 6
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 3, None])
+async def test_a_slow_engine_is_on_no_episodes_clock(chat, max_num_seqs):
+    """One sequence at a time, 0.3 s a turn, whatever we believe of it: the last of them waits longer than its limit."""
+    one = asyncio.Semaphore(1)
+
+    async def take_long() -> None:
+        async with one:
+            await asyncio.sleep(0.3)
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        engine.before_turn = lambda number: take_long()
+
+    def script(prompt: str, seed: int) -> str:
+        return "42" if "heard" in prompt else call("echo", text="a")
+
+    played = await play(
+        chat, script, num_rollouts=8, set_up=set_up, max_num_seqs=max_num_seqs, episode_timeout_s=1.5, world_retries=0
+    )
+    assert [r.episode.stop_reason for r in played.rollouts] == [StopReason.ANSWERED] * 8
+    assert [r.reward for r in played.rollouts] == [1.0] * 8
+    assert [r.num_attempts for r in played.rollouts] == [1] * 8 and len(played.engine.requests) == 16
+
+
+async def test_no_more_turns_are_asked_for_than_the_engine_holds_and_the_rollouts_are_the_same(chat):
+    told: list[dict[str, Any]] = []
+    for max_num_seqs in (None, 2, 1):
+        at_once, most = 0, 0
+
+        async def count() -> None:
+            nonlocal at_once, most
+            at_once += 1
+            most = max(most, at_once)
+            await asyncio.sleep(0.02)
+            at_once -= 1
+
+        def set_up(engine: Writer, grader: LengthGrader, count: Callable[[], Any] = count) -> None:
+            engine.before_turn = lambda number: count()
+
+        def script(prompt: str, seed: int) -> str:
+            return f"it is {seed}" if "heard" in prompt else call("echo", text=str(seed))
+
+        played = await play(chat, script, num_rollouts=5, set_up=set_up, max_num_seqs=max_num_seqs, max_turn_tokens=128)
+        assert most == (max_num_seqs or 5)
+        told.append({r.episode.rollout_id: r.episode.messages for r in played.rollouts})
+    assert told[0] == told[1] == told[2] and len(told[0]) == 5
+
+
+async def test_with_one_place_an_episode_that_waits_for_a_tool_holds_up_no_other(chat):
+    others = asyncio.Event()
+
+    @tool
+    async def wait(text: str) -> str:
+        """Wait.
+
+        Args:
+            text: anything
+        """
+        if text == "first":
+            await others.wait()
+        else:
+            others.set()
+        return f"heard {text}"
+
+    def script(prompt: str, seed: int) -> str:
+        return "42" if "heard" in prompt else call("wait", text="other" if others_asked else "first")
+
+    others_asked: list[int] = []
+
+    def set_up(engine: Writer, grader: LengthGrader) -> None:
+        engine.before_turn = lambda number: others_asked.append(number) if number else None
+
+    played = await play(
+        chat, script, world=World({"wait": wait}), num_rollouts=2, set_up=set_up, max_num_seqs=1, episode_timeout_s=60
+    )
+    assert [r.episode.stop_reason for r in played.rollouts] == [StopReason.ANSWERED] * 2
+
+
 # --- the world's faults
+
+
+async def test_an_environment_whose_closing_hangs_or_fails_costs_no_rollout_and_is_told(chat):
+    class Stuck(Env):
+        async def close(self, episode: Episode | None) -> None:
+            await super().close(episode)
+            if self._rollout_id == "r0":
+                await asyncio.Event().wait()
+            if self._rollout_id == "r1":
+                raise OSError("no such browser")
+
+    world = World(dict(TOOLS))
+    world.make_env = lambda: Stuck(world)
+    played = await play(chat, lambda prompt, seed: "42", world=world, num_rollouts=3, settle_timeout_s=0.2)
+    assert [r.reward for r in played.rollouts] == [1.0] * 3
+    assert [r.unclosed for r in played.rollouts] == [
+        ("close: not done within 0.2 s",),
+        ("close: OSError: no such browser",),
+        (),
+    ]
+    stored = json.loads(json.dumps(rollout_to_json(played.rollouts[0])))
+    assert rollout_from_json(stored) == played.rollouts[0]
+    assert summarise(played.rollouts)["unclosed_environments"] == 2
+
+
+async def test_an_environment_that_can_not_be_made_is_the_worlds_fault(chat):
+    def make_env() -> Env:
+        raise WorldError("no room")
+
+    world = World(dict(TOOLS))
+    world.make_env = make_env
+    played = await play(chat, ["42"], world=world, world_retries=1)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT and played.rollout.num_attempts == 2
+    assert played.episode.error == "no room"
 
 
 async def test_a_fault_of_the_world_is_retried_in_a_fresh_environment(chat):
@@ -523,7 +644,8 @@ async def test_a_judge_that_cannot_be_reached_masks_the_rollout_with_its_cause(c
 
     played = await play(chat, lambda prompt, seed: "42", set_up=set_up, world_retries=1)
     assert played.rollout.grade is None and played.rollout.num_attempts == 2
-    assert played.episode.error == "grader: the judge is out"
+    assert played.episode.error == "grader: the judge is out" and masked_by(played.rollout) is Masked.GRADER
+    assert played.world.opened == ["r0"] and len(played.engine.requests) == 1, "it was not played again"
 
 
 async def test_a_rollout_that_all_reward_functions_pass_over_is_masked_and_not_tried_again(chat):
@@ -554,12 +676,15 @@ async def test_an_episode_knows_its_tokens_behind_the_prompt_tool_results_includ
     assert rollout_from_json(json.loads(json.dumps(stored))).episode.completion_ids == ids
 
 
-async def test_a_judge_that_comes_back_grades_the_retry(chat):
+async def test_a_judge_that_comes_back_grades_the_episode_that_was_played(chat):
     def set_up(engine: Writer, grader: LengthGrader) -> None:
         grader.failures = 1
 
-    played = await play(chat, lambda prompt, seed: "42", set_up=set_up)
+    turns = [call("echo", text="a"), "42"]
+    played = await play(chat, turns, set_up=set_up)
     assert played.rollout.reward == 1.0 and played.rollout.num_attempts == 2
+    assert played.world.opened == ["r0"] and len(played.engine.requests) == 2 and executed == ["a"]
+    assert played.grader.graded[0] == played.grader.graded[1] == played.episode and played.episode.error == ""
 
 
 async def test_a_watching_grader_grades_the_same_episodes_and_costs_none_when_it_fails(chat):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -62,7 +63,9 @@ class Collector:
         new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))
         finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
         everyone = dict(processes.gather([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
-        return [everyone[r.rollout_id] for r in requests]
+        rollouts = [everyone[r.rollout_id] for r in requests]
+        warn_of_unclosed(rollouts, self._progress)
+        return rollouts
 
 
 def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sample], Metrics]:
@@ -92,6 +95,12 @@ def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sam
     return samples, metrics
 
 
+def warn_of_unclosed(rollouts: Sequence[Rollout], progress: Progress) -> None:
+    """What an environment holds on to when it does not close costs no rollout, but may fill the machine."""
+    if causes := Counter(cause for r in rollouts for cause in r.unclosed):
+        progress.warn(f"{causes.total()} environments did not close: {causes.most_common(1)[0][0]}")
+
+
 def refuse_if_none_graded(rollouts: Sequence[Rollout], which: str) -> None:
     """Raise where no rollout has a grade: `UserError` if the user's functions gave none, else `WorldError`."""
     if any(r.grade is not None for r in rollouts):
@@ -114,6 +123,8 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
         raise UserError(
             "no prompt of the step leaves room to generate: all are as long as rollout.max_episode_tokens; raise it"
         )
+    if not any(r.episode.num_tokens for r in rollouts if r.grade is not None):
+        progress.warn("no rollout of this step that has a grade holds a generated token: nothing was learned from it")
     for kind, causes in masked_causes(rollouts).items():
         often = causes.most_common(1)[0][0]
         progress.warn(f"{causes.total()} of {len(rollouts)} rollouts {WHY_MASKED[kind]}: {often}")

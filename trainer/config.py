@@ -122,8 +122,19 @@ class RolloutConfig(Section):
     max_episode_tokens: int = Field(
         1024, ge=16, description="tokens of a whole episode, prompt and tool outputs included"
     )
-    episode_timeout_s: float = Field(600, gt=0, description="wall-clock limit of an episode, seconds")
+    episode_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="of an episode, seconds: its environment, tools and user; the engine, and waiting for a place "
+        "at it or for a thread, do not count",
+    )
     tool_timeout_s: float = Field(60, gt=0, description="of one tool call, seconds")
+    settle_timeout_s: float = Field(
+        300,
+        gt=0,
+        description="of what follows an episode, seconds each: one try of its grading, a judge's retries included (a "
+        "grader that takes longer has failed), and closing its environment (no longer than episode_timeout_s)",
+    )
     max_tool_output_chars: int = Field(20_000, ge=1, description="longer tool outputs are cut, and say so")
     temperature: float = Field(1.0, gt=0, description="sampling temperature in training")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; below 1 biases the policy gradient")
@@ -135,7 +146,9 @@ class RolloutConfig(Section):
             "text), or a file that holds it; tasks may offer no tools then"
         ),
     ] = None
-    world_retries: int = Field(2, ge=0, description="fresh attempts at a rollout lost to a fault of the world")
+    world_retries: int = Field(
+        2, ge=0, description="fresh attempts at an episode lost to a fault of the world, and at a grading that failed"
+    )
 
 
 class LossConfig(Section):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from envs.clocks import stopped_clocks
 from envs.errors import UserError, WorldError
 from envs.types import Message, Role
 from graders.config import JudgeSampling
@@ -71,14 +72,15 @@ class EngineJudge:
         sampling = request.sampling
         start = time.perf_counter()
         try:
-            token_ids = await self._engine.generate_base(
-                prompt_ids,
-                max_tokens=sampling.max_completions_tokens or DEFAULT_MAX_TOKENS,
-                temperature=0.0 if sampling.temperature is None else sampling.temperature,
-                top_p=1.0 if sampling.top_p is None else sampling.top_p,
-                seed=sampling.seed,
-                schema=request.schema,
-            )
+            with stopped_clocks():
+                token_ids = await self._engine.generate_base(
+                    prompt_ids,
+                    max_tokens=sampling.max_completions_tokens or DEFAULT_MAX_TOKENS,
+                    temperature=0.0 if sampling.temperature is None else sampling.temperature,
+                    top_p=1.0 if sampling.top_p is None else sampling.top_p,
+                    seed=sampling.seed,
+                    schema=request.schema,
+                )
         except WorldError:
             self._meter.failed()
             raise

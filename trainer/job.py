@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from envs.base import Responds, World
+from envs.clocks import time_limit
 from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
+from envs.threads import thread_metrics
 from envs.types import Task
 from envs.users import Users
 from graders.build import build_grader
@@ -66,13 +69,18 @@ class Job:
         taken: dict[str, float] = {}
         for part in self._parts():
             taken |= taken_metrics(part)
-        return taken
+        return taken | thread_metrics()
 
     async def aclose(self) -> None:
-        """Release what world, graders and judge hold: connections, servers, sandboxes."""
+        """Release what world, graders and judge hold: connections, servers, sandboxes.
+
+        Each has `rollout.settle_timeout_s`: one that hangs is left, so that the process ends.
+        """
         for part in self._parts():
             if close := getattr(part, "aclose", None):
-                await close()
+                with contextlib.suppress(TimeoutError):
+                    async with time_limit(self.config.rollout.settle_timeout_s):
+                        await close()
 
     def _parts(self) -> list[object]:
         return [

@@ -134,10 +134,11 @@ class Policy:
         `constant_tokens` is the constant of normalisation `constant`.
 
         A minibatch in which nothing has a gradient (all advantages 0, no KL term) makes no update and is counted in
-        `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence.
+        `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A step without samples
+        makes none.
         Returns means per trainable token that took part, over all processes and updates; see `losses.policy_loss`.
         """
-        assert samples and all(s.num_trainable for s in samples), "samples without trainable tokens"
+        assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
         self._assert_same_everywhere(samples)
         rate = learning_rate(self._optim, self.num_steps)

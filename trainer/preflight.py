@@ -27,7 +27,7 @@ from envs.types import Task
 from trainer import processes
 from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
-from trainer.collect import refuse_if_none_graded
+from trainer.collect import refuse_if_none_graded, warn_of_unclosed
 from trainer.config import RunConfig
 from trainer.estimate import (
     GIB,
@@ -239,6 +239,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         rollouts_start = time.perf_counter()
         rollouts = loop.run(worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
         rollouts_s = time.perf_counter() - rollouts_start
+        warn_of_unclosed(rollouts, progress)
         refuse_if_none_graded(rollouts, "of the preflight")
 
         progress.phase("one microbatch's update")

@@ -1,29 +1,34 @@
 """Rollouts: one episode, its retries and its grade, then all groups of a step at once.
 
 Every episode is a coroutine of its own. The engine batches whatever turns are ready, so an episode that waits for a
-tool never holds up the others.
+tool never holds up the others. What an episode waits for because of us (the engine, a place, a thread) is on no clock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from envs.base import Ends, Env, Observes, OrdersCalls, World
-from envs.errors import Unscored, WorldError, first_error
+from envs.clocks import stopped_clocks, time_limit
+from envs.errors import WorldError, first_error
+from envs.secrets import hidden_in
 from envs.state import read_state
+from envs.threads import let_loop_end
 from envs.tools import Tool, call_tool
 from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from envs.users import Exchange, Users, hear
 from graders.types import Grade, Grader
+from trainer.admission import Place, Places
 from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Engine, Sampling
+from trainer.grading import Graded, Grading
+from trainer.live import Live
 from trainer.offer import tools_offered
 from trainer.response_format import schema_text
 from trainer.samples import Ledger, completion_ids
@@ -49,7 +54,9 @@ class Rollout:
     num_drifted_turns: int = 0
     """Turns whose raw text differs from what serving would render for the parsed message."""
     num_attempts: int = 1
-    """More than one where the world or the grading of earlier attempts failed."""
+    """More than one where the world failed, and the episode was played again, or a grading, and was tried again."""
+    unclosed: tuple[str, ...] = ()
+    """Why environments of it did not close, those of earlier attempts included."""
 
     @property
     def reward(self) -> float | None:
@@ -63,31 +70,6 @@ class RolloutRequest:
     task: Task
     rollout_id: str
     seed: int
-
-
-@dataclass(slots=True)
-class _Live:
-    """An episode in the making."""
-
-    env: Env
-    request: RolloutRequest
-    rollout_id: str
-    """The request's, or that of a retry."""
-    messages: list[Message]
-    ledgers: list[Ledger] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
-    seen_tools: list[tuple[str, Tool]] | None = None
-    """What the environment had when it was last looked at."""
-    tools: dict[str, Tool] = field(default_factory=dict)
-    """What the model is offered of them."""
-    schemas: list[dict[str, Any]] = field(default_factory=list)
-    num_tool_calls: int = 0
-    num_replies: int = 0
-    num_drifted_turns: int = 0
-    waiting_for: str = ""
-    """Who is being asked at the moment and keeps the model waiting: a remote tool, or the user."""
-    over_budget: bool = False
-    """The model has been told that its call budget is used up."""
 
 
 class LiveRollouts(Protocol):
@@ -118,11 +100,13 @@ class RolloutWorker:
         users: Users | None = None,
         watch_grader: Grader | None = None,
         live: LiveRollouts | None = None,
+        max_num_seqs: int | None = None,
     ) -> None:
+        """`max_num_seqs`: how many turns the engine decodes at once; None: any number."""
         self._world = world
-        self._grader = grader
-        self._watch_grader = watch_grader
+        self._grading = Grading(grader, watch_grader, timeout_s=config.settle_timeout_s, retries=config.world_retries)
         self._live = live
+        self._max_num_seqs = max_num_seqs
         self._chat = chat
         self._engine = engine
         self._config = config
@@ -135,50 +119,58 @@ class RolloutWorker:
         temperature: float,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
     ) -> list[Rollout]:
-        """All rollouts at once; the result is in the order of the requests.
+        """All rollouts, as the engine has room for them; the result is in the order of the requests.
 
         `on_rollout` is called as each one finishes. An error that is neither the model's nor the world's cancels the
         others, closes their environments and is raised.
         """
+        let_loop_end()
+        places = Places(self._max_num_seqs)
 
-        async def one(request: RolloutRequest) -> Rollout:
-            rollout = await self._with_retries(request, temperature)
+        async def one(number: int, request: RolloutRequest) -> Rollout:
+            rollout = await self._with_retries(request, temperature, Place(places, number))
             on_rollout(rollout)
             return rollout
 
         async with first_error(), asyncio.TaskGroup() as group:
-            running = [group.create_task(one(r)) for r in requests]
+            running = [group.create_task(one(i, r)) for i, r in enumerate(requests)]
         return [t.result() for t in running]
 
-    async def _with_retries(self, request: RolloutRequest, temperature: float) -> Rollout:
+    async def _with_retries(self, request: RolloutRequest, temperature: float, place: Place) -> Rollout:
+        unclosed: tuple[str, ...] = ()
         for attempt in range(1 + self._config.world_retries):
             rollout_id = request.rollout_id if attempt == 0 else f"{request.rollout_id}-retry{attempt}"
-            rollout = await self._attempt(request, rollout_id, temperature, attempt + 1)
-            if rollout.grade is not None or rollout.is_unscored:
+            try:
+                # Admitted: what comes before is no part of the episode.
+                await place.take()
+                live = Live(request=request, rollout_id=rollout_id, place=place, messages=list(request.task.messages))
+                rollout = await self._attempt(live, temperature)
+            finally:
+                place.leave()
+            unclosed += rollout.unclosed
+            if rollout.episode.stop_reason is not StopReason.WORLD_FAULT:
                 break
-        return rollout
+        return replace(rollout, unclosed=unclosed, num_attempts=rollout.num_attempts + attempt)
 
-    async def _attempt(self, request: RolloutRequest, rollout_id: str, temperature: float, number: int) -> Rollout:
-        env = self._world.make_env()
-        live = _Live(env=env, request=request, rollout_id=rollout_id, messages=list(request.task.messages))
+    async def _attempt(self, live: Live, temperature: float) -> Rollout:
+        """One episode and its grading, in an environment of its own."""
         start = time.perf_counter()
         episode: Episode | None = None
-        grade: Grade | None = None
-        watch: Grade | None = None
-        is_unscored = False
+        graded, unclosed = Graded(), ""
         if self._live:
-            self._live.opened(rollout_id)
+            self._live.opened(live.rollout_id)
         try:
             stop, error = await self._play(live, temperature)
+            live.place.leave()
             state: dict[str, Any] = {}
             if stop is not StopReason.WORLD_FAULT:
                 try:
-                    state = await read_state(env, timeout_s=self._config.tool_timeout_s)
+                    state = await read_state(live.env, timeout_s=self._config.tool_timeout_s)
                 except WorldError as e:
                     stop, error = StopReason.WORLD_FAULT, str(e)
             episode = Episode(
-                rollout_id=rollout_id,
-                task_id=request.task.task_id,
+                rollout_id=live.rollout_id,
+                task_id=live.request.task.task_id,
                 messages=tuple(live.messages),
                 turns=tuple(live.turns),
                 stop_reason=stop,
@@ -188,34 +180,46 @@ class RolloutWorker:
                 completion_ids=completion_ids(live.ledgers),
             )
             if stop is not StopReason.WORLD_FAULT:
-                try:
-                    grade = await _timed_grade(self._grader, request.task, episode)
-                except WorldError as e:
-                    is_unscored = isinstance(e, Unscored)
-                    episode = replace(episode, error=f"grader: {e}")
-                # What only watches must not cost a rollout.
-                with contextlib.suppress(WorldError):
-                    if self._watch_grader and grade:
-                        watch = await _timed_grade(self._watch_grader, request.task, episode)
+                graded = await self._grading.grade(live.request.task, episode)
+                episode = replace(episode, error=graded.error)
         finally:
-            await env.close(episode)
+            live.place.leave()
+            unclosed = await self._close(live.env, episode)
             if self._live:
-                self._live.closed(rollout_id)
+                self._live.closed(live.rollout_id)
         return Rollout(
             episode=episode,
-            task=request.task,
+            task=live.request.task,
             ledgers=tuple(live.ledgers),
-            grade=grade,
-            watch=watch,
-            is_unscored=is_unscored,
+            grade=graded.grade,
+            watch=graded.watch,
+            is_unscored=graded.is_unscored,
             num_drifted_turns=live.num_drifted_turns,
-            num_attempts=number,
+            num_attempts=graded.num_tries,
+            unclosed=(unclosed,) if unclosed else (),
         )
 
-    async def _play(self, live: _Live, temperature: float) -> tuple[StopReason, str]:
-        """The episode's turns in the opened environment: why they ended, and the world's fault where it was that."""
+    async def _close(self, env: Env, episode: Episode | None) -> str:
+        """Why it did not close; empty where it did. The rollout is over, and nothing that fails here may cost it."""
+        limit_s = min(self._config.settle_timeout_s, self._config.episode_timeout_s)
         try:
-            async with asyncio.timeout(self._config.episode_timeout_s) as limit:
+            async with time_limit(limit_s) as limit:
+                await env.close(episode)
+        except Exception as e:
+            if isinstance(e, TimeoutError) and limit.expired():
+                return f"close: not done within {limit_s:g} s"
+            return f"close: {type(e).__name__}: {hidden_in(str(e))}".removesuffix(": ")
+        return ""
+
+    async def _play(self, live: Live, temperature: float) -> tuple[StopReason, str]:
+        """The episode's turns in an environment opened for it: why they ended, and the world's fault where it was that.
+
+        What counts in its time: making and opening the environment, tools, the user.
+        """
+        limit_s = self._config.episode_timeout_s
+        try:
+            async with time_limit(limit_s) as limit:
+                live.env = self._world.make_env()
                 await live.env.open(live.request.task, live.rollout_id)
                 if isinstance(live.env, Observes) and (observation := live.env.observation):
                     prompt = live.messages[-1]
@@ -226,14 +230,13 @@ class RolloutWorker:
         except TimeoutError:
             if not limit.expired():
                 raise
-            # A slow world or engine must not be scored 0.
             if not live.turns:
-                return StopReason.WORLD_FAULT, f"no turn within {self._config.episode_timeout_s:g} s"
+                return StopReason.WORLD_FAULT, f"no turn within {limit_s:g} s"
             if live.waiting_for:
                 return StopReason.WORLD_FAULT, f"{live.waiting_for} did not answer in the episode's time"
             return StopReason.WALL_CLOCK, ""
 
-    async def _turns(self, live: _Live, temperature: float) -> StopReason:
+    async def _turns(self, live: Live, temperature: float) -> StopReason:
         """Generate, call tools or hear the user, repeat; appends to `live` as it goes: a time-out loses nothing."""
         config = self._config
         self._look_at_tools(live)
@@ -267,7 +270,7 @@ class RolloutWorker:
                 return StopReason.TEMPLATE_REFUSED
         return StopReason.MAX_TURNS
 
-    def _look_at_tools(self, live: _Live) -> bool:
+    def _look_at_tools(self, live: Live) -> bool:
         """Take up the tools that the environment has now; True where the model is offered others than before."""
         seen = list(live.env.tools.items())
         if seen == live.seen_tools:
@@ -279,7 +282,7 @@ class RolloutWorker:
         return schemas != before
 
     async def _generate(
-        self, live: _Live, number: int, max_tokens: int, temperature: float
+        self, live: Live, number: int, max_tokens: int, temperature: float
     ) -> tuple[Completion, ParsedTurn]:
         sampling = Sampling(
             max_tokens=max_tokens,
@@ -289,8 +292,10 @@ class RolloutWorker:
             schema=schema_text(self._config.response_format),
         )
         ledger = live.ledgers[-1]
+        await live.place.take()
         start = time.perf_counter()
-        completion = await self._engine.generate(ledger.prompt_ids, sampling)
+        with stopped_clocks():
+            completion = await self._engine.generate(ledger.prompt_ids, sampling)
         generation_s = time.perf_counter() - start
         token_ids, version = completion.token_ids, completion.policy_version
         ledger.append_sampled(token_ids, completion.logprobs, version, constrained_from=completion.constrained_from)
@@ -307,7 +312,7 @@ class RolloutWorker:
         )
         return completion, parsed
 
-    async def _answer_calls(self, live: _Live, parsed: ParsedTurn) -> None:
+    async def _answer_calls(self, live: Live, parsed: ParsedTurn) -> None:
         """The results of the last turn's calls, and what is said to a malformed one."""
         start = time.perf_counter()
         if self._config.answer == "tool_calls":
@@ -315,13 +320,15 @@ class RolloutWorker:
             checked = [await self._call_tool(live.tools, call) for call in parsed.message.tool_calls]
             results = [result for result in checked if result.error]
         else:
+            if parsed.message.tool_calls:
+                live.place.leave()
             results = await self._call_tools(live, parsed.message)
         live.turns[-1] = replace(live.turns[-1], results=tuple(results), tools_s=time.perf_counter() - start)
         live.messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
         if parsed.malformed:
             live.messages.append(Message(role="user", content=parsed.complaint or MALFORMED_ANSWER))
 
-    async def _hear_user(self, live: _Live) -> StopReason | None:
+    async def _hear_user(self, live: Live) -> StopReason | None:
         """What the user says to a turn without calls; where they say nothing more, or may not, why the episode ends."""
         exchange = Exchange(
             task=live.request.task,
@@ -331,6 +338,7 @@ class RolloutWorker:
             seed=derive_seed(live.request.seed, "user", live.num_replies),
         )
         start = time.perf_counter()
+        live.place.leave()
         live.waiting_for = "the user"
         reply = await hear(live.env, self._users, exchange)
         live.waiting_for = ""
@@ -343,7 +351,7 @@ class RolloutWorker:
         live.messages.append(Message(role="user", content=reply))
         return None
 
-    def _continue(self, live: _Live, before: list[Message], completion: Completion) -> None:
+    def _continue(self, live: Live, before: list[Message], completion: Completion) -> None:
         """The prompt of the next turn. Other tools are another prompt: they begin a row, as a forking template does."""
         schemas = live.schemas
         if self._look_at_tools(live):
@@ -358,7 +366,7 @@ class RolloutWorker:
             live.ledgers.append(Ledger())
         live.ledgers[-1].append_context(continuation.token_ids)
 
-    async def _call_tools(self, live: _Live, message: Message) -> list[ToolResult]:
+    async def _call_tools(self, live: Live, message: Message) -> list[ToolResult]:
         """Run the turn's calls, concurrently unless the environment wants them in order; results in the order called.
 
         Calls over the budget are not run.
@@ -389,9 +397,3 @@ class RolloutWorker:
         if len(output) > limit:
             output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
         return replace(result, output=output, num_tokens=self._chat.num_tokens(output))
-
-
-async def _timed_grade(grader: Grader, task: Task, episode: Episode) -> Grade:
-    start = time.perf_counter()
-    grade = await grader.grade(task, episode)
-    return replace(grade, latency_s=time.perf_counter() - start)

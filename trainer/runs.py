@@ -297,6 +297,7 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
         "is_unscored": rollout.is_unscored,
         "num_drifted_turns": rollout.num_drifted_turns,
         "num_attempts": rollout.num_attempts,
+        "unclosed": rollout.unclosed,
     }
 
 
@@ -311,6 +312,7 @@ def rollout_from_json(record: dict[str, Any]) -> Rollout:
         is_unscored=record.get("is_unscored", False),
         num_drifted_turns=record["num_drifted_turns"],
         num_attempts=record["num_attempts"],
+        unclosed=tuple(record.get("unclosed", ())),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from envs.clocks import time_limit
 from envs.errors import UserError
 from trainer import processes
 from trainer.adapter import published_bytes
@@ -82,7 +83,11 @@ async def release_left_open(job: Job, run: RunFolder, progress: Progress) -> Non
     sweep = getattr(job.world, "sweep", None)
     if left_open and sweep:
         progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
-        await sweep(left_open)
+        try:
+            async with time_limit(job.config.rollout.settle_timeout_s):
+                await sweep(left_open)
+        except TimeoutError:
+            progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
     if run.is_main:
         run.forget_left_open()
 
@@ -139,6 +144,7 @@ def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
         users=job.users,
         # Two lines a rollout, of use only where something can be released.
         live=run if hasattr(job.world, "sweep") else None,
+        max_num_seqs=job.config.engine.max_num_seqs,
     )
 
 

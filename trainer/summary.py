@@ -18,6 +18,8 @@ Metrics = dict[str, float]
 def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     """Means over the graded rollouts, and counts of what was lost: all, and where there are any by kind (`Masked`).
 
+    `unclosed_environments` are those whose closing failed or took too long, where there are any.
+
     Tokens are generated tokens: `completion_tokens` in all, of which `reasoning_tokens` by the reasoning parser and
     `answer_tokens` the others (tool calls and answers). Latencies are in seconds. `tool_calls` counts malformed calls
     too. `answered` is the share of episodes that came to their own end: an answer, calls that are the answer, a game
@@ -31,6 +33,8 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
     metrics |= {f"masked_by/{kind}": causes.total() for kind, causes in masked_causes(rollouts).items()}
     metrics["retried_rollouts"] = sum(r.num_attempts > 1 for r in rollouts)
+    if unclosed := sum(len(r.unclosed) for r in rollouts):
+        metrics["unclosed_environments"] = unclosed
     if not graded:
         return metrics
     episodes = [r.episode for r in graded]

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from envs.clocks import place_in
 from envs.errors import ToolError, UserError, WorldError
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 from envs.remote.mcp_connection import Connection
@@ -109,7 +110,7 @@ class McpServer:
 
     async def connect(self, rollout_id: str) -> Connection:
         """A connection for this rollout alone. Raises `WorldError`."""
-        async with self._starts:
+        async with place_in(self._starts):
             connection = Connection(self.config, rollout_id=rollout_id)
             self._open.add(connection)
             try:

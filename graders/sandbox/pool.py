@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from envs.clocks import place_in
 from envs.errors import WorldError
 from graders.sandbox.isolation import Isolation, boot_frame, command, environment
 from graders.sandbox.limits import Limits
@@ -66,7 +67,7 @@ class Pool:
     async def run(self, payload: bytes) -> Outcome:
         """Grade the payload, JSON `{"sample": …, "item": …}`. Raises `WorldError` when the sandbox failed twice."""
         fault = ""
-        async with self._slots:
+        async with place_in(self._slots):
             for _ in range(_TRIES):
                 try:
                     return await self._run_once(payload)

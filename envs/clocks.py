@@ -1,0 +1,131 @@
+"""Limits on time that count only the time of what they limit.
+
+A tool, an environment or a grader is given so many seconds. What it waits for meanwhile because of us is not its time:
+the engine and its queue, a free thread, a free place among the requests in flight, an event loop that is busy with
+other episodes. Such waits stand under `stopped_clocks`, or `place_in`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
+
+_TICK_S = 0.25
+_LATE_S = 0.05
+_RESOLUTION_S = 1e-4
+"""Less is nothing: added to the loop's time it might not change it, and the end would never come."""
+_clocks: ContextVar[tuple[Clock, ...]] = ContextVar("clocks", default=())
+
+
+class Clock:
+    """What is left of one limit. Made by `time_limit`.
+
+    The loop is looked at in ticks: of a tick that comes late, the time up to when it was due counts and the rest does
+    not. An end that comes late is put off once, so that answers that came in the meantime are read first.
+    """
+
+    def __init__(self, limit_s: float | None, timeout: asyncio.Timeout) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._timeout = timeout
+        self._left_s = limit_s
+        self._num_stops = 0
+        self._is_put_off = False
+        self._is_over = False
+        self._counted_s = self._due_s = self.loop.time()
+        self._tick: asyncio.TimerHandle | None = None
+        self._wind()
+
+    def expired(self) -> bool:
+        """Whether it was this limit that ended the work, and not a `TimeoutError` of the work's own."""
+        return self._timeout.expired()
+
+    def stop(self) -> None:
+        """Stand still until `go_on`; may be called several times, by tasks side by side."""
+        self._num_stops += 1
+        if self._tick is not None:
+            self._count()
+            self._tick.cancel()
+            self._tick = None
+
+    def go_on(self) -> None:
+        self._num_stops -= 1
+        self._wind()
+
+    def end(self) -> None:
+        self._is_over = True
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+
+    def _wind(self) -> None:
+        if self._left_s is None or self._num_stops or self._is_over or self._timeout.expired():
+            return
+        self._counted_s = self.loop.time()
+        self._due_s = self._counted_s + min(max(self._left_s, 0.0), _TICK_S)
+        self._tick = self.loop.call_at(self._due_s, self._on_tick)
+
+    def _count(self) -> None:
+        assert self._left_s is not None
+        self._left_s -= min(self.loop.time(), self._due_s) - self._counted_s
+        if self._left_s < _RESOLUTION_S:
+            self._left_s = 0.0
+
+    def _on_tick(self) -> None:
+        assert self._left_s is not None
+        self._tick = None
+        is_late = self.loop.time() - self._due_s > _LATE_S
+        self._count()
+        if self._left_s <= 0 and is_late and not self._is_put_off:
+            self._is_put_off = True
+            self._left_s = _LATE_S
+        if self._left_s > 0:
+            self._wind()
+        else:
+            self._timeout.reschedule(self.loop.time())
+
+
+@contextlib.asynccontextmanager
+async def time_limit(limit_s: float | None) -> AsyncIterator[Clock]:
+    """Cancel the body after so many seconds of its own and raise `TimeoutError`, as `asyncio.timeout` does.
+
+    Limits may stand within each other. None: no limit.
+    """
+    async with asyncio.timeout(None) as timeout:
+        clock = Clock(limit_s, timeout)
+        token = _clocks.set((*_clocks.get(), clock))
+        try:
+            yield clock
+        finally:
+            _clocks.reset(token)
+            clock.end()
+
+
+@contextlib.contextmanager
+def stopped_clocks() -> Iterator[None]:
+    """All limits that this task stands under stand still in the body: what is waited for there is ours.
+
+    Not covered: others who wait for this task, such as those who asked a judge the same question.
+    """
+    loop = asyncio.get_running_loop()
+    # A tool in a thread may run a loop of its own.
+    clocks = [clock for clock in _clocks.get() if clock.loop is loop]
+    for clock in clocks:
+        clock.stop()
+    try:
+        yield
+    finally:
+        for clock in clocks:
+            clock.go_on()
+
+
+@contextlib.asynccontextmanager
+async def place_in(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of the slots, for the body; the wait for it is on nobody's clock."""
+    with stopped_clocks():
+        await slots.acquire()
+    try:
+        yield
+    finally:
+        slots.release()

@@ -88,7 +88,8 @@ class World(Protocol):
     def make_env(self) -> Env:
         """A fresh environment; called once per episode, on the event loop, in the order of the episodes.
 
-        Cheap: while it runs everything waits, and no limit can end it. What takes time belongs in `Env.open`.
+        Cheap: while it runs everything waits. What takes time belongs in `Env.open`; `rollout.episode_timeout_s` is
+        the limit of both.
         """
         ...
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
+
+from envs.errors import WorldError
 
 _TICK_S = 0.25
 _LATE_S = 0.05
@@ -52,6 +57,13 @@ class Clock:
     def go_on(self) -> None:
         self._num_stops -= 1
         self._wind()
+
+    def renew(self, limit_s: float) -> None:
+        """From now on there are so many seconds left."""
+        self.stop()
+        self._left_s = limit_s
+        self._is_put_off = False
+        self.go_on()
 
     def end(self) -> None:
         self._is_over = True
@@ -100,6 +112,34 @@ async def time_limit(limit_s: float | None) -> AsyncIterator[Clock]:
         finally:
             _clocks.reset(token)
             clock.end()
+
+
+@contextlib.contextmanager
+def blocking_limit(limit_s: float, what: str) -> Iterator[None]:
+    """Raise `WorldError` in sync code that takes longer, though it holds up the event loop that could end it.
+
+    By an alarm signal, so in the main thread alone; elsewhere there is no limit, nor where another alarm comes first.
+    Not covered: code that does not come back from C.
+    """
+
+    def give_up(*_: object) -> None:
+        raise WorldError(f"{what}: not done within {limit_s:g} s")
+
+    others_s, others_interval_s = signal.getitimer(signal.ITIMER_REAL)
+    if threading.current_thread() is not threading.main_thread() or 0 < others_s <= limit_s:
+        yield
+        return
+    start = time.monotonic()
+    former = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        if others_s:
+            left_s = max(others_s - (time.monotonic() - start), _RESOLUTION_S)
+            signal.setitimer(signal.ITIMER_REAL, left_s, others_interval_s)
 
 
 @contextlib.contextmanager

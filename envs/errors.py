@@ -5,7 +5,8 @@ AgentRFTError
 ├── WorldError                a tool server, judge or engine failed: the rollout is masked, never scored 0
 │   └── Unscored              the user's reward functions passed the rollout over: masked too, but not tried again
 ├── ToolError                 a tool refuses its arguments: shown to the model, the episode goes on
-└── PublishError              the engine does not run the policy that is being trained: the run stops
+├── PublishError              the engine does not run the policy that is being trained: the run stops
+└── EngineHungError           the engine answers nothing any more: the run stops
 
 Faults of our own code are plain Python errors and stop the run.
 """
@@ -47,6 +48,10 @@ class ToolError(AgentRFTError):
 
 class PublishError(AgentRFTError):
     """The engine's answers do not come from the published policy version."""
+
+
+class EngineHungError(AgentRFTError):
+    """The engine lives but answers nothing any more."""
 
 
 @contextlib.asynccontextmanager

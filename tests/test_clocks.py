@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from envs.clocks import place_in, stopped_clocks, time_limit
-from envs.errors import Unscored, WorldError
+from envs.clocks import blocking_limit, place_in, stopped_clocks, time_limit
+from envs.errors import EngineHungError, Unscored, WorldError
 from envs.loading import call_user
 from envs.threads import Threads
 from envs.tools import call_tool, tool
 from envs.types import Episode, StopReason, Task, ToolCall, ToolErrorKind
 from graders.types import Grade
 from trainer.admission import Place, Places
+from trainer.engine import Sampling
 from trainer.grading import Grading
+from trainer.watched import WatchedEngine
 
 TASK = Task(task_id="t", messages=())
 EPISODE = Episode(rollout_id="r", task_id="t", messages=(), turns=(), stop_reason=StopReason.ANSWERED)
@@ -227,6 +229,14 @@ asyncio.run(main())
     assert ended.stdout == "timeout\n"
 
 
+def test_sync_code_that_holds_up_the_loop_is_ended_too():
+    with pytest.raises(WorldError, match=r"make_env: not done within 0\.1 s"), blocking_limit(0.1, "make_env"):
+        time.sleep(30)
+    with blocking_limit(0.05, "make_env"):
+        pass
+    time.sleep(0.1)  # the alarm is off
+
+
 # --- places at the engine
 
 
@@ -266,6 +276,47 @@ async def test_a_place_that_was_given_to_one_who_left_goes_to_the_next():
     third.leave()
     third.leave()
     await first.take()
+
+
+# --- an engine that hangs
+
+
+class Asked:
+    """Answers a request after so many seconds as `max_tokens` says; 0: never."""
+
+    publishes_merged = False
+
+    async def generate(self, prompt_ids: list[int], sampling: Sampling) -> int:
+        await (asyncio.sleep(sampling.max_tokens / 10) if sampling.max_tokens else asyncio.Event().wait())
+        return sampling.max_tokens
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        raise TimeoutError("its own")
+
+
+def turn(tenths: int) -> Sampling:
+    return Sampling(max_tokens=tenths, temperature=1.0, top_p=1.0, seed=0)
+
+
+async def test_an_engine_that_answers_nothing_any_more_ends_the_run_though_every_clock_stands():
+    engine = WatchedEngine(Asked(), limit_s=0.3)
+    async with asyncio.timeout(30):
+        with pytest.raises(EngineHungError, match=r"asked for a turn .* for 0\.3 s \(engine\.hung_after_s\)"):
+            async with time_limit(0.1):
+                with stopped_clocks():
+                    await engine.generate([], turn(0))
+        with pytest.raises(TimeoutError, match="its own"):
+            await engine.score([])
+
+
+async def test_each_answer_gives_those_that_still_wait_the_whole_time_anew():
+    engine = WatchedEngine(Asked(), limit_s=0.4)
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*(engine.generate([], turn(tenths)) for tenths in (2, 4, 6, 8)))
+    assert answers == [2, 4, 6, 8]
+    with pytest.raises(EngineHungError):
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(engine.generate([], turn(tenths)) for tenths in (2, 4, 0)))
 
 
 # --- gradings

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import jsonschema
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from envs.errors import PublishError, WorldError
+from envs.errors import EngineHungError, PublishError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.types import Message, Task, Turn
 from envs.users import Exchange
@@ -30,6 +31,7 @@ from trainer.policy import Policy
 from trainer.publish import Publisher
 from trainer.samples import Ledger, Sample
 from trainer.scratch import Scratch
+from trainer.watched import WatchedEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
 
@@ -189,6 +191,22 @@ def test_a_publish_during_generation_is_refused(merged: Rig, tmp_path: Path) -> 
 
     with pytest.raises(PublishError, match="requests are running"):
         merged.loop.run(publish_too_early())
+
+
+def test_an_engine_whose_process_stands_still_is_told_and_answers_when_it_goes_on(merged: Rig) -> None:
+    children = psutil.Process().children(recursive=True)
+    cores = [child for child in children if "EngineCore" in "".join(child.cmdline())]
+    assert cores, [child.cmdline() for child in children]
+    watched = WatchedEngine(merged.engine, limit_s=2)
+    for core in cores:
+        core.suspend()
+    try:
+        with pytest.raises(EngineHungError, match="answered nothing for 2 s"):
+            merged.loop.run(watched.generate(CANARIES[0], sampling(1)))
+    finally:
+        for core in cores:
+            core.resume()
+    assert merged.loop.run(WatchedEngine(merged.engine, limit_s=300).generate(CANARIES[0], sampling(1))).token_ids
 
 
 def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None:

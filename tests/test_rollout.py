@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -593,6 +594,14 @@ async def test_an_environment_that_can_not_be_made_is_the_worlds_fault(chat):
     played = await play(chat, ["42"], world=world, world_retries=1)
     assert played.episode.stop_reason is StopReason.WORLD_FAULT and played.rollout.num_attempts == 2
     assert played.episode.error == "no room"
+
+
+async def test_an_environment_whose_making_hangs_is_the_worlds_fault(chat):
+    world = World(dict(TOOLS))
+    world.make_env = lambda: time.sleep(60)
+    played = await play(chat, ["42"], world=world, world_retries=1, episode_timeout_s=0.2)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT and played.rollout.num_attempts == 2
+    assert played.episode.error == "make_env: not done within 0.2 s"
 
 
 async def test_a_fault_of_the_world_is_retried_in_a_fresh_environment(chat):

@@ -90,6 +90,12 @@ class EngineConfig(Section):
         "may have to rise",
     )
     enforce_eager: bool = Field(False, description="no compilation or CUDA graphs")
+    hung_after_s: float = Field(
+        3600,
+        gt=0,
+        description="the run stops when the engine, asked for something, has answered nothing for so long, seconds; "
+        "more than its longest turn takes",
+    )
     canary_mean_tolerance: float = Field(
         0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from envs.base import Ends, Env, Observes, OrdersCalls, World
-from envs.clocks import stopped_clocks, time_limit
+from envs.clocks import blocking_limit, stopped_clocks, time_limit
 from envs.errors import WorldError, first_error
 from envs.secrets import hidden_in
 from envs.state import read_state
@@ -219,7 +219,8 @@ class RolloutWorker:
         limit_s = self._config.episode_timeout_s
         try:
             async with time_limit(limit_s) as limit:
-                live.env = self._world.make_env()
+                with blocking_limit(limit_s, "make_env"):
+                    live.env = self._world.make_env()
                 await live.env.open(live.request.task, live.rollout_id)
                 if isinstance(live.env, Observes) and (observation := live.env.observation):
                     prompt = live.messages[-1]

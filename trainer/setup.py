@@ -6,7 +6,7 @@ import asyncio
 import gc
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,6 @@ from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
 from trainer.engine import Engine, VllmEngine, publishes_merged
-from trainer.engine_judge import BaseEngine
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
@@ -24,6 +23,7 @@ from trainer.rollout import RolloutWorker, derive_seed
 from trainer.runs import RunFolder
 from trainer.scratch import Scratch
 from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
+from trainer.watched import WatchedEngine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,7 +109,7 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
     takes_turns, is_first = accelerator.device.type != "cpu", accelerator.local_process_index == 0
     if takes_turns and not is_first:
         processes.wait_for_all()
-    engine = await start(
+    started = await start(
         job.model_path,
         model=job.config.model,
         engine=job.config.engine,
@@ -120,6 +120,7 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(job.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
+    engine = WatchedEngine(started, limit_s=job.config.engine.hung_after_s)
     if takes_turns and is_first:
         processes.wait_for_all()
     for key, asks in job.asks_engine.items():
@@ -129,7 +130,7 @@ async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | No
                 f"{key}: engine needs the base model beside the adapter, but this machine's engine gets merged "
                 "weights (no GPU); set engine.publish to lora"
             )
-        asks.bind(cast(BaseEngine, engine), job.chat)
+        asks.bind(engine, job.chat)
     return engine
 
 

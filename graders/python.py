@@ -7,14 +7,14 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 
 from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.config import PythonConfig
 from graders.sample import item_of, sample_of
-from graders.sandbox.isolation import choose, import_paths
+from graders.sandbox.isolation import Imports, choose, import_paths
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 from graders.sandbox.protocol import SOURCE_NAME
@@ -22,16 +22,18 @@ from graders.types import Grade, GraderErrorKind
 
 _ARGUMENTS = ("sample", "item")
 _KEY = "grader.source"
+# A call might end it too, by an exception; then the imports after it were for nothing, as in a `try`.
+_ENDS = (ast.Return, ast.Raise, ast.Assert)
 
 
 class PythonGrader:
     """Runs the source anew for each episode, its state gone with its process.
 
     What the source does wrong (an exception, a limit, a value that is no score: see `sandbox.scores`) scores 0 and is
-    counted; what the sandbox does wrong is `WorldError`. `UserError` where the source can't be a grader, or where this
-    machine can't isolate it and `isolation: none` does not allow to run it all the same, or where the source imports a
-    package that is not installed here, outside any `try`: every grading would end there. Not covered: submodules that
-    do not exist.
+    counted, whatever it wrote before; what the sandbox does wrong is `WorldError`. `UserError` where the source can't
+    be a grader, or where this machine can't isolate it and `isolation: none` does not allow to run it all the same, or
+    where the source imports a package that is not installed here, outside any `try`: every grading would end there. Not
+    covered: submodules that do not exist.
     """
 
     def __init__(self, config: PythonConfig, *, limits: Limits | None = None, num_workers: int | None = None) -> None:
@@ -73,8 +75,10 @@ class PythonGrader:
         return f"{self._name}: ended without a valid result"
 
 
-def check_source(source: str) -> list[str]:
-    """Compile the source, run nothing, and return the modules that it imports. Raises `UserError` with the line."""
+def check_source(source: str) -> Imports:
+    """Compile the source, run nothing, and return what each grading is sure to import, in order: what stands at the top
+    level and in `grade` itself, up to where either might end, and under no condition. Raises `UserError` with the line.
+    """
     try:
         tree = ast.parse(source, SOURCE_NAME)
         compile(source, SOURCE_NAME, "exec", dont_inherit=True)
@@ -82,11 +86,12 @@ def check_source(source: str) -> list[str]:
         raise UserError(f"{_KEY}, line {e.lineno}: {e.msg}") from e
     except (ValueError, RecursionError, MemoryError) as e:
         raise UserError(f"{_KEY}: can't be compiled: {e or type(e).__name__}") from e
-    _check_grade(tree)
-    return _imports_of(tree)
+    grade = _check_grade(tree)
+    top, ends = _sure_imports(tree.body)
+    return top if ends else [*top, *_sure_imports(grade.body)[0]]
 
 
-def _check_grade(tree: ast.Module) -> None:
+def _check_grade(tree: ast.Module) -> ast.FunctionDef:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     top = [node for node in functions if node in tree.body and node.name == "grade"]
     if not top:
@@ -107,45 +112,68 @@ def _check_grade(tree: ast.Module) -> None:
         raise UserError(
             f"{_KEY}, line {grade.lineno}: grade(item, sample) is called as grade(sample, item); swap the two"
         )
+    return grade
 
 
-def _imports_of(tree: ast.Module) -> list[str]:
-    names: dict[str, None] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names.update((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names[node.module] = None
-            # A submodule, or a name that there is no module for.
-            names.update((f"{node.module}.{alias.name}", None) for alias in node.names)
-    return list(names)
+def _sure_imports(statements: Sequence[ast.stmt]) -> tuple[list[tuple[str, list[str]]], bool]:
+    """What these import if they run at all, and whether they might end before their last."""
+    found: list[tuple[str, list[str]]] = []
+    for statement in statements:
+        match statement:
+            case ast.Import():
+                found += [(alias.name, []) for alias in statement.names]
+            case ast.ImportFrom(level=0, module=str(module)):
+                found.append((module, [alias.name for alias in statement.names]))
+            case ast.Try() | ast.With():
+                found += _sure_imports(statement.body)[0]
+        if any(isinstance(node, _ENDS) for node in _nodes(statement, leave_out=_only_defined)):
+            return found, True
+    return found, False
+
+
+def _only_defined(node: ast.AST, field: str) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and field == "body"
+
+
+def _nodes(tree: ast.AST, *, leave_out: Callable[[ast.AST, str], bool]) -> Iterator[ast.AST]:
+    """The tree and all within it, in no order, but for the fields of nodes that `leave_out` names. A source may be
+    nested deeper than Python calls functions."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        for name, value in ast.iter_fields(node):
+            if not leave_out(node, name):
+                children = value if isinstance(value, list) else [value]
+                left += [child for child in children if isinstance(child, ast.AST)]
 
 
 def _check_imports(source: str) -> None:
-    missing = {
-        name: line for name, line in _needed_imports(ast.parse(source)) if not _can_be_imported(name.partition(".")[0])
-    }
+    nodes = _nodes(ast.parse(source), leave_out=_done_without)
+    needed = sorted((line, name.partition(".")[0]) for node in nodes for line, name in _imported_by(node))
+    missing = {name: line for line, name in reversed(needed) if not _can_be_imported(name)}
     if missing:
-        line = next(iter(missing.values()))
-        names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
+        names = ", ".join(reversed(missing))
         raise UserError(
-            f"{_KEY}, line {line}: imports what is not installed here: {names}; install it beside this project, or "
-            "import it inside a try that does without"
+            f"{_KEY}, line {min(missing.values())}: imports what is not installed here: {names}; install it beside "
+            "this project, or import it inside a try that does without"
         )
 
 
-def _needed_imports(node: ast.AST) -> Iterator[tuple[str, int]]:
-    """Module and line of each import, but for those that a `try` may do without and those for type checkers."""
+def _imported_by(node: ast.AST) -> Iterator[tuple[int, str]]:
     if isinstance(node, ast.Import):
-        yield from ((alias.name, node.lineno) for alias in node.names)
+        yield from ((node.lineno, alias.name) for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-        yield node.module, node.lineno
-    for name, value in ast.iter_fields(node):
-        is_optional = isinstance(node, ast.Try) and node.handlers and name == "body"
-        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and name == "body"
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not is_optional and not is_for_types:
-                yield from _needed_imports(child)
+        yield node.lineno, node.module
+
+
+def _done_without(node: ast.AST, field: str) -> bool:
+    """Whether the imports there may fail: a `try` goes on, or they are for type checkers."""
+    if field != "body":
+        return False
+    if isinstance(node, ast.If):
+        return any("TYPE_CHECKING" in (getattr(n, "id", ""), getattr(n, "attr", "")) for n in ast.walk(node.test))
+    return isinstance(node, ast.Try) and bool(node.handlers)
 
 
 def _can_be_imported(name: str) -> bool:
@@ -158,12 +186,14 @@ def _said(outcome: Outcome, key: str) -> object:
         result = json.loads(outcome.result)
     except (ValueError, RecursionError):
         return None
-    return result.get(key) if isinstance(result, dict) else None
+    value = result.get(key) if isinstance(result, dict) else None
+    # A text may hold halves of characters, which nothing that is written later could take.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _score_of(outcome: Outcome) -> float | None:
     value = _said(outcome, "score")
-    if outcome.timed_out or isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         return float(value) if math.isfinite(value) else None

@@ -15,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 from sandbox_attempts import ATTEMPTS, HONEST, Attempt
+from sandbox_attempts_deep import DEEP_ATTEMPTS
 
 from graders.sandbox.isolation import Isolation, try_out
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 
+EVERY_ATTEMPT = [*ATTEMPTS, *DEEP_ATTEMPTS]
 SECRET = "the trainer's secret"
 WALLS = (Isolation.NAMESPACES, Isolation.BUBBLEWRAP, Isolation.LANDLOCK)
 _SOURCE = """
@@ -172,7 +174,7 @@ def runs_here(attempt: Attempt) -> bool:
 async def _whole_table(way: Isolation, host: Host) -> dict[str, list[str]]:
     cell = Cell(way, host)
     try:
-        return {attempt.name: await cell.problems(attempt) for attempt in ATTEMPTS if runs_here(attempt)}
+        return {attempt.name: await cell.problems(attempt) for attempt in EVERY_ATTEMPT if runs_here(attempt)}
     finally:
         await cell.close()
 

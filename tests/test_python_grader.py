@@ -43,7 +43,11 @@ class Unprintable(Exception):
 def unprintable(sample, item):
     raise Unprintable
 
+def halves(sample, item):
+    raise ValueError("\\ud800 half a character")
+
 BEHAVIOURS = {
+    "halves": halves,
     "honest": lambda sample, item: float(sample["output_text"] == str(item["answer"])),
     "half": lambda sample, item: 0.5,
     "one": lambda sample, item: 1,
@@ -135,6 +139,7 @@ def test_it_scores_what_the_source_returns(loop, grader, mode, answer, score):
         ("dict", "grade gave dict; expected a number"),
         ("huge", "grade gave inf; expected a finite number"),
         ("exit", "SystemExit: 3"),
+        ("halves", "ValueError: ? half a character"),
     ],
 )
 def test_an_exception_or_a_bad_value_gives_0_and_says_why(loop, grader, mode, says):
@@ -191,9 +196,47 @@ def test_building_a_grader_runs_nothing_of_its_source(tmp_path):
     assert not witness.exists()
 
 
-def test_imports_are_found_wherever_they_stand():
-    source = "import numpy.linalg as la\ndef grade(s, i):\n from scipy import stats\n return 1"
-    assert python.check_source(source) == ["numpy.linalg", "scipy", "scipy.stats"]
+@pytest.mark.parametrize(
+    ("body", "sure"),
+    [
+        ("import numpy.linalg as la, json", ["numpy.linalg", "json"]),
+        ("from scipy import stats, special", ["scipy: stats special"]),
+        ("from scipy.stats import *", ["scipy.stats: *"]),
+        ("try:\n    import numpy\nexcept ImportError:\n    import array", ["numpy"]),
+        ("with open('x'):\n    import numpy", ["numpy"]),
+        ("def helper():\n    import numpy", []),
+        ("if False:\n    import numpy", []),
+        ("for n in []:\n    import numpy", []),
+        ("while 0:\n    import numpy\nimport json", ["json"]),
+        ("f = lambda: __import__('numpy')", []),
+        ("raise SystemExit\nimport numpy", []),
+        ("if len('x'):\n    raise SystemExit\nimport numpy", []),
+        ("import json\nassert json\nimport numpy", ["json"]),
+    ],
+)
+def test_only_imports_that_every_grading_comes_to_are_done_before(body, sure):
+    def shown(source: str) -> list[str]:
+        return [": ".join(filter(None, (name, " ".join(names)))) for name, names in python.check_source(source)]
+
+    assert shown(f"{body}\ndef grade(sample, item): return 1") == sure
+    inside = f"def grade(sample, item):\n{textwrap.indent(body, '    ')}\n    return 1"
+    # Inside of a function there is no `import *`.
+    assert "*" in body or shown(inside) == sure
+
+
+@pytest.mark.parametrize(
+    "deep", ["x = " + "1 + " * 2_500 + "1", "if 0: pass\n" + "elif 0: pass\n" * 900, "x = " + "(" * 90 + ")" * 90]
+)
+def test_a_source_may_be_nested_as_deep_as_python_takes_it(deep):
+    source = f"import json\n{deep}\nimport no_such_package\ndef grade(sample, item): return 1"
+    assert python.check_source(source)[0] == ("json", [])
+    with pytest.raises(UserError, match="not installed here: no_such_package"):
+        PythonGrader(config(source))
+
+
+def test_what_follows_a_way_out_of_grade_is_not_imported_before():
+    source = "import json\ndef grade(s, i):\n import re\n if not s: return 0\n import numpy\n return 1"
+    assert python.check_source(source) == [("json", []), ("re", [])]
 
 
 @needs_walls

@@ -16,7 +16,7 @@ import pytest
 from sandbox_host import WALLS, descendants
 
 from graders.sandbox import kernel, seccomp, syscalls
-from graders.sandbox.isolation import Isolation, command, environment, try_out
+from graders.sandbox.isolation import Imports, Isolation, command, environment, try_out
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Pool
 
@@ -31,7 +31,7 @@ FIRST = next((way for way in WALLS if try_out(way) is None), None)
 needs_walls = pytest.mark.skipif(FIRST is None, reason="this machine offers no isolation at all")
 
 
-def pool_of(way: Isolation, imports: tuple[str, ...] = (), num_workers: int = 1, **limits: float) -> Pool:
+def pool_of(way: Isolation, imports: Imports = (), num_workers: int = 1, **limits: float) -> Pool:
     return Pool(SOURCE, imports, isolation=way, limits=Limits(**{"wall_s": 60, **limits}), num_workers=num_workers)
 
 
@@ -39,7 +39,7 @@ def pool_of(way: Isolation, imports: tuple[str, ...] = (), num_workers: int = 1,
 async def pool(request: pytest.FixtureRequest) -> AsyncIterator[Pool]:
     if (fault := try_out(request.param)) is not None:
         pytest.skip(f"{request.param} does not work here: {fault}")
-    made = pool_of(request.param, ("numpy",))
+    made = pool_of(request.param, [("numpy", ())])
     yield made
     await made.aclose()
 
@@ -212,16 +212,20 @@ def test_a_worker_is_given_no_variable_of_the_trainers(monkeypatch):
 
 
 @pytest.mark.parametrize("machine", kernel.MACHINES)
-def test_the_filter_can_be_written_for_every_machine(monkeypatch, machine):
+def test_the_filters_can_be_written_for_every_machine(monkeypatch, machine):
     monkeypatch.setattr(kernel, "MACHINE", machine)
-    whole = seccomp.program(threads=True, scratch=True, pid=7)
+    whole = seccomp.of_grading(threads=True, scratch=True, truncation=True, pid=7)
+    worker = seccomp.of_worker(scratch=True, truncation=True)
     # Eight bytes an instruction; the kernel takes 4096 of them.
-    assert len(whole) % 8 == 0 and len(whole) // 8 < 4096
-    assert len(seccomp.program(threads=False, scratch=False, pid=7)) < len(whole)
+    assert all(len(code) % 8 == 0 and len(code) // 8 < 4096 for code in (whole, worker))
+    assert len(seccomp.of_grading(threads=False, scratch=False, truncation=False, pid=7)) < len(whole)
 
 
 @pytest.mark.parametrize("column", [0, 1])
 def test_no_call_number_stands_twice(column):
-    tables = (syscalls.ALWAYS, syscalls.WITH_SCRATCH, syscalls.BY_ARGUMENT, syscalls.ABSENT)
+    tables = (
+        *(syscalls.ALWAYS, syscalls.WITH_SCRATCH, syscalls.BY_ARGUMENT),
+        *(syscalls.GRANTED, syscalls.WORKER, syscalls.ABSENT),
+    )
     numbers = [row[column] for table in tables for row in table.values() if row[column] is not None]
     assert len(numbers) == len(set(numbers))

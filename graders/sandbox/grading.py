@@ -19,25 +19,35 @@ from typing import Any, NoReturn
 from graders.sandbox import kernel, landlock, seccomp
 from graders.sandbox.limits import Limits
 from graders.sandbox.namespaces import NOBODY_INSIDE, SCRATCH, die_with_parent
-from graders.sandbox.protocol import MAX_RESULT_BYTES, SOURCE_NAME, Settings, write_all
+from graders.sandbox.protocol import (
+    FAILED,
+    MARK_BYTES,
+    MAX_RESULT_BYTES,
+    READY,
+    SOURCE_NAME,
+    Settings,
+    read_frame,
+    write_all,
+)
 from graders.sandbox.scores import score_of
 
-READY = b"R"
-FAILED = b"E"
 RESULT_FD = 3
 _MAX_ERROR_CHARS = 2_000
 _MAX_FRAMES = 8
 
 
 def run(
-    settings: Settings, code: types.CodeType | None, payload: bytes, *, scratch: bool, result_fd: int, output_fd: int
+    settings: Settings, code: types.CodeType | None, *, scratch: bool, in_fd: int, result_fd: int, output_fd: int
 ) -> NoReturn:
     """In the new process: never returns. Without `code` it only tries whether all can be given up.
 
-    What is written to `result_fd`: FAILED and why where the rights could not be given up, else READY and the result.
+    The frame with the payload is read here and not in the worker, whose memory all later gradings are born with. What
+    is written to `result_fd`: FAILED and why where the rights could not be given up, else READY, a mark, and once more
+    the mark and the result.
     """
     try:
         parent = os.getppid()
+        payload = b"" if code is None else read_frame(in_fd)
         _keep_only(result_fd, output_fd)
         try:
             confine(settings, parent, scratch=scratch)
@@ -46,9 +56,10 @@ def run(
         except OSError as e:
             write_all(RESULT_FD, FAILED + str(e).encode())
         else:
-            write_all(RESULT_FD, READY)
-            if code is not None:
-                write_all(RESULT_FD, result_of(code, payload))
+            mark = os.urandom(MARK_BYTES)
+            write_all(RESULT_FD, READY + mark)
+            if code is not None and payload is not None:
+                write_all(RESULT_FD, mark + result_of(code, payload))
     finally:
         os._exit(0)
 
@@ -72,11 +83,23 @@ def confine(settings: Settings, parent: int, *, scratch: bool) -> None:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     die_with_parent(parent)
-    place = 1 if settings.isolation != "landlock" else 0
     if landlock.abi():
-        readable = [bind[place] for bind in settings.binds] + settings.devices
-        landlock.restrict(readable=readable, writable=[SCRATCH] if scratch else [])
-    seccomp.install(seccomp.program(threads=settings.threads, scratch=scratch, pid=os.getpid()))
+        landlock.restrict(readable=readable(settings), writable=[SCRATCH] if scratch else [])
+    program = seccomp.of_grading(
+        threads=settings.threads, scratch=scratch, truncation=truncation_is_ruled(settings), pid=os.getpid()
+    )
+    seccomp.install(program)
+
+
+def readable(settings: Settings) -> list[str]:
+    """Everything that may be read, at the paths where it is seen."""
+    place = 1 if settings.isolation != "landlock" else 0
+    return [bind[place] for bind in settings.binds] + settings.devices
+
+
+def truncation_is_ruled(settings: Settings) -> bool:
+    """Whether mounts or landlock keep files from being cut short; else the system-call filter must."""
+    return settings.isolation != "landlock" or landlock.rules_truncation()
 
 
 def result_of(code: types.CodeType, payload: bytes) -> bytes:
@@ -135,6 +158,8 @@ def _set_limits(limits: Limits, *, scratch: bool, isolated: bool) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        # Counted by user, the trainer's own where there is no user namespace.
+        resource.RLIMIT_SIGPENDING: limits.threads,
     }
     if isolated:
         # Without a user namespace it would count all of the user's processes; then no threads are allowed at all.
@@ -146,7 +171,6 @@ def _set_limits(limits: Limits, *, scratch: bool, isolated: bool) -> None:
 
 
 def _try_reading(settings: Settings) -> None:
-    place = 1 if settings.isolation != "landlock" else 0
-    for bind in settings.binds:
-        if settings.isolation != "none":
-            os.close(os.open(bind[place], os.O_RDONLY))
+    if settings.isolation != "none":
+        for path in readable(settings):
+            os.close(os.open(path, os.O_RDONLY))

@@ -25,6 +25,9 @@ from graders.sandbox.kernel import MACHINES
 from graders.sandbox.limits import Limits
 from graders.sandbox.protocol import HEADER, Settings, frame
 
+Imports = Sequence[tuple[str, Sequence[str]]]
+"""Modules that a source surely imports, each with the names that it takes from it."""
+
 
 class Isolation(StrEnum):
     """From the strongest to none."""
@@ -141,16 +144,15 @@ def _first_answer(isolation: Isolation, start: bytes) -> str | None:
         return lines[-1] if lines else "the worker ended before it answered"
 
 
-def boot_frame(isolation: Isolation, source: str, imports: Sequence[str], limits: Limits) -> bytes:
+def boot_frame(isolation: Isolation, source: str, imports: Imports, limits: Limits) -> bytes:
     """What a worker is told first: its own program and its settings."""
-    folder = Path(__file__).parent
     modules = [["graders", ""], [_PACKAGE, ""]]
-    modules += [[f"{_PACKAGE}.{name}", (folder / f"{name}.py").read_text()] for name in _MODULES]
+    modules += [[f"{_PACKAGE}.{name}", _program_of(name)] for name in _MODULES]
     binds, links = _visible()
     settings = Settings(
         isolation=isolation,
         source=source,
-        imports=list(imports),
+        imports=[(name, list(attributes)) for name, attributes in imports],
         sys_path=import_paths(),
         binds=binds,
         links=links,
@@ -161,6 +163,10 @@ def boot_frame(isolation: Isolation, source: str, imports: Sequence[str], limits
         limits=asdict(limits),
     )
     return frame(json.dumps({"modules": modules, "settings": asdict(settings)}).encode())
+
+
+def _program_of(module: str) -> str:
+    return (Path(__file__).parent / f"{module}.py").read_text()
 
 
 def command(isolation: Isolation) -> list[str]:
@@ -237,6 +243,9 @@ def _visible() -> tuple[list[list[str]], list[list[str]]]:
     links: list[list[str]] = []
     wanted = ["/usr", sys.base_prefix, sys.base_exec_prefix, *import_paths()[1:]]
     for path in sorted({str(Path(path).absolute()) for path in wanted}, key=len):
+        # A Python whose prefix is the root itself is found by its library.
+        if path == "/":
+            continue
         if Path(path).exists() and not any(Path(path).is_relative_to(target) for _, target in binds):
             binds.append([os.path.realpath(path), path])
     for path in _LIBRARY_FOLDERS:

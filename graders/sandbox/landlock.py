@@ -2,8 +2,8 @@
 
 *Covered*, by ABI (what the kernel is too old for is left out): 1 reading, writing, making and removing files; 2 links
 and renames across folders; 3 cutting files short; 4 binding and connecting TCP; 5 device ioctls; 6 abstract sockets and
-signals to processes outside. Nothing may be executed anywhere. *Not covered*: `stat`, `chdir`, `chmod` and times of
-files outside; seccomp and the mount namespace answer for those.
+signals to processes outside. Nothing may be executed anywhere. *Not covered*: `stat`, `chdir`, `chmod`, times and
+locks of files outside, and whatever the kernel's ABI is too old for; seccomp and the mount namespace answer for those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _PATH_BENEATH = 1
 _READ = 1 << 2 | 1 << 3  # files, folders
 _READ_FILE = 1 << 2
 _WRITE_FILE = 1 << 1
-_FILE_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
+_TRUNCATION_SINCE = 3
+_FILE_RIGHTS = {1: (1 << 13) - 1, 2: 1 << 13, _TRUNCATION_SINCE: 1 << 14, 5: 1 << 15}
 _NET_RIGHTS = 3  # bind, connect
 _SCOPES = 3  # abstract unix sockets, signals
 # Folders only; files take read, write and truncate.
@@ -39,6 +40,11 @@ def abi() -> int:
         return kernel.syscall("landlock_create_ruleset", None, 0, _VERSION_FLAG)
     except OSError:
         return 0
+
+
+def rules_truncation() -> bool:
+    """Whether the kernel's landlock knows that a file may be cut short: by opening it to read, among other ways."""
+    return abi() >= _TRUNCATION_SINCE
 
 
 def restrict(*, readable: Iterable[str], writable: Iterable[str]) -> None:

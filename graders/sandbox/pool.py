@@ -1,8 +1,9 @@
 """The trainer's side: workers that are up and wait, one grading each at a time.
 
 *Covered*: a worker that dies, hangs or answers nonsense is replaced, and its grading tried once more; then it is
-`WorldError`. A cancelled grading takes its worker with it. Workers start when they are first needed and end with
-`aclose`, or with the trainer, however that ends. *Not covered*: use from two event loops.
+`WorldError`. A worker that does not start with the source's imports is started without; gradings then do them. A
+cancelled grading takes its worker with it. Workers start when they are first needed and end with `aclose`, or with the
+trainer, however that ends. *Not covered*: use from two event loops.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ import os
 import signal
 import tempfile
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from envs.clocks import place_in
 from envs.errors import WorldError
-from graders.sandbox.isolation import Isolation, boot_frame, command, environment
+from graders.sandbox.isolation import Imports, Isolation, boot_frame, command, environment
 from graders.sandbox.limits import Limits
-from graders.sandbox.protocol import HEADER, MAX_REPLY_BYTES, frame
+from graders.sandbox.protocol import FAILED, HEADER, MARK_BYTES, MAX_REPLY_BYTES, READY, REPLY, frame
 
 _TRIES = 2
 _CLOSE_S = 5.0
@@ -31,9 +31,11 @@ _MAX_FAULT_CHARS = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one grading came to, as far as the sandbox knows: `result` is the grading's own word, not to be trusted."""
+    """What one grading came to, as far as the sandbox knows."""
 
     result: str
+    """The grading's own word, not to be trusted. Empty where the process did not come to its end: what it wrote before
+    a limit, a signal or `os._exit` does not count."""
     output: str
     timed_out: bool
     signal: int
@@ -50,14 +52,15 @@ class Pool:
     def __init__(
         self,
         source: str,
-        imports: Sequence[str],
+        imports: Imports,
         *,
         isolation: Isolation,
         limits: Limits,
         num_workers: int | None = None,
     ) -> None:
         self.isolation = isolation
-        self._start = (source, tuple(imports))
+        self._source = source
+        self._imports = imports
         self._limits = limits
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
@@ -103,6 +106,17 @@ class Pool:
         self._killed.append(worker)
 
     async def _start_worker(self) -> _Worker:
+        try:
+            return await self._try_to_start(self._imports)
+        except _SandboxFault:
+            if not self._imports:
+                raise
+        # A module that ends or stops the process which imports it is the source's own fault: its gradings will meet it.
+        worker = await self._try_to_start(())
+        self._imports = ()
+        return worker
+
+    async def _try_to_start(self, imports: Imports) -> _Worker:
         with tempfile.TemporaryFile() as errors:
             process = await asyncio.create_subprocess_exec(
                 *command(self.isolation),
@@ -117,7 +131,7 @@ class Pool:
             worker = _Worker(process)
             self._workers.add(worker)
             try:
-                boot = boot_frame(self.isolation, *self._start, self._limits)
+                boot = boot_frame(self.isolation, self._source, imports, self._limits)
                 await worker.start(boot, timeout_s=self._limits.start_s)
             except BaseException as e:
                 self._give_up(worker)
@@ -137,15 +151,29 @@ class _Worker:
         self.pid = process.pid
 
     async def start(self, boot: bytes, *, timeout_s: float) -> None:
-        if (fault := (await self._ask(boot, timeout_s))["fault"]) is not None:
+        answer = await self._ask(boot, timeout_s)
+        try:
+            fault = json.loads(answer)["fault"]
+        except (ValueError, RecursionError, LookupError, TypeError) as e:
+            raise _SandboxFault("a worker did not answer with JSON") from e
+        if fault is not None:
             raise _SandboxFault(f"a worker did not start: {fault}")
 
     async def run(self, payload: bytes, *, timeout_s: float) -> Outcome:
         reply = await self._ask(frame(payload), timeout_s)
-        if not reply["ready"] and not reply["timed_out"]:
-            raise _SandboxFault(f"a grading did not start: {reply['result'] or 'signal ' + str(reply['signal'])}")
+        if len(reply) < REPLY.size:
+            raise _SandboxFault(f"a worker answered with {len(reply)} bytes")
+        timed_out, number, size = REPLY.unpack_from(reply)
+        written, output = reply[REPLY.size : REPLY.size + size], reply[REPLY.size + size :]
+        if not written.startswith(READY):
+            why = written.removeprefix(FAILED).decode(errors="replace") or f"signal {number}"
+            raise _SandboxFault(f"a grading did not start: {why}")
+        result = b"" if timed_out or number else _marked(written.removeprefix(READY))
         return Outcome(
-            result=reply["result"], output=reply["output"], timed_out=reply["timed_out"], signal=reply["signal"]
+            result=result.decode(errors="replace"),
+            output=output.decode(errors="replace"),
+            timed_out=timed_out,
+            signal=number,
         )
 
     async def close(self) -> None:
@@ -162,19 +190,20 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
-    async def _ask(self, message: bytes, timeout_s: float) -> dict[str, Any]:
+    async def _ask(self, message: bytes, timeout_s: float) -> bytes:
         async with asyncio.timeout(timeout_s):
             self._in.write(message)
             await self._in.drain()
             (size,) = HEADER.unpack(await self._out.readexactly(HEADER.size))
             if size > MAX_REPLY_BYTES:
                 raise _SandboxFault(f"a worker answered with {size} bytes")
-            answer = await self._out.readexactly(size)
-        try:
-            decoded: dict[str, Any] = json.loads(answer)
-        except (ValueError, RecursionError) as e:
-            raise _SandboxFault("a worker did not answer with JSON") from e
-        return decoded
+            return await self._out.readexactly(size)
+
+
+def _marked(written: bytes) -> bytes:
+    """The result, if nothing but it followed the mark that the grading named before the source ran."""
+    mark, rest = written[:MARK_BYTES], written[MARK_BYTES:]
+    return rest.removeprefix(mark) if mark and rest.startswith(mark) else b""
 
 
 def _tail(file: IO[bytes]) -> str:

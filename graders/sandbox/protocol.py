@@ -1,4 +1,8 @@
-"""Frames between the trainer and a worker: four bytes of length, then that many of JSON. Nothing is ever unpickled."""
+"""Frames between the trainer and a worker: four bytes of length, then that many more. Nothing is ever unpickled.
+
+What a worker is told, and whether it could start, is JSON. What it answers to a grading's frame is `REPLY`, what the
+grading wrote as its result, and the end of what it printed: bytes that the worker passes on and never looks into.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,14 @@ MAX_RESULT_BYTES = 16_384
 MAX_REPLY_BYTES = 262_144
 """Of what a worker answers; more is a fault of the sandbox."""
 HEADER = struct.Struct("!I")
+REPLY = struct.Struct("!?BI")
+"""Whether the grading ran out of time, the signal that ended it (0: none), how many bytes of result follow."""
+READY = b"R"
+"""What a grading writes as soon as it has given up its rights, a mark of `MARK_BYTES` after it; the same mark stands
+before the result. Who writes to the result's descriptor before `grade` is done does not know it."""
+FAILED = b"E"
+"""What it writes instead where it could not give them up, why after it."""
+MARK_BYTES = 16
 SOURCE_NAME = "<grader>"
 
 
@@ -22,8 +34,8 @@ class Settings:
     isolation: str
     """A value of `isolation.Isolation`."""
     source: str
-    imports: list[str]
-    """Modules that the source imports; loaded once, before any grading."""
+    imports: list[tuple[str, list[str]]]
+    """Modules that each grading would import, and the names it would take from them: loaded once, before any."""
     sys_path: list[str]
     binds: list[list[str]]
     """Folders and files that gradings may read: where it is, where they see it."""
@@ -48,7 +60,7 @@ def read_frame(fd: int) -> bytes | None:
     return None if header is None else _read_exactly(fd, HEADER.unpack(header)[0])
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]

@@ -1,7 +1,8 @@
 """The worker: Python that is up, behind the walls, and forks once for each grading.
 
-It never reads what the model wrote (the grading's own process parses it), and it kills all that a grading left before
-it answers. It ends with the trainer: by PR_SET_PDEATHSIG, and by the end of the pipe.
+Gradings are born with all of its memory, so it holds nothing of any: each reads its own payload, after the fork, and
+what it leaves passes through memory that is wiped before the next. It kills all that a grading left before it answers.
+It ends with the trainer: by PR_SET_PDEATHSIG, and by the end of the pipe.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import json
 import linecache
 import os
+import resource
 import select
 import signal
 import sys
@@ -21,9 +23,19 @@ import types
 from pathlib import Path
 from typing import Any
 
-from graders.sandbox import grading, kernel, namespaces
+from graders.sandbox import grading, kernel, landlock, namespaces, seccomp
 from graders.sandbox.limits import Limits
-from graders.sandbox.protocol import MAX_RESULT_BYTES, SOURCE_NAME, Settings, frame, read_frame, write_all
+from graders.sandbox.protocol import (
+    HEADER,
+    MARK_BYTES,
+    MAX_RESULT_BYTES,
+    READY,
+    REPLY,
+    SOURCE_NAME,
+    Settings,
+    frame,
+    write_all,
+)
 
 _FIRST_CONTROL_FD = 10
 _READ_BYTES = 65_536
@@ -40,32 +52,67 @@ def main(raw_settings: dict[str, Any]) -> None:
             namespaces.enter(settings)
         case "landlock" | "none":
             namespaces.die_with_parent(settings.parent)
-    if settings.isolation != "none":
-        kernel.bar_capabilities()
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    _confine(settings)
     Worker(settings).serve()
+
+
+def _confine(settings: Settings) -> None:
+    """What can be given up for ever and gradings still be made: it holds the imports."""
+    memory_bytes = settings.limits["memory_bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if settings.isolation == "none":
+        return
+    kernel.bar_capabilities()
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    has_mounts = settings.isolation != "landlock"
+    if not has_mounts:
+        # Elsewhere the scratch folders have still to be mounted, which takes a right and which landlock forbids.
+        kernel.drop_capabilities()
+        landlock.restrict(readable=grading.readable(settings), writable=[])
+    seccomp.install(seccomp.of_worker(scratch=has_mounts, truncation=grading.truncation_is_ruled(settings)))
+
+
+class _Kept:
+    """The first or the last bytes of what one grading wrote, in memory that serves all of them and that nothing is
+    copied from but to the trainer's pipe."""
+
+    def __init__(self, size: int, *, last: bool) -> None:
+        self._size = size
+        self._last = last
+        self._view = memoryview(bytearray(size + _READ_BYTES))
+        self._zeros = bytes(len(self._view))
+        self._filled = 0
+
+    def wipe(self) -> None:
+        self._view[:] = self._zeros
+        self._filled = 0
+
+    def read_from(self, fd: int) -> bool:
+        """Read what is there. False at the end of the file."""
+        if self._filled > self._size:
+            if self._last:
+                self._view[: self._size] = self._view[self._filled - self._size : self._filled]
+            self._filled = self._size
+        try:
+            num_bytes = os.readv(fd, [self._view[self._filled :]])
+        except BlockingIOError:
+            return True
+        self._filled += num_bytes
+        return num_bytes > 0
+
+    def bytes(self) -> memoryview:
+        start = max(0, self._filled - self._size) if self._last else 0
+        return self._view[start : min(self._filled, start + self._size)]
 
 
 @dataclasses.dataclass(slots=True)
 class _Ended:
-    """What one grading's process left."""
+    """How one grading's process ended."""
 
-    result: bytearray
-    output: bytearray
     timed_out: bool = False
     signal: int = 0
-
-    def to_json(self) -> bytes:
-        ready = self.result[:1] == grading.READY
-        return json.dumps(
-            {
-                "ready": ready,
-                "timed_out": self.timed_out,
-                "signal": self.signal,
-                "result": self.result[1:].decode(errors="replace"),
-                "output": self.output.decode(errors="replace"),
-            }
-        ).encode()
 
 
 class Worker:
@@ -83,49 +130,80 @@ class Worker:
         # Tracebacks show the source's lines.
         linecache.cache[SOURCE_NAME] = (len(settings.source), None, settings.source.splitlines(True), SOURCE_NAME)
         self._scratch = settings.isolation in ("namespaces", "bubblewrap")
+        self._result = _Kept(len(READY) + 2 * MARK_BYTES + MAX_RESULT_BYTES, last=False)
+        self._output = _Kept(self._limits.output_bytes, last=True)
 
     def serve(self) -> None:
         if (fault := self._try_out()) is not None:
-            self._answer({"fault": fault})
+            self._say({"fault": fault})
             return
-        for name in self._settings.imports:
-            # The grading itself meets the same error, and reports it.
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        for name, attributes in self._settings.imports:
+            # Whatever goes wrong, `SystemExit` included: the grading itself meets the same error, and reports it.
+            with contextlib.suppress(BaseException):
+                importlib.__import__(name, fromlist=attributes)
         gc.collect()
         # Else the collector would write to every page that the gradings share.
         gc.freeze()
-        self._answer({"fault": None, "scratch": self._scratch})
-        while (payload := read_frame(self._in)) is not None:
-            write_all(self._out, frame(self._grade(payload, self._code).to_json()))
+        self._say({"fault": None})
+        while self._is_asked():
+            self._answer(self._grade(self._code))
+            if not self._is_ready():
+                # It may have left a part of its frame in the pipe.
+                return
 
-    def _answer(self, message: dict[str, Any]) -> None:
+    def _say(self, message: dict[str, Any]) -> None:
         write_all(self._out, frame(json.dumps(message).encode()))
+
+    def _answer(self, ended: _Ended) -> None:
+        result, output = self._result.bytes(), self._output.bytes()
+        head = REPLY.pack(ended.timed_out, ended.signal, len(result))
+        write_all(self._out, HEADER.pack(len(head) + len(result) + len(output)) + head)
+        write_all(self._out, result)
+        write_all(self._out, output)
+
+    def _is_asked(self) -> bool:
+        """Wait for a frame. False where the trainer is gone."""
+        poll = select.poll()
+        poll.register(self._in, select.POLLIN)
+        ((_, event),) = poll.poll()
+        return bool(event & select.POLLIN)
+
+    def _is_ready(self) -> bool:
+        """Whether the grading's process gave up its rights."""
+        return self._result.bytes()[: len(READY)] == READY
 
     def _try_out(self) -> str | None:
         """What keeps a grading from giving up its rights. A scratch folder that can't be mounted is done without."""
-        tried = self._grade(b"", None)
-        if self._scratch and tried.result[:1] != grading.READY:
+        ended = self._grade(None)
+        if self._scratch and not self._is_ready():
             self._scratch = False
-            tried = self._grade(b"", None)
-        if tried.result[:1] == grading.READY:
+            ended = self._grade(None)
+        if self._is_ready():
             return None
-        return tried.result[1:].decode(errors="replace") or f"ended by signal {tried.signal}"
+        said = bytes(self._result.bytes()[1:]).decode(errors="replace")
+        return said or f"ended by signal {ended.signal}"
 
-    def _grade(self, payload: bytes, code: types.CodeType | None) -> _Ended:
+    def _grade(self, code: types.CodeType | None) -> _Ended:
+        self._result.wipe()
+        self._output.wipe()
         result_fd, result_end = os.pipe()
         output_fd, output_end = os.pipe()
         pid = os.fork()
         if not pid:
             grading.run(
-                self._settings, code, payload, scratch=self._scratch, result_fd=result_end, output_fd=output_end
+                self._settings,
+                code,
+                scratch=self._scratch,
+                in_fd=self._in,
+                result_fd=result_end,
+                output_fd=output_end,
             )
         os.close(result_end)
         os.close(output_end)
         pid_fd = os.pidfd_open(pid)
-        ended = _Ended(result=bytearray(), output=bytearray())
+        ended = _Ended()
         try:
-            self._watch(ended, result_fd, output_fd, pid_fd)
+            ended.timed_out = self._watch(result_fd, output_fd, pid_fd)
         finally:
             self._kill_all(pid)
             ended.signal = _signal_of(pid)
@@ -133,28 +211,34 @@ class Worker:
                 os.close(fd)
         return ended
 
-    def _watch(self, ended: _Ended, result_fd: int, output_fd: int, pid_fd: int) -> None:
-        """Until the process or its wall time ends. The trainer has nothing to say meanwhile but that it is gone."""
+    def _watch(self, result_fd: int, output_fd: int, pid_fd: int) -> bool:
+        """Until the process ends or its time is over, which is then true, or the trainer is gone.
+
+        Time counts from where the process is ready: what comes before is ours, and bounded by the trainer's patience.
+        """
         poll = select.poll()
-        for fd in (result_fd, output_fd, pid_fd, self._in):
+        for fd in (result_fd, output_fd):
+            os.set_blocking(fd, False)
             poll.register(fd, select.POLLIN)
-            if fd in (result_fd, output_fd):
-                os.set_blocking(fd, False)
-        deadline = time.monotonic() + self._limits.wall_s
+        poll.register(pid_fd, select.POLLIN)
+        # The grading reads there; all that is of interest here is the end, which is always told.
+        poll.register(self._in, 0)
+        deadline: float | None = None
         running = True
         while running:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                ended.timed_out = True
-                return
-            ready = {fd for fd, _ in poll.poll(left_s * 1000 + 1)}
+            if deadline is None and self._is_ready():
+                deadline = time.monotonic() + self._limits.wall_s
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return True
+            ready = {fd for fd, _ in poll.poll(None if left_s is None else left_s * 1000 + 1)}
             if self._in in ready:
-                return
+                return False
             running = pid_fd not in ready
-            if result_fd in ready and not _drain(result_fd, ended.result, keep_first=MAX_RESULT_BYTES + 2):
-                poll.unregister(result_fd)
-            if output_fd in ready and not _drain(output_fd, ended.output, keep_last=self._limits.output_bytes):
-                poll.unregister(output_fd)
+            for fd, kept in ((result_fd, self._result), (output_fd, self._output)):
+                if fd in ready and not kept.read_from(fd):
+                    poll.unregister(fd)
+        return False
 
     def _kill_all(self, pid: int) -> None:
         """The grading's process with all its threads, and whatever else it managed to start."""
@@ -175,20 +259,6 @@ def _signal_of(pid: int) -> int:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-def _drain(fd: int, into: bytearray, *, keep_first: int | None = None, keep_last: int | None = None) -> bool:
-    """Read what is there. False at the end of the file."""
-    try:
-        data = os.read(fd, _READ_BYTES)
-    except BlockingIOError:
-        return True
-    into += data
-    if keep_first is not None:
-        del into[keep_first:]
-    if keep_last is not None:
-        del into[:-keep_last]
-    return bool(data)
 
 
 def _move_away(fd: int) -> int:

@@ -4,11 +4,13 @@ The rule: what a schema says and we can check is checked; what can't be checked 
 nor is booked on the model.
 
 *Covered*: drafts 3 to 2020-12, by `$schema` or, without it, the newest whose metaschema takes it; patterns as ECMA 262
-writes them, Unicode properties and named groups included, within `_PATTERNS_S` a call; multiples of decimal fractions;
-`uniqueItems` in one pass.
+writes them, Unicode properties and named groups included, within `_PATTERNS_S` a check; multiples of decimal fractions;
+`uniqueItems` in one pass; a whole check within `_CHECK_S`, whatever the schema doubles at each step. Checks may run in
+threads, side by side.
 *Left unchecked*: `$ref` to another document, to nothing or round in a circle; patterns that can't be read (`\\cX`,
 `\\u{...}`, `[^]`) or take too long; `format`; a keyword that is not JSON Schema (`"type": "any"`, `"required": true` in
-a property), where the schema is taken at all; `not`, `oneOf`, `if` and `contains` over any of these.
+a property), where the schema is taken at all; `not`, `oneOf`, `if` and `contains` over any of these; what a check that
+takes too long has not come to.
 *Not covered*: `\\d`, `\\w` and `\\s` match all of Unicode, where ECMA's match ASCII.
 """
 
@@ -16,11 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from fractions import Fraction
 from typing import Any
 
@@ -28,10 +30,16 @@ import jsonschema
 import jsonschema_specifications
 import regex
 
+from envs.references import all_in, broken_reference
+
 _DRAFTS = (jsonschema.Draft202012Validator, jsonschema.Draft7Validator, jsonschema.Draft4Validator)
 """Tried in turn where a schema does not name its own: each forbids some of what the earlier ones allowed."""
 _PATTERNS_S = 0.25
-"""Of all patterns together in one check: a pattern can take hours, and the event loop waits."""
+"""Of all patterns together in one check: a pattern can take hours."""
+_CHECK_S = 1.0
+"""Of one check, in the time of its own thread: a schema that refers to itself twice at each step takes for ever."""
+_DEEP = 100
+"""Values nested so deep are what a check broke off at, and not a schema that winds round itself."""
 _TURNS_UNKNOWN_INTO_WRONG = {
     *("not", "disallow", "oneOf", "if", "contains", "unevaluatedProperties", "unevaluatedItems")
 }
@@ -42,6 +50,8 @@ _BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependen
 """Keywords that hold schemas under names of their own."""
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _MAX_CACHED = 1024
+_LONGEST_PATTERN = 10_000
+"""Longer ones take long to be read already."""
 
 Fault = tuple[tuple[int | str, ...], str]
 """Where in the arguments, and what is wrong there."""
@@ -75,9 +85,12 @@ def schema_error(parameters: Any) -> str:
         return ""
     if not isinstance(parameters, Mapping):
         return f"expected a JSON schema (an object), got {type(parameters).__name__}"
-    error = _metaschema_error(_draft(parameters), parameters)
+    draft = _draft(parameters)
+    error = _metaschema_error(draft, parameters)
     if error is not None:
         return f"not a JSON schema: {error.message}"
+    if broken := broken_reference(draft, parameters):
+        return broken
     types = parameters.get("type", "object")
     if "object" not in ([types] if isinstance(types, str) else types):
         return f"type: expected 'object', a call's arguments are one; got {types!r}"
@@ -88,7 +101,7 @@ def argument_check(parameters: Any, *, max_faults: int) -> Check:
     """A check of arguments against `parameters`: at most `max_faults` of what is wrong with them; none: they fit.
 
     Takes any JSON; what is not JSON Schema in it is left unchecked. The check raises `RecursionError` for arguments
-    nested too deep, and nothing else.
+    nested too deep, and nothing else; it ends within a moment (see the top).
     """
     try:
         return _argument_check(json.dumps(parameters), max_faults)
@@ -102,17 +115,32 @@ def _argument_check(text: str, max_faults: int) -> Check:
     if not isinstance(schema, dict | bool):
         return _unchecked
     draft = _draft(schema)
-    state = _State(not_keywords=set(_not_keywords(draft, schema)))
-    keywords = {name: _forgiving(name, _OURS.get(name, function), state) for name, function in draft.VALIDATORS.items()}
-    for name in ("pattern", "patternProperties", "additionalProperties"):
-        keywords[name] = _forgiving(name, functools.partial(_WITH_PATTERNS[name], state), state)
+    not_keywords = set(_not_keywords(draft, schema))
+    keywords = {
+        name: _forgiving(name, _OURS.get(name, function), not_keywords) for name, function in draft.VALIDATORS.items()
+    }
     # What the draft's own metaschema defines can be referred to; nothing is ever fetched.
     validator = jsonschema.validators.extend(draft, keywords)(schema, registry=jsonschema_specifications.REGISTRY)
 
+    # Here and not when they are met: warnings, which tell what can be read in two ways, are no thread's own.
+    patterns = {pattern: _compiled(pattern) for pattern in _patterns_in(schema)}
+
     def check(value: Any) -> list[Fault]:
-        state.begin()
-        faults = itertools.islice(validator.iter_errors(value), max_faults)
-        return [(tuple(fault.absolute_path), fault.message) for fault in faults]
+        token = _state.set(_State(patterns))
+        faults: list[Fault] = []
+        try:
+            for fault in validator.iter_errors(value):
+                faults.append((tuple(fault.absolute_path), fault.message))
+                if len(faults) == max_faults:
+                    break
+        except RecursionError:
+            if _is_deep(value):
+                raise
+        except Exception:  # _OutOfTime, and what jsonschema raises between keywords: at an $id that is no URI, say
+            return faults
+        finally:
+            _state.reset(token)
+        return faults
 
     return check
 
@@ -121,18 +149,25 @@ def _unchecked(value: Any) -> list[Fault]:
     return []
 
 
+class _OutOfTime(Exception):
+    """A check has taken so long that what it has not come to is left unchecked."""
+
+
 class _State:
-    """What one check has met so far; checks of one tool never overlap, for they never wait."""
+    """What one check has met so far, and its time."""
 
-    def __init__(self, *, not_keywords: set[tuple[int, str]]) -> None:
-        self.not_keywords = not_keywords
-        """What stands in place of keywords, by the object that holds it."""
-        self.begin()
-
-    def begin(self) -> None:
+    def __init__(self, patterns: Mapping[str, Any]) -> None:
+        """`patterns`: each as it was read; None where it can't be."""
         self.num_unchecked = 0
+        self._patterns = patterns
         self._followed: set[tuple[str, int]] = set()
         self._patterns_s = _PATTERNS_S
+        self._end_s = time.thread_time() + _CHECK_S
+
+    def keep_time(self) -> None:
+        """Raises `_OutOfTime`. Asked before each keyword: none of them alone takes long."""
+        if time.thread_time() > self._end_s:
+            raise _OutOfTime
 
     @contextlib.contextmanager
     def following(self, reference: str, instance: Any) -> Iterator[None]:
@@ -153,14 +188,33 @@ class _State:
         return found
 
     def _matches(self, pattern: str, text: str) -> bool | None:
-        compiled = _compiled(pattern)
+        compiled = self._patterns.get(pattern)
+        if compiled is None or self._patterns_s <= 0:
+            return None
         start = time.monotonic()
         try:
-            return None if compiled is None else compiled.search(text, timeout=max(self._patterns_s, 1e-3)) is not None
+            # Concurrent: without Python's lock, which the event loop needs.
+            return compiled.search(text, timeout=self._patterns_s, concurrent=True) is not None
         except TimeoutError:
             return None
         finally:
             self._patterns_s -= time.monotonic() - start
+
+
+_state: ContextVar[_State] = ContextVar("_state")
+"""Of the check that runs here; several may run in threads."""
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEP):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _draft(schema: Any) -> Any:
@@ -172,17 +226,22 @@ def _draft(schema: Any) -> Any:
 
 def _metaschema_error(draft: Any, schema: Any) -> jsonschema.ValidationError | None:
     try:
-        # Formats aside: `regex` would be asked of Python's `re`, which does not know ECMA 262.
-        return jsonschema.exceptions.best_match(draft(draft.META_SCHEMA).iter_errors(schema))
+        return jsonschema.exceptions.best_match(_of_schemas(draft).iter_errors(schema))
     except RecursionError:
         # Nested too deep to be looked at.
         return None
 
 
+@functools.cache
+def _of_schemas(draft: Any) -> Any:
+    """Checks schemas themselves. Formats aside: `regex` would be asked of Python's `re`, which is not ECMA 262's."""
+    return jsonschema.validators.extend(draft, {"uniqueItems": _unique_items})(draft.META_SCHEMA)
+
+
 def _not_keywords(draft: Any, schema: Any) -> Iterator[tuple[int, str]]:
     """Each key whose value the metaschema refuses, with the id of the object that holds it."""
     with contextlib.suppress(RecursionError):
-        for error in draft(draft.META_SCHEMA).iter_errors(schema):
+        for error in _of_schemas(draft).iter_errors(schema):
             holder, innermost = schema, None
             for step in error.absolute_path:
                 if isinstance(holder, dict):
@@ -192,18 +251,25 @@ def _not_keywords(draft: Any, schema: Any) -> Iterator[tuple[int, str]]:
                 yield innermost
 
 
-def _forgiving(name: str, function: Keyword, state: _State) -> Keyword:
-    """The keyword, which passes wherever it can't be checked."""
+def _forgiving(name: str, function: Keyword, not_keywords: set[tuple[int, str]]) -> Keyword:
+    """The keyword, which passes wherever it can't be checked, and where it is one of `not_keywords`."""
 
     def keyword(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[jsonschema.ValidationError]:
+        state = _state.get()
+        state.keep_time()
         before = state.num_unchecked
-        if (id(schema), name) in state.not_keywords:
+        if (id(schema), name) in not_keywords:
             state.num_unchecked += 1
             return
+        errors: list[jsonschema.ValidationError] = []
         try:
             with state.following(value, instance) if name in _REFERENCES else contextlib.nullcontext():
-                errors = list(function(validator, value, instance, schema) or ())
+                for error in function(validator, value, instance, schema) or ():
+                    errors.append(error)
         except RecursionError:
+            raise
+        except _OutOfTime:
+            yield from errors
             raise
         except Exception:
             # jsonschema raises whatever a value that is no keyword's leads to: a KeyError, TypeError, re.error, ...
@@ -215,14 +281,24 @@ def _forgiving(name: str, function: Keyword, state: _State) -> Keyword:
     return keyword
 
 
+def _patterns_in(schema: Any) -> Iterator[str]:
+    for inner in all_in(schema):
+        of_names = inner.get("patternProperties")
+        for pattern in (inner.get("pattern"), *(of_names if isinstance(of_names, dict) else ())):
+            if isinstance(pattern, str):
+                yield pattern
+
+
 @functools.lru_cache(maxsize=_MAX_CACHED)
 def _compiled(pattern: str) -> Any:
     """None for what can't be read, or not without doubt."""
+    if len(pattern) > _LONGEST_PATTERN:
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             return regex.compile(pattern)
-        except (regex.error, Warning, OverflowError, RecursionError):
+        except Exception:  # besides regex.error whatever the library trips over: OverflowError, KeyError, ...
             return None
 
 
@@ -246,28 +322,28 @@ def _frozen(value: Any) -> Any:
     return ("bool", value) if isinstance(value, bool) else value
 
 
-def _pattern(state: _State, validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[Any]:
+def _pattern(validator: Any, pattern: Any, instance: Any, schema: Any) -> Iterator[Any]:
     if not validator.is_type(instance, "string"):
         return
-    if state.matches(pattern, instance) is False:
+    if _state.get().matches(pattern, instance) is False:
         yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-def _pattern_properties(state: _State, validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[Any]:
+def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[Any]:
     if not validator.is_type(instance, "object"):
         return
     for pattern, inner in patterns.items():
         for key, value in instance.items():
-            if state.matches(pattern, key):
+            if _state.get().matches(pattern, key):
                 yield from validator.descend(value, inner, path=key, schema_path=pattern)
 
 
-def _additional_properties(state: _State, validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+def _additional_properties(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
     if not validator.is_type(instance, "object"):
         return
     known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
     # What may match a pattern is no addition.
-    extra = [k for k in instance if k not in known and all(state.matches(p, k) is False for p in patterns)]
+    extra = [k for k in instance if k not in known and all(_state.get().matches(p, k) is False for p in patterns)]
     if isinstance(wanted, dict):
         for key in extra:
             yield from validator.descend(instance[key], wanted, path=key)
@@ -277,8 +353,10 @@ def _additional_properties(state: _State, validator: Any, wanted: Any, instance:
         yield jsonschema.ValidationError(f"Additional properties are not allowed ({names} {verb} unexpected)")
 
 
-_OURS: dict[str, Keyword] = {"multipleOf": _multiple_of, "divisibleBy": _multiple_of, "uniqueItems": _unique_items}
-_WITH_PATTERNS: dict[str, Callable[..., Iterator[Any]]] = {
+_OURS: dict[str, Keyword] = {
+    "multipleOf": _multiple_of,
+    "divisibleBy": _multiple_of,
+    "uniqueItems": _unique_items,
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,

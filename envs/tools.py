@@ -228,7 +228,7 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
     except ValueError as e:
         return result(f"Error: arguments are {e}", ToolErrorKind.BAD_ARGUMENTS)
     try:
-        kwargs = offered.read_arguments(arguments)
+        kwargs = await _read(offered, arguments)
     except ValueError as e:
         return result(f"Error: {e}", ToolErrorKind.BAD_ARGUMENTS)
     except RecursionError:
@@ -246,6 +246,14 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
         return result(output_text(value))
     except TypeError as e:
         raise UserError(f"tool {call.name!r}: {e}; expected text, or what can be written as JSON") from None
+
+
+async def _read(tool: Tool, arguments: Any) -> dict[str, Any]:
+    """The function's arguments. Somebody else's schema may take its time over what a model writes: not the loop's."""
+    if tool.definition is None:
+        return tool.read_arguments(arguments)
+    read: dict[str, Any] = await THREADS.run(f"the check of {tool.name}'s arguments", tool.read_arguments, arguments)
+    return read
 
 
 def output_text(value: Any) -> str:

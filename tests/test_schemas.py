@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import time
 from typing import Any
@@ -60,12 +62,33 @@ def fits(schema: Any, x: Any, **more: Any) -> bool:
 )
 @pytest.mark.parametrize("value", ["1", "[1, [2]]", '{"x": {"x": 1}}'])
 async def test_a_reference_that_leads_nowhere_or_in_a_circle_is_left_unchecked(schema, value):
-    tool = tool_with(schema, properties={"x": schema, "y": {"$ref": "#/properties/x"}})
+    properties = {"x": schema, "y": {"$ref": "#/properties/x"}}
+    tool = tool_with(schema, properties=properties, is_strict=False)
     assert await error_of(tool, f'{{"x": {value}}}') is None
+    if "dynamic" not in str(schema):
+        with pytest.raises(UserError, match=r"^tool 'f': parameters: \$ref '[^']+': leads (to nothing|round)"):
+            tool_with(schema, properties=properties)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"n": {"$ref": "#/$defs/t"}}, "$defs": {"t": {"items": {"$ref": "#/$defs/t"}}}},
+        {"properties": {"n": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}},
+        {"$ref": "#/$defs/t", "$defs": {"t": {"properties": {"k": {"allOf": [{"$ref": "#/$defs/t"}]}}}}},
+        {"$id": "https://e.com/a", "$defs": {"b": {"$id": "b", "$anchor": "c"}}, "properties": {"x": {"$ref": "b#c"}}},
+        {"properties": {"$ref": {"type": "string"}, "x": {"enum": [{"$ref": "#/no"}], "default": {"$ref": "#/no"}}}},
+        {"properties": {"x": {"$ref": "http://json-schema.org/draft-07/schema#"}}},
+        {"$dynamicAnchor": "t", "properties": {"n": {"$dynamicRef": "#t"}}},
+    ],
+)
+def test_references_that_can_be_followed_are_taken(parameters):
+    assert schema_error(parameters) == ""
 
 
 async def test_beside_a_reference_that_leads_nowhere_all_else_is_checked():
-    tool = tool_with({"$ref": "#/$defs/Gone"}, properties={"x": {"$ref": "#/$defs/Gone"}, "y": {"type": "integer"}})
+    properties = {"x": {"$ref": "#/$defs/Gone"}, "y": {"type": "integer"}}
+    tool = tool_with({}, properties=properties, is_strict=False)
     assert await error_of(tool, '{"x": 1, "y": 2}') is None
     assert await error_of(tool, '{"x": 1, "y": "two"}') is BAD
 
@@ -105,7 +128,7 @@ def test_patterns_are_read_as_json_schema_writes_them(pattern, good, bad):
     assert not checked({good: 1}) and checked({good: "one"}) and not checked({bad: "one"})
 
 
-@pytest.mark.parametrize("pattern", [r"^\cA$", r"[^]", r"\u{1F600}", "(", 7])
+@pytest.mark.parametrize("pattern", [r"^\cA$", r"[^]", r"\u{1F600}", "(", r"\L<names>", "a" * 20_000, "(" * 5000, 7])
 def test_a_pattern_that_cannot_be_read_is_left_unchecked(pattern):
     assert fits({"pattern": pattern}, "anything") and fits({"not": {"pattern": pattern}}, "anything")
     assert fits({}, 1, patternProperties={str(pattern): {"type": "string"}}, additionalProperties=False)
@@ -118,6 +141,61 @@ def test_a_pattern_that_would_take_hours_is_left_unchecked_after_a_moment():
     start = time.monotonic()
     assert check({str(i): "a" * 60 + "!" for i in range(50)}) == []
     assert time.monotonic() - start < 20
+
+
+DOUBLING = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)} | {"d60": {"type": "null"}}
+TREE = {"properties": {"n": {"anyOf": [{"$ref": "#/$defs/t"}] * 2}}, "required": ["gone"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "definitions", "value"),
+    [
+        ({"$ref": "#/$defs/d0"}, DOUBLING, 1),
+        ({"$ref": "#/$defs/t"}, {"t": TREE}, functools.reduce(lambda inner, _: {"n": inner}, range(60), {})),
+        ({"pattern": r"^(?:(\w|\w\w|a)+)+\1$"}, {}, "a" * 5000 + "!"),
+        ({"uniqueItems": True}, {}, [{"a": [i]} for i in range(5000)]),
+        ({"patternProperties": {r"^(?:(\w|\w\w|a)+)+\1$": {}}}, {}, {"a" * 60 + f"!{i}": i for i in range(99)}),
+        ({"dependentSchemas": {"a": {"$ref": "#/$defs/d0"}}}, DOUBLING, {"a": 1}),
+        ({"not": {"$ref": "#/$defs/d0"}}, DOUBLING, 1),
+        ({"oneOf": [{"$ref": "#/$defs/d0"}, {"unevaluatedProperties": False, "$ref": "#/$defs/d0"}]}, DOUBLING, {}),
+    ],
+)
+async def test_a_check_that_would_never_end_holds_up_nobody_and_blames_nobody(schema, definitions, value):
+    tool = tool_with(schema, **{"$defs": definitions})
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    start = time.thread_time()
+    assert await error_of(tool, json.dumps({"x": value})) is None
+    # The check had a thread of its own: the loop's did next to nothing, and went on meanwhile.
+    assert time.thread_time() - start < 0.5
+    await asyncio.sleep(0.02)
+    assert ticks
+    ticking.cancel()
+
+
+async def test_what_a_check_finds_before_its_time_is_over_counts():
+    tool = tool_with({}, properties={"a": {"type": "integer"}, "x": {"$ref": "#/$defs/d0"}}, **{"$defs": DOUBLING})
+    assert await error_of(tool, '{"a": "one", "x": 1}') is BAD
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$id": "http://["}, {"$id": "\0"}, {"$id": "http://[", "$ref": "#"}, {"$anchor": 3}]
+)
+async def test_what_a_validator_raises_between_keywords_ends_no_run(schema):
+    assert await error_of(tool_with(schema, is_strict=False), '{"x": 1}') is None
+
+
+async def test_a_schema_that_winds_round_itself_is_not_taken_for_deep_arguments():
+    round_itself = {"unevaluatedProperties": False, "anyOf": [{"$ref": "#/$defs/u"}, {}]}
+    tool = tool_with({"$ref": "#/$defs/u"}, is_strict=False, **{"$defs": {"u": round_itself}})
+    assert await error_of(tool, '{"x": {"a": 1}}') is None
 
 
 def test_properties_beyond_those_named_are_those_that_no_pattern_matches():

@@ -16,14 +16,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-from envs.secrets import hidden_in
+from envs.terminal import clean
 
 
 class AgentRFTError(Exception):
-    """Base of the tree. What it says is written down and shown: secrets are left out of it."""
+    """Base of the tree. What it says is written down and shown: secrets and control characters are left out of it."""
 
     def __str__(self) -> str:
-        return hidden_in(super().__str__())
+        return clean(super().__str__())
 
 
 class UserError(AgentRFTError, ValueError):

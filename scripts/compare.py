@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from envs.errors import UserError
+from envs.terminal import console, run, say
 
 
 def main() -> int:
@@ -27,14 +28,12 @@ def main() -> int:
     try:
         _compare(arguments)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 2
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from trainer.compare import compare
     from trainer.compare_data import read_policies
     from trainer.compare_page import render_markdown, render_terminal, write_compare_page
@@ -48,11 +47,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     markdown = render_markdown(comparison, demo=arguments.demo)
     (out / "compare.md").write_text(markdown, encoding="utf-8", errors="replace")
     if arguments.markdown:
-        print(markdown)
+        say(markdown)
     else:
-        Console().print(render_terminal(comparison, demo=arguments.demo))
-        print(f"page  {page}")
+        console().print(render_terminal(comparison, demo=arguments.demo))
+        say(f"page  {page}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -31,6 +31,7 @@ from rich.text import Text
 from envs.documents import from_file, read_document
 from envs.errors import Unscored, UserError, WorldError
 from envs.problems import on_one_screen
+from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
 from graders.build import build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
@@ -79,16 +80,18 @@ def main() -> int:
         if arguments.command == "validate":
             _build(settings, rows, arguments.samples, asks=False)
             # As the hosted graders/validate answers.
-            print(json.dumps({"grader": settings.grader.model_dump(mode="json")}, ensure_ascii=False, indent=2))
+            shown = {"grader": settings.grader.model_dump(mode="json")}
+            text = json.dumps(shown, ensure_ascii=False, indent=2)
+            print(text if without_control(text) == text else json.dumps(shown, indent=2))
             return 0
         graded = asyncio.run(_grade_all(settings, rows, arguments.samples, arguments.concurrency))
         if arguments.json:
             lines = (json.dumps(as_hosted(g, settings.grader), ensure_ascii=False) for g in graded)
-            arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 2
-    print_tables(Console(), graded, num_worst=arguments.worst)
+    print_tables(console(), graded, num_worst=arguments.worst)
     return 0
 
 
@@ -325,4 +328,4 @@ def _print_worst(console: Console, graded: Sequence[Graded], num_worst: int) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

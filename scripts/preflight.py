@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from envs.errors import UserError
+from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
 
 
@@ -34,10 +35,10 @@ def main() -> int:
             _refuse_estimate_options(arguments)
             _preflight(config, arguments)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -80,8 +81,6 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from trainer.preflight import Options, adapter_of, preflight
     from trainer.preflight_page import render_preflight, write_preflight_page
 
@@ -97,10 +96,9 @@ def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
     )
     found = preflight(config, options)
     page = write_preflight_page(found, out / "preflight.html")
-    console = Console()
-    console.print(render_preflight(found))
+    console().print(render_preflight(found))
     for name, path in (("page", page), ("figures", out / "preflight.json"), ("rollouts", out / "rollouts.jsonl")):
-        print(f"{name:<10}{path}")
+        say(f"{name:<10}{path}")
 
 
 def _refuse_estimate_options(arguments: argparse.Namespace) -> None:
@@ -119,8 +117,6 @@ def _refuse_estimate_options(arguments: argparse.Namespace) -> None:
 
 
 def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from trainer.gpu_estimate import Assumptions, estimate_only, find_gpu
     from trainer.preflight_page import render_estimate
 
@@ -138,8 +134,8 @@ def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:
         generated_tokens=arguments.episode_generated,
         row_tokens=arguments.episode_row,
     )
-    Console().print(render_estimate(estimate_only(config, assumptions)))
+    console().print(render_estimate(estimate_only(config, assumptions)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from envs.errors import UserError
+from envs.terminal import run, say
 from trainer.report import write_report
 from trainer.transcripts import run_decoder, write_transcripts
 
@@ -17,21 +18,21 @@ from trainer.transcripts import run_decoder, write_transcripts
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, help="run folder")
-    run: Path = parser.parse_args().run
-    if not (run / "run.json").is_file():
-        print(f"error: {run}: holds no run.json; expected the folder of a run", file=sys.stderr)
+    folder: Path = parser.parse_args().run
+    if not (folder / "run.json").is_file():
+        say(f"error: {folder}: holds no run.json; expected the folder of a run", file=sys.stderr)
         return 2
     try:
-        decode = run_decoder(run)
+        decode = run_decoder(folder)
     except UserError as e:
         # The page is of use without it, and the run may stem from another machine.
-        print(f"tokens will be shown by their ids: {e}", file=sys.stderr)
+        say(f"tokens will be shown by their ids: {e}", file=sys.stderr)
         decode = None
-    transcripts = write_transcripts(run, decode)
+    transcripts = write_transcripts(folder, decode)
     # After it: the report links to transcripts that are there.
-    print(f"report       {write_report(run)}\ntranscripts  {transcripts}")
+    say(f"report       {write_report(folder)}\ntranscripts  {transcripts}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from envs.errors import UserError
+from envs.terminal import run, say
 from trainer.config import RunConfig, load_config
 from trainer.report import before_after_table
 
@@ -38,15 +39,15 @@ def main() -> int:
     try:
         runs = _runs(arguments.config, arguments.overrides, arguments.set)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 2
     train = Path(__file__).with_name("train.py")
     for name, overrides in runs.items():
-        print(f"--- {name}", flush=True)
+        say(f"--- {name}")
         command = [*shlex.split(arguments.launch), str(train), "--config", str(arguments.config), *overrides]
         if code := subprocess.run(command).returncode:
             return code
-    print(_table({name: load_config(arguments.config, overrides).output_dir for name, overrides in runs.items()}))
+    say(_table({name: load_config(arguments.config, overrides).output_dir for name, overrides in runs.items()}))
     return 0
 
 
@@ -85,4 +86,4 @@ def _table(folders: dict[str, Path]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
+from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -41,18 +42,19 @@ def main() -> int:
             folder = _train(load_config(arguments.config, arguments.overrides))
         else:
             if is_main:
-                print(*(f"{job.source}: {remark}\n" for remark in job.remarks), sep="", end="", flush=True)
+                for remark in job.remarks:
+                    say(f"{job.source}: {remark}")
             if arguments.write_config is not None:
                 _write(arguments.write_config, job)
                 return 0
             folder = _train_job(job, is_main=is_main)
     except UserError as e:
         if is_main:
-            print(f"error: {e}", file=sys.stderr)
+            say(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if is_main:
-            print("interrupted; the same command resumes the run", file=sys.stderr)
+            say("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
     if is_main:
         print_result(folder)
@@ -103,7 +105,7 @@ def _train_job(job: TakenJob, *, is_main: bool) -> Path:
     """Train, and leave the config with what is said of it in the run folder, which the run itself lays out."""
     folder = _train(job.config, beside={"hosted_job.yaml": job.to_yaml()})
     if is_main:
-        print(f"config    {folder / 'hosted_job.yaml'}")
+        say(f"config    {folder / 'hosted_job.yaml'}")
     return folder
 
 
@@ -112,21 +114,19 @@ def _write(path: Path, job: TakenJob) -> None:
         path.write_text(job.to_yaml(), encoding="utf-8")
     except OSError as e:
         raise UserError(f"--write-config {path}: {e.strerror or e}") from e
-    print(f"config    {path}")
+    say(f"config    {path}")
 
 
 def print_result(folder: Path) -> None:
     """The table before and after, where everything lies, and how to serve it."""
-    from rich.console import Console
-
     from trainer.report import render_terminal_table
 
     about = json.loads((folder / "run.json").read_text())
-    console = Console()
-    console.print(render_terminal_table(folder))
-    console.print(f"report   {folder / 'report.html'}\nadapter  {about['adapter']}\nserve it with:", highlight=False)
-    print(about["serve_command"])
+    shown = console()
+    shown.print(render_terminal_table(folder))
+    shown.print(f"report   {folder / 'report.html'}\nadapter  {about['adapter']}\nserve it with:", highlight=False)
+    say(about["serve_command"])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from envs.secrets import hidden_in
-
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from envs.terminal import clean
 
 
 class LogFile:
@@ -78,14 +76,6 @@ class LogFile:
             lines = log.read().decode(errors="replace").strip().split("\n")
             return [clean(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in lines[-num_lines:]]
         return []
-
-
-def clean(text: str) -> str:
-    """What may be shown and kept of a text of a model, a server or a library: neither secrets nor control characters.
-
-    Tab and newline stay.
-    """
-    return hidden_in(_CONTROL.sub("", text))
 
 
 def _without_secrets(record: logging.LogRecord) -> logging.LogRecord:

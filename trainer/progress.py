@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from envs.errors import UserError
-from trainer.log_file import LogFile, clean
+from envs.terminal import clean
+from trainer.log_file import LogFile
 
 STEP_PHASES = frozenset({"rollouts", "training", "publishing", "checkpoint"})
 """Phases that every step repeats: they leave no line of their own, the step leaves one."""

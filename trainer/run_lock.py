@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from envs.errors import UserError
-from trainer.log_file import clean
+from envs.terminal import clean
 
 LOCK_NAME = "run.lock"
 _MOST_BYTES = 1000

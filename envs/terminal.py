@@ -1,0 +1,76 @@
+"""What is shown on a terminal, or kept in a log: no text of a model, a server, a row or a library acts on it.
+
+One rule, for every script: `say` in place of `print`, `console()` for tables, `run` for what ends in a traceback. The
+errors of `envs.errors` are clean by themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from envs.secrets import hidden_in
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable
+    from rich.segment import Segment
+
+_CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+    r"|[\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Sequences that begin with an escape, all other control characters, and those that turn the direction of writing or
+are half of a character. Tab and newline stay."""
+
+
+def clean(text: str) -> str:
+    """What may be shown and kept of a text of a model, a server or a library: neither secrets nor control characters.
+
+    Tab and newline stay.
+    """
+    return hidden_in(without_control(text))
+
+
+def without_control(text: str) -> str:
+    return _CONTROL.sub("", text)
+
+
+def say(*texts: object, file: TextIO | None = None) -> None:
+    """A clean line, at once."""
+    print(*(clean(str(text)) for text in texts), file=file, flush=True)
+
+
+def console() -> Console:
+    """rich's, whose tables and texts are shown without control characters but rich's own, and without markup."""
+    from rich.console import Console, RenderHook
+
+    class Clean(RenderHook):
+        def process_renderables(self, renderables: list[Any]) -> list[Any]:
+            return [_Cleaned(renderable) for renderable in renderables]
+
+    made = Console(markup=False, emoji=False)
+    made.push_render_hook(Clean())
+    return made
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the exit code of `main`; what it raises is told as Python tells it, but clean."""
+    sys.excepthook = _tell
+    sys.exit(main())
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
+
+
+class _Cleaned:
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else segment._replace(text=without_control(segment.text))

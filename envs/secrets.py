@@ -4,7 +4,8 @@ A secret is replaced by a ${NAME} that may stand there, so that settings written
 
 *Covered*: headers, but for those known to be harmless; whatever stands under a name that speaks of a secret, in a
 mapping, an argument or the query of a URL; user and password of a URL; what looks like a key in a URL, an argument or
-an environment; and in every text keys in the form of well-known services.
+an environment; in every text keys in the form of well-known services, and private keys; in what is said also the
+values that ${NAME}s stood for in this process, word for word (`keep_secret`).
 *Not covered*: a word of its own under a name that says nothing of it (`-p hunter2`); rows; in prompts and in the
 sources of graders all but the URLs and the keys of a well-known form.
 """
@@ -15,16 +16,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
 """`${NAME}`, `${env:NAME}` or `${NAME:-text}`: the name, and what stands for a variable that is not set."""
 
 _NAME = re.compile(
-    r"auth(?!or(?:s|ed|ship)?(?![a-z]))|token(?!s(?![a-z])|i[sz])|secret|passw|passphrase|credential|cookie|bearer|jwt"
-    r"|signature|session(?:[-_]?(?:id|key))?$|(?:^|[-_.])(?:pat|pass|pwd|sig|dsn)$"
+    r"auth(?!or(?:s|ed|ship)?(?![a-z]))|token(?!s(?![a-z])|i[sz])|secret|passw|passphrase|passcode|credential|cookie"
+    r"|bearer|jwt|signature|mnemonic|session(?:[-_]?(?:id|key))?$|(?:^|[-_.])(?:pat|pass|pwd?|sig|dsn|creds?)$"
+    r"|(?:api|access|refresh|hub|lab|bot|user|service)[-_.]?tokens(?![a-z])"
     r"|(?:api|access|private|sign(?:ing)?|encrypt(?:ion)?|master|account|subscription|functions?|service|client"
-    r"|app(?:lication)?|licen[cs]e|deploy|admin|user|server)[-_.]?keys?$",
+    r"|app(?:lication)?|licen[cs]e|deploy|admin|user|server)[-_.]?keys?(?![a-z])",
     re.IGNORECASE,
 )
 _KEY = re.compile(r"(?:^|[-_.]|(?<=[a-z])(?=K))keys?$", re.IGNORECASE)
@@ -47,9 +49,12 @@ _NO_VALUE = re.compile(
 )
 """Switches, schemes and paths."""
 _KNOWN = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:(?:sk|rk|pk|xox[a-z]|xapp|glpat|nvapi|tvly|pplx|xai|pypi|dapi)[-_]|gh[opsur]_|github_pat_"
-    r"|hf_|npm_|gsk_|r8_|fw_|whsec_|shpat_|lin_api_|dop_v1_|AIza|ya29\.|SG\.)(?=[\w.-]{0,99}\d)[\w.-]{16,}"
+    r"(?<![A-Za-z0-9])(?:(?:(?:sk|rk|pk|xox[a-z]|xapp|nvapi|tvly|pplx|xai|pypi|dapi|csk|GOCSPX|AGE-SECRET-KEY)[-_]"
+    r"|gl(?:pat|ptt|dt|rt|cbt|ft|soat|agent)-|gh[opsur]_|github_pat_|hf_|npm_|gsk_|r8_|fw_|whsec_|shpat_|lin_api_"
+    r"|dop_v1_|dckr_pat_|sbp_|figd_|ntn_|hvs\.|ATATT|AIza|ya29\.|SG\.)(?=[\w.-]{0,99}\d)[\w.-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)"
+    r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
+    r"(?:[\w+/=\s\\:,-]{0,9000}?-----END [A-Z ]{0,30}KEY-----|[\w+/=\s\\:,-]{0,9000})"
 )
 _AUTH = re.compile(r"(?:Bearer|Basic|Token)\s+", re.IGNORECASE)
 _SHORT = re.compile(r"(?:Bearer|Basic|Token)\s|sk-|gh[opsur]_|github_pat_|xox[a-z]-|AKIA|hf_|glpat-|eyJ", re.IGNORECASE)
@@ -61,24 +66,56 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _URL = re.compile(r"(?<![A-Za-z0-9])([A-Za-z][A-Za-z0-9+.-]{0,40}(?:://|:/(?=[^/\s]{1,99}@)))([^\s'\"<>`]+)")
 _PARAMETER = re.compile(r"([?&#;])([^=&#;?/]+)(?:=([^&#;]*))?")
 _SCHEME = re.compile(
-    r"\b(Authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:(?:Bearer|Basic|Token)\s{1,9}|(?=\S{0,99}\d))|(?:Bearer|Basic)\s+(?=\S{0,99}[\d=]))"
+    r"\b((?i:Authorization)['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:(?i:Bearer|Basic|Token)\s{1,9}"
+    r"|(?:[A-Za-z][\w-]{2,20}\s{1,9})?(?=\S{0,99}\d))|(?:Bearer|Basic)\s+(?=\S{0,99}[\d=]))"
     r"([^\s'\",]+)"
 )
 _VALUE = r"""("[^"]*"|'[^']*'|[^\s"';&,)]+)"""
 _ASSIGNED = re.compile(r"(?<![\w$./-])(-{0,2}[A-Za-z_][\w.-]{0,99})(=)" + _VALUE)
 _FLAG = re.compile(r"(?<![\w-])(--?[A-Za-z][\w.-]{0,99})(\s{1,9})(?!-)" + _VALUE)
-_FIELD = re.compile(r"(?<![\w-])([A-Za-z][\w-]{0,99})(:\s{0,9}(?:(?:Bearer|Basic|Token)\s{1,9})?)(?!/)" + _VALUE)
+_FIELD = re.compile(
+    r"(?<![\w-])(-{0,2}[A-Za-z][\w-]{0,99})(['\"]?:\s{0,9}(?:(?:Bearer|Basic|Token)\s{1,9})?)(?!/)" + _VALUE
+)
 _WORD = re.compile(r"(?<!\S)[^\s/]+(?!\S)")
 """No path and no URL."""
 _BARE_USER = re.compile(r"(?<![\w@/])[^\s:@/'\"]{1,99}:[^\s:@/'\"]{1,99}@(?=[A-Za-z]|\d+(?:\.\d+){3})")
+_SHORTEST_KEPT = 8
 _FREE = re.compile(r"env|bind|arguments|metadata|\w*kwargs", re.IGNORECASE)
 """Mappings whose keys are not ours; of these the names of variables alone end in KEY where they hold one."""
+
+
+_kept: dict[str, str] = {}
+"""What ${NAME}s stood for in this process: the value, and what is said in its place."""
+
+
+def keep_secret(name: str, value: str) -> None:
+    """Of a variable whose value went where secrets go: it is left out of all that is said from here on.
+
+    Where the variable's name speaks of one, or its value has the form of a key; not of less than 8 characters, which
+    would be found everywhere.
+    """
+    if _speaks_of_secrets(name, asks_key=True) or _is_key(value):
+        _keep(name, value)
+
+
+def keep_header(name: str, value: str) -> None:
+    """Likewise of a header, but for those known to be harmless."""
+    if not _HARMLESS_HEADER.fullmatch(name):
+        _keep(name, value)
+
+
+def _keep(name: str, value: str) -> None:
+    bare = _AUTH.sub("", value.strip())
+    if len(bare) >= _SHORTEST_KEPT:
+        # As it stands, and as URLs and JSON write it.
+        for text in (bare, quote(bare, safe=""), json.dumps(bare)[1:-1]):
+            _kept[text] = _variable(name)
 
 
 def without_secrets(value: Any) -> Any:
     """Settings as JSON values, for whatever is written down."""
     if isinstance(value, Mapping):
-        return {key: _of_key(str(key), inner) for key, inner in value.items()}
+        return {_in_key(key): _of_key(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(inner) for inner in value]
     return _in_text(value) if isinstance(value, str) else value
@@ -86,10 +123,15 @@ def without_secrets(value: Any) -> Any:
 
 def hidden_in(text: str) -> str:
     """An error's or a log's text without the secrets of URLs, headers, arguments and assignments in it."""
+    for value in sorted(_kept, key=len, reverse=True):
+        text = text.replace(value, _kept[value])
     text = _SCHEME.sub(lambda m: m[0] if "${" in m[2] else f"{m[1]}${{AUTHORIZATION}}", _in_text(text))
     text = _BARE_USER.sub(_bare_user, text)
     text = _ASSIGNED.sub(lambda m: _named(m, asks_key=False), text)
-    return _FLAG.sub(lambda m: _named(m, asks_key=False) if re.search(r"\d", m[3]) else m[0], text)
+    for pattern in (_FLAG, _FIELD):
+        # Words without a digit explain: `token: expected a text`.
+        text = pattern.sub(lambda m: _named(m, asks_key=False) if re.search(r"\d", m[3]) else m[0], text)
+    return text
 
 
 # ---- settings
@@ -100,11 +142,15 @@ def _of_key(key: str, value: Any, within: str = "") -> Any:
     if isinstance(value, Mapping):
         if key.lower().endswith("headers"):
             return {name: _header(str(name), text) for name, text in value.items()}
+        if (named := _named_value(value)) is not None:
+            return named
         within = key if _FREE.fullmatch(key) else within
         # All that stands under `credentials` is one, whatever it is called there.
         outer = f"{key}." if within and _speaks_of_secrets(key, asks_key=False) else ""
-        return {name: _of_key(f"{outer}{name}", inner, within) for name, inner in value.items()}
+        return {_in_key(name): _of_key(f"{outer}{name}", inner, within) for name, inner in value.items()}
     if isinstance(value, list | tuple):
+        if key.lower().endswith("headers") and all(isinstance(x, list | tuple) and len(x) == 2 for x in value):
+            return [[name, _header(str(name), text)] for name, text in value]
         return _arguments(value) if key == "args" else [_of_key(key, inner, within) for inner in value]
     if isinstance(value, bool) or not isinstance(value, str | int):
         return value
@@ -116,6 +162,18 @@ def _of_key(key: str, value: Any, within: str = "") -> Any:
         # The key itself, where the name of its variable was asked for.
         return value if re.fullmatch(r"\w*", value) and not _is_key(value) else _variable(key)
     return _words(value) if within or key in ("command", "cwd") else _in_text(value)
+
+
+def _named_value(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`{name: Authorization, value: ...}`, as other programs write headers and variables; None for anything else."""
+    name = about.get("name", about.get("key"))
+    if "value" not in about or not isinstance(name, str) or not _speaks_of_secrets(name, asks_key=True):
+        return None
+    return {key: _hidden(name, inner) if key == "value" else inner for key, inner in about.items()}
+
+
+def _in_key(key: Any) -> Any:
+    return _in_text(key) if isinstance(key, str) else key
 
 
 def _header(name: str, value: Any) -> Any:
@@ -135,6 +193,8 @@ def _arguments(args: Sequence[Any]) -> list[Any]:
         header = re.fullmatch(r"([A-Za-z][\w-]*)(:\s*)(.+)", text)
         if header and flag.lower() in ("-h", "--header", "--headers"):
             out.append(header[1] + header[2] + str(_header(header[1], header[3])))
+        elif flag.lower() in ("-u", "--user", "--proxy-user") and ":" in text and "${" not in text:
+            out.append("${USER}")
         elif flag and not text.startswith("-") and _speaks_of_secrets(flag, asks_key=True):
             out.append(_hidden(flag, arg))
         else:
@@ -229,7 +289,7 @@ def _url(match: re.Match[str]) -> str:
     if user:
         parts = zip(("USER", "PASSWORD"), user.split(":", 1), strict=False)
         user = ":".join(part if VARIABLE.fullmatch(part) or not part else f"${{URL_{of}}}" for of, part in parts) + "@"
-    end = min((rest.find(mark) for mark in "?#" if mark in rest), default=len(rest))
+    end = min((rest.find(mark) for mark in "?#;" if mark in rest), default=len(rest))
     return match[1] + user + "/".join(_pieces(rest[:end])) + _PARAMETER.sub(_parameter, rest[end:])
 
 

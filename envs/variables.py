@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.errors import UserError
-from envs.secrets import VARIABLE
+from envs.secrets import VARIABLE, keep_secret
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 """Of an environment variable."""
@@ -35,6 +35,8 @@ def expand(text: str, where: str, own: Mapping[str, str] | None = None) -> str:
         value = (own or {}).get(match[1], os.environ.get(match[1], match[2]))
         if value is None:
             raise UserError(f"{where}: the environment variable {match[1]} is not set")
+        if own is None or match[1] not in own:
+            keep_secret(match[1], value)
         return value
 
     return VARIABLE.sub(value_of, text)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from servers import REPOSITORY
 
 from envs.errors import ToolError, UserError, WorldError
-from envs.http import HttpCaller, HttpLimits
+from envs.http import HttpCaller, HttpLimits, resolve_headers
 from envs.secrets import hidden_in, without_secrets
 from envs.variables import expand
 from trainer.config import load_config, validate_config
@@ -91,6 +91,14 @@ HELD: list[dict[str, Any]] = [
     mcp_of(env={"PASSWORD": "s3cret", "STRIPE_KEY": "s3cret", "DB": "Server=h;Pwd=s3cret;", "U": "redis://:s3cret@h"}),
     mcp_of(bind={"access_token": "s3cret"}, open_call={"tool": "login", "arguments": {"password": "s3cret"}}),
     {"world": {"type": "custom", "target": "m:W", "kwargs": {"password": "s3cret", "nested": [{"auth": "s3cret"}]}}},
+    mcp_of(env={"API_KEY_PROD": "s3cret", "OPENAI_API_KEY_2": "s3cret", "CREDS": "s3cret", "DB_PW": "s3cret"}),
+    mcp_of(env={"API_TOKENS": "s3cret,s3cret", "PASSCODE": "s3cret", "MNEMONIC": "s3cret s3cret"}),
+    mcp_of(env={"CERT": "-----BEGIN RSA PRIVATE KEY-----\ns3/cret+\ns3=\n-----END RSA PRIVATE KEY-----"}),
+    mcp_of(args=["curl", "-u", "bob:s3cret", "--proxy-user", "bob:s3cret", "--api-key:s3cret"]),
+    {"grader": {"type": "custom", "target": "m:G", "kwargs": {"headers": [["X-Odd", "s3cret"], ["Auth", "s3cret"]]}}},
+    {"grader": {"type": "custom", "target": "m:G", "kwargs": {"send": [{"name": "X-Api-Key", "value": "s3cret"}]}}},
+    {"grader": {"type": "custom", "target": "m:G", "kwargs": {"names": {"https://bob:s3cret@h": 1}}}},
+    endpoint_of(url="https://h/grade;jsessionid=s3cret?pw=s3cret&api_key_prod=s3cret"),
 ]
 
 
@@ -186,6 +194,12 @@ def test_no_url_shows_its_password_in_an_error_or_in_a_config(user, password, na
         "override 'judge.api_key=s3cret'",
         "Cannot connect to bob:s3cret@h:80",
         "started with API_KEY=s3cret",
+        "HTTP 400: {'headers': {'X-Api-Key': 's3cret'}}",
+        'echo: {"client_secret": "s3cret", "a": 1}',
+        "authorization: bearer s3cret",
+        "Authorization: ApiKey s3cret",
+        "login failed, password: s3cret",
+        "-----BEGIN PRIVATE KEY-----\ns3cret\n-----END PRIVATE KEY-----",
     ],
 )
 def test_errors_of_users_and_of_the_world_say_no_secrets(text):
@@ -202,6 +216,7 @@ def test_errors_of_users_and_of_the_world_say_no_secrets(text):
         "tool 'f': token: Input should be a string",
         "--judge-key-env KEY: expected --api-key or --token",
         "judge.api_key_env: the environment has no OPENAI_API_KEY; see https://h/docs/keys?page=2#token",
+        "a basic 3-step plan, auth: HTTP 401, num_tokens: 120, author: B2, {'eos_token_id': 2}",
     ],
 )
 def test_what_an_error_explains_stays_as_it_is(text):
@@ -257,3 +272,16 @@ def test_an_address_that_is_none_is_the_users_to_mend_and_shows_no_password():
 def test_a_long_answer_of_a_server_is_searched_in_time_that_grows_with_its_length(part):
     text = part * (100_000 // len(part))
     assert len(hidden_in(text)) > 0 and len(str(without_secrets({"args": [text]}))) > 0
+
+
+def test_the_value_that_a_variable_stood_for_is_said_nowhere(monkeypatch):
+    monkeypatch.setenv("SHOP_API_KEY", "correct horse/battery")
+    monkeypatch.setenv("SHOP_REGION", "north of the wall")
+    monkeypatch.setenv("PLAIN_WORDS", "swordfish swordfish")
+    resolve_headers({"X-Odd": "${PLAIN_WORDS}", "Accept": "application/vnd.shop"}, "here")
+    resolve_headers({"X-Rollout": "${TRACE_ID}"}, "here", {"TRACE_ID": "rollout-of-its-own"})
+    assert expand("${SHOP_API_KEY} ${SHOP_REGION}", "here") == "correct horse/battery north of the wall"
+    for echoed in ("correct horse/battery", "correct%20horse%2Fbattery", "swordfish swordfish"):
+        assert echoed not in str(WorldError(f"HTTP 400: you sent {echoed}!")), echoed
+    for harmless in ("north of the wall", "application/vnd.shop", "rollout-of-its-own"):
+        assert harmless in str(WorldError(f"HTTP 400: you sent {harmless}!"))

@@ -1,18 +1,19 @@
 """JSON over HTTP to the user's own servers: bounded in time, size and concurrency, retried, gentle to one that is down.
 
 *Covered*: connection errors, time-outs, 5xx, redirects to elsewhere, bodies cut off or endless, compressed bombs,
-servers that restart or are gone: a call ends within the sum of its time-outs, pauses, queues and `breaker_wait_s`.
-*Not covered*: proxies from the environment, cookies (none are kept: they would tie rollouts together), other methods
-than POST, use from two event loops at once.
+servers that restart or are gone: a call ends within the sum of its time-outs, pauses, queues and `breaker_wait_s`; an
+answer that comes late or twice answers nobody else. *Not covered*: proxies from the environment, cookies (none are
+kept: they would tie rollouts together), other methods than POST, use from two event loops at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,14 @@ from yarl import URL
 
 from envs.clocks import stopped_clocks
 from envs.errors import UserError, WorldError
-from envs.variables import expand
+from envs.secrets import keep_header
+from envs.variables import expand, uses
 
 _RETRIED_STATUSES = (408, 425, 429)
 """The server says "later"; what to do about that is not the model's to learn."""
 _SAME_METHOD_REDIRECTS = (307, 308)
 _MAX_REDIRECTS = 3
 _MAX_CONNECT_S = 30.0
-# Below the 5 s after which uvicorn closes an idle connection: a request sent into a closing one is lost.
-_KEEP_ALIVE_S = 4.0
 _MAX_SHOWN = 200
 _METRICS = ("requests", "retries", "failures", "timeouts", "too_large", "breaker_opened", "breaker_wait_s")
 # Its own generator: the run's must not depend on how often a server failed.
@@ -97,12 +97,53 @@ def resolve_headers(headers: Mapping[str, str], where: str, own: Mapping[str, st
         value = expand(text, where, own)
         if not name or any(ord(char) < 32 or ord(char) == 127 for char in name + value):
             raise UserError(f"{where}: header {name!r}: expected a name and a value on one line")
+        # What is a rollout's own is none, and would be another one for each of them.
+        if not any(uses(text, variable) for variable in own or ()):
+            keep_header(name, value)
         resolved[name] = value
     return resolved
 
 
+def bounded(max_bytes: int) -> Callable[[Any], Awaitable[None]]:
+    """A response hook for clients of httpx's kind (the openai package's, the MCP SDK's), which read answers whole.
+
+    Their `ReadError` is raised for an answer above `max_bytes`, and for a compressed one, which may grow a
+    thousandfold: the client has to ask by `PLAIN`. Streams of events are left to who reads them, event by event.
+    """
+
+    async def refuse_or_bound(response: Any) -> None:
+        if response.headers.get("content-type", "").lower().startswith("text/event-stream"):
+            return
+        # httpx, or httpx2, which is another library with the same classes.
+        library = importlib.import_module(type(response).__module__.partition(".")[0])
+        coding = response.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise library.ReadError(f"the answer is compressed ({coding[:_MAX_SHOWN]}), which was not asked for")
+        whole = response.stream
+
+        class Bounded(library.AsyncByteStream):  # type: ignore[misc, name-defined]
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                num_bytes = 0
+                async for part in whole:
+                    num_bytes += len(part)
+                    if num_bytes > max_bytes:
+                        raise library.ReadError(f"the answer is too large; at most {max_bytes:,} bytes are read")
+                    yield part
+
+            async def aclose(self) -> None:
+                await whole.aclose()
+
+        response.stream = Bounded()
+
+    return refuse_or_bound
+
+
+PLAIN = {"Accept-Encoding": "identity"}
+"""Headers by which a server is asked not to compress what it answers."""
+
+
 class HttpServer:
-    """What all callers of one server share: the connection pool and the circuit breaker.
+    """What all callers of one server share: the connections and the circuit breaker.
 
     The session is made on the loop that runs when it is first needed; after `aclose` another one may follow.
     """
@@ -124,8 +165,9 @@ class HttpServer:
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                # Callers bound their concurrency themselves.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+                # Callers bound their concurrency themselves. A connection for each request: what comes late on one that
+                # is used again (a proxy that retries, a server that answers twice) would answer the next request.
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
@@ -323,7 +365,8 @@ class HttpCaller:
                     url = self._redirected(response)
                     continue
                 reply = await self._read(response)
-                if reply.status >= 500 or reply.status in _RETRIED_STATUSES:
+                # Of 1xx and below only broken servers are left here: 101, say, or 0.
+                if reply.status < 200 or reply.status >= 500 or reply.status in _RETRIED_STATUSES:
                     raise _Failed(f"HTTP {reply.status}: {reply.text[:_MAX_SHOWN].strip()}".rstrip(": "))
                 return reply
         raise _Failed(f"more than {_MAX_REDIRECTS} redirects")

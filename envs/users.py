@@ -23,6 +23,9 @@ from envs.loading import TARGET_PATTERN, accepted, call_user, load_target, requi
 from envs.types import Message, Task, Turn
 from envs.variables import NAME, expand
 
+_MAX_REPLY_CHARS = 100_000
+"""More would fill the episode, whose end would be booked on the model."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -120,7 +123,10 @@ class Users(Protocol):
 
 
 async def hear(env: Env, users: Users | None, exchange: Exchange) -> str | None:
-    """What the run's users say, or else the environment's own; None where there is nobody or nothing more to say."""
+    """What the run's users say, or else the environment's own; None where there is nobody or nothing more to say.
+
+    Raises `WorldError` for a reply that no episode could hold.
+    """
     if users is not None:
         reply = await users.reply(exchange)
     elif isinstance(env, Responds):
@@ -129,6 +135,8 @@ async def hear(env: Env, users: Users | None, exchange: Exchange) -> str | None:
         return None
     if reply is not None and not isinstance(reply, str):
         raise TypeError(f"the simulated user gave {type(reply).__name__}; expected the user's words, or None")
+    if reply is not None and len(reply) > _MAX_REPLY_CHARS:
+        raise WorldError(f"the simulated user said {len(reply):,} characters; at most {_MAX_REPLY_CHARS:,} are heard")
     # Half of a surrogate pair, which JSON can smuggle in, no tokenizer takes.
     return None if reply is None else reply.encode("utf-8", "replace").decode()
 

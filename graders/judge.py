@@ -18,13 +18,18 @@ from urllib.parse import urlsplit
 
 from envs.clocks import place_in
 from envs.errors import UserError, WorldError
+from envs.http import PLAIN, bounded
+from envs.secrets import keep_secret
 from envs.variables import expand
 from graders.config import JudgeConfig, JudgeSampling
 
 _OPENAI_HOST = "api.openai.com"
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_BACK_OFF_S = 8.0
+_MAX_ANSWER_BYTES = 8 * 2**20
+"""Far above an answer of the longest reasoning."""
 _MAX_ECHO = 200
+_MOST_TOKENS = 10**9
 _TOO_LONG = re.compile(
     r"context[ _](length|window|size)|maximum (model|input) length|maximum number of tokens|prompt is too long"
 )
@@ -109,7 +114,10 @@ class OpenAIJudge:
     What comes of each fault:
         408, 409, 429, 5xx, no connection, time-out   retried with back-off by the openai package; then `WorldError`
         an answer that is no chat completion          `WorldError`
+        an answer above 8 MiB, or a compressed one    retried, then `WorldError`
         401, 403, 404 (an unknown model too)          `UserError`: no rollout could be graded, the run stops
+        a redirect                                    not followed, prompt and key are for this server: `UserError` as
+                                                      long as it has never answered, afterwards `WorldError`
         prompt longer than the judge's context, 413   `WorldError`: it says nothing about the answer, so it is no 0
         prompt stopped by a content filter            a refusal
         any other 4xx                                 `UserError` as long as this server has never answered: the request
@@ -117,8 +125,9 @@ class OpenAIJudge:
                                                       at fault, and one odd rollout must not stop a run
 
     Covered: at most `max_concurrency` requests in flight, back-off included; a server that never answers or sends one
-    byte at a time ends after (1 + max_retries) times `timeout_s`, plus the back-off. Not covered: servers that know
-    `max_tokens` only; bounds on the size of an answer; a bound over several processes (each has its own).
+    byte at a time ends after (1 + max_retries) times `timeout_s`, plus the back-off; an answer that comes late or twice
+    answers no other question. Not covered: servers that know `max_tokens` only; a bound over several processes (each
+    has its own).
     """
 
     def __init__(self, config: JudgeConfig, *, key: str = "judge") -> None:
@@ -188,13 +197,16 @@ class OpenAIJudge:
             raise self._fault(model, _words(e, e.__cause__)) from e
         try:
             return _read_reply(json.loads(raw.content)), raw.retries_taken
-        except (ValueError, LookupError, TypeError, RecursionError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as e:
             raise self._fault(model, f"its answer is no chat completion: {_words(e)}") from e
 
     def _refused(self, model: str, e: Any) -> JudgeReply:
         """What to make of a status of 400 and above, after the retries: see the class."""
         # The package tells the status and a message; a body that is no JSON has to be looked up.
         said = _words(e, e.body if isinstance(e.body, str) else None)
+        if 300 <= e.status_code < 400:
+            target = str(e.response.headers.get("location", ""))[:_MAX_ECHO]
+            said = f"HTTP {e.status_code}: redirects to {target}, which is not followed"
         if e.status_code >= 500 or e.status_code in (408, 409, 429):
             raise self._fault(model, said) from e
         if e.code == _CONTENT_FILTER:
@@ -222,10 +234,17 @@ class OpenAIJudge:
             api_key=self._key() or "none",
             timeout=openai.Timeout(config.timeout_s, connect=min(config.timeout_s, _CONNECT_TIMEOUT_S)),
             max_retries=config.max_retries,
+            # A connection for each question: a late answer to the one before can't be taken for this one's.
+            default_headers={**PLAIN, "Connection": "close"},
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, event_hooks={"response": [bounded(_MAX_ANSWER_BYTES)]}
+            ),
         )
 
     def _key(self) -> str:
-        return os.environ.get(self._config.api_key_env, "").strip()
+        key = os.environ.get(self._config.api_key_env, "").strip()
+        keep_secret("api_key", key)
+        return key
 
 
 class CachedJudge:
@@ -332,7 +351,7 @@ def _parameters(request: JudgeRequest) -> dict[str, Any]:
 
 
 def _read_reply(completion: Any) -> JudgeReply:
-    """Raises `LookupError`, `TypeError` or `ValueError` for what is no chat completion."""
+    """Raises `LookupError`, `TypeError`, `ValueError` or `OverflowError` for what is no chat completion."""
     choice = completion["choices"][0]
     message = choice["message"]
     if not isinstance(message, dict):
@@ -342,8 +361,13 @@ def _read_reply(completion: Any) -> JudgeReply:
         raise TypeError("its message is no text")
     if choice.get("finish_reason") == _CONTENT_FILTER:
         refusal = refusal or "the server's content filter stopped the answer"
-    num_tokens = (completion.get("usage") or {}).get("total_tokens") or 0
-    return JudgeReply(text=text, refusal=refusal, num_tokens=int(num_tokens))
+    num_tokens = int((completion.get("usage") or {}).get("total_tokens") or 0)
+    # What no server can have counted would overflow where tokens are added up; half characters fit into no file.
+    return JudgeReply(
+        text=text.encode("utf-8", "replace").decode(),
+        refusal=refusal.encode("utf-8", "replace").decode(),
+        num_tokens=num_tokens if 0 <= num_tokens <= _MOST_TOKENS else 0,
+    )
 
 
 def _words(*causes: BaseException | str | None) -> str:

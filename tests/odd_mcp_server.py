@@ -50,6 +50,7 @@ ANSWERS: dict[str, str | bytes] = {
     "nothing": "null",
     "cut": '{"content": [{"type": "text", "te',
     "deep": "[" * 100_000,
+    "endless": "",
 }
 
 
@@ -79,7 +80,7 @@ def main() -> None:
         elif asked["method"] != "tools/call":
             error = b'{"code": -32601, "message": "not known"}'
         elif params["name"] == "tell" and sys.argv[1] in ANSWERS:
-            said = ANSWERS[sys.argv[1]]
+            said = ANSWERS[sys.argv[1]] or '{"content": "' + "x" * 20_000_000 + '"}'
             answer = said.encode() if isinstance(said, str) else said
         else:
             result = result_of(params["name"], params)

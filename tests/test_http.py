@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -298,3 +300,54 @@ def test_a_header_that_cant_be_had_is_named(monkeypatch):
         resolve_headers({"Authorization": "${SHOP_KEY}"}, "world.tools.0.headers")
     with pytest.raises(UserError, match="on one line"):
         resolve_headers({"X": "a\nb"}, "h")
+
+
+class RawServer:
+    """Answers each request with the bytes that `answer` makes of its payload, and again `late_s` later."""
+
+    def __init__(self, answer: Callable[[Any], bytes], late_s: float | None = None) -> None:
+        self.answer = answer
+        self.late_s = late_s
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/"
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.partition("content-length:")[2].split("\r\n")[0])
+                answer = self.answer(json.loads(await reader.readexactly(length)))
+                writer.write(answer)
+                if self.late_s is not None:
+                    await asyncio.sleep(self.late_s)
+                    writer.write(answer)
+                await writer.drain()
+        writer.close()
+
+
+def raw(body: Any, status: str = "200 OK") -> bytes:
+    text = json.dumps(body).encode()
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n\r\n".encode() + text
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.05, 0.2])
+async def test_an_answer_that_comes_again_late_answers_nobody_else(caller, late_s):
+    async with RawServer(lambda payload: raw({"output": payload["n"]}), late_s) as url:
+        client = caller(url)
+        for n in range(4):
+            reply = await client.post({"n": n})
+            assert reply.json() == {"output": n}
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("status", ["101 Switching Protocols", "000 Nothing", "199 Odd", "600 Beyond", "999 Denied"])
+async def test_a_status_that_is_no_answer_is_the_servers_fault(caller, status):
+    async with RawServer(lambda payload: raw({"output": "x"}, status)) as url:
+        with pytest.raises(WorldError, match="failed after 2 attempts"):
+            await caller(url, max_retries=1, timeout_s=1.0).post({})

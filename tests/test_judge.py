@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from collections import OrderedDict
@@ -143,7 +144,7 @@ async def test_a_judge_that_stays_away_is_the_worlds_fault_and_is_named(connect)
         assert len(server.payloads) == 3
         await server.stop()
         with pytest.raises(WorldError, match="Connection error"):
-            await connect(server, max_retries=0).ask(request())
+            await connect(server, max_retries=0, timeout_s=300).ask(request())
     assert judge.take_metrics() == {"judge/requests": 1, "judge/failures": 1, "judge/retries": 0, "judge/tokens": 0}
 
 
@@ -495,3 +496,66 @@ async def test_a_request_that_the_engine_fails_is_counted_and_passed_on():
 def test_a_reasoning_effort_without_effect_is_refused():
     with pytest.raises(UserError, match="reasoning_effort"):
         CachedJudge(EngineJudge(), 1).check(JudgeSampling(reasoning_effort="low"))
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("has_answered", [False, True])
+async def test_no_redirect_takes_the_prompt_to_another_host(connect, status, has_answered):
+    async with judge_server() as elsewhere:
+        location = f"http://localhost:{elsewhere.port}/v1/chat/completions"
+
+        async def behave(call: Call) -> web.StreamResponse:
+            if has_answered and call.number == 0:
+                return await call.answer()
+            return web.Response(status=status, headers={"Location": location})
+
+        async with judge_server(behave) as server:
+            judge = connect(server)
+            if has_answered:
+                await judge.ask(request())
+            with pytest.raises(
+                WorldError if has_answered else UserError, match=r"redirects to .*, which is not followed"
+            ):
+                await judge.ask(request("secret"))
+    assert elsewhere.payloads == []
+
+
+@pytest.mark.parametrize("form", ["chunked", "length", "gzip"])
+@pytest.mark.parametrize("status", [200, 400])
+async def test_an_answer_without_a_bound_is_not_read(connect, form, status):
+    async def behave(call: Call) -> web.StreamResponse:
+        if form == "gzip":
+            return web.Response(
+                body=gzip.compress(b"x" * 50_000_000), status=status, headers={"Content-Encoding": "gzip"}
+            )
+        return await call.huge(form)
+
+    async with judge_server(behave) as server:
+        with pytest.raises(WorldError, match=r"too large|compressed"):
+            await connect(server, max_retries=0, timeout_s=300).ask(request())
+    assert server.bytes_written < 30_000_000
+
+
+async def test_a_judge_is_asked_for_plain_answers_each_on_a_connection_of_its_own(connect):
+    async with judge_server() as server:
+        judge = connect(server)
+        await judge.ask(request("one"))
+        await judge.ask(request("two"))
+    asked = [(headers["Accept-Encoding"], headers["Connection"]) for headers in server.headers]
+    assert asked == [("identity", "close")] * 2
+
+
+@pytest.mark.parametrize(
+    "usage", [[1], "many", {"total_tokens": "x"}, {"total_tokens": [1]}, {"total_tokens": float("inf")}, 7]
+)
+async def test_a_usage_that_is_none_is_no_chat_completion(connect, usage):
+    async with judge_server(lambda call: call.answer(completion() | {"usage": usage})) as server:
+        with pytest.raises(WorldError, match="no chat completion"):
+            await connect(server).ask(request())
+
+
+@pytest.mark.parametrize("total", [10**400, -5, 10**12])
+async def test_tokens_that_no_server_can_have_counted_are_none(connect, total):
+    answer = completion("half \ud800") | {"usage": {"total_tokens": total}}
+    async with judge_server(lambda call: call.answer(answer)) as server:
+        assert await connect(server).ask(request()) == JudgeReply(text="half ?", num_tokens=0)

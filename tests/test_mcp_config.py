@@ -48,7 +48,7 @@ async def test_an_odd_answer_is_shown_as_far_as_it_can_be_read(answer, shown):
         assert (await call(env, "notes")).output == "[]", "the session goes on"
 
 
-@pytest.mark.parametrize("answer", ["string", "list", "nothing", "cut", "deep"])
+@pytest.mark.parametrize("answer", ["string", "list", "nothing", "cut", "deep", "endless"])
 async def test_an_answer_that_cannot_be_read_is_a_fault_of_the_world_at_once(answer):
     async with opened(TASK, server(answer, timeout_s=600)) as (env,):
         start = time.monotonic()

@@ -411,3 +411,18 @@ async def test_a_name_that_two_servers_offer_is_refused(mcp_server):
     config = {"type": "remote", "tools": [TOOL | {"name": "note"}], "mcp": [mcp_server()]}
     with pytest.raises(UserError, match="'note' is offered by two servers"):
         RemoteWorld(RemoteConfig.model_validate(config))
+
+
+@pytest.mark.parametrize("answered", ["c2", "C1", 7, ["c1"]])
+async def test_an_answer_to_another_call_answers_none(answered):
+    wrong = {"output": "another's", "call_id": answered}
+    async with FaultyServer(lambda c: c.answer(wrong)) as server, world_of(one_tool(server)) as world:
+        with pytest.raises(WorldError, match="instead of 'c1'"):
+            await call(await opened(world))
+
+
+@pytest.mark.parametrize("more", [{}, {"call_id": None}, {"call_id": ""}, {"call_id": "c1"}])
+async def test_an_answer_need_not_say_which_call_it_answers(more):
+    mine = {"output": "mine", **more}
+    async with FaultyServer(lambda c: c.answer(mine)) as server, world_of(one_tool(server)) as world:
+        assert (await call(await opened(world))).output == "mine"

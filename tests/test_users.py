@@ -22,12 +22,13 @@ from envs.errors import UserError, WorldError
 from envs.http import HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
-from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users
+from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear
 from graders.sample import sample_of
 from trainer.chat import Chat
 from trainer.config import RolloutConfig, RunConfig
 from trainer.engine_judge import EngineJudge
 from trainer.job import prepare
+from trainer.live import NotMade
 from trainer.model_users import ModelUsers, build_users
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
 
@@ -383,3 +384,19 @@ async def test_a_trl_style_class_may_have_a_user_an_end_and_a_state(chat: Chat) 
 async def test_a_method_called_respond_that_takes_no_message_stays_a_tool(chat: Chat) -> None:
     rollout = await of_trl(chat, "Parrot", [call("respond", words="hi"), "42"])
     assert rollout.episode.turns[0].results[0].output == "hi" and rollout.episode.answer == "42"
+
+
+@pytest.mark.parametrize(("num_chars", "is_heard"), [(100_000, True), (100_001, False)])
+async def test_a_reply_that_no_episode_could_hold_is_the_worlds_fault(num_chars: int, is_heard: bool) -> None:
+    class Talkative:
+        async def reply(self, exchange: Exchange) -> str | None:
+            return "x" * num_chars
+
+    task = Task(task_id="t", messages=(Message(role="user", content="Go on."),))
+    said = (*task.messages, Message(role="assistant", content="What then?"))
+    exchange = Exchange(task=task, rollout_id="r", messages=said, turns=(), seed=0)
+    if is_heard:
+        assert await hear(NotMade(), Talkative(), exchange) == "x" * num_chars
+    else:
+        with pytest.raises(WorldError, match="the simulated user said 100,001 characters"):
+            await hear(NotMade(), Talkative(), exchange)

@@ -2,11 +2,12 @@
 
 *Covered*: lone halves of surrogate pairs; a result that is no object, or cut off: an error at once; lists of tools with
 entries that are none; content of unknown kinds, or null; output schemas, which are not enforced (the server's text
-counts).
+counts); messages without an end. *Not covered*: what a server writes to its standard error, which goes to a file.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import re
@@ -22,6 +23,49 @@ if TYPE_CHECKING:
 _ID = re.compile(r'"id"\s*:\s*(\d+|"[^"\\]*")')
 _KINDS = ("text", "image", "audio", "resource", "resource_link")
 _MAX_SHOWN = 200
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Of one message that is read at all. Over HTTP a larger one breaks the connection; over stdio it is cut there."""
+BOUNDED_LINES = "agent-rft-bounded-lines"
+"""The name of UTF-8 whose lines end after `MAX_MESSAGE_BYTES` characters: the SDK keeps what a server writes over stdio
+until the line ends, and knows of no end but the encoding's."""
+
+
+class _BoundedLines(codecs.IncrementalDecoder):
+    """Of a line that is too long the rest is left out, up to its end; what is given out of it can be read by nobody."""
+
+    def __init__(self, errors: str = "strict") -> None:
+        super().__init__(errors)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._left = MAX_MESSAGE_BYTES
+
+    def decode(self, data: Any, final: bool = False) -> str:
+        first, *more = self._decoder.decode(data, final).split("\n")
+        out = [self._taken(first)]
+        for line in more:
+            # The end of a line that was cut has been given out already.
+            out.append("\n" if self._left else "")
+            self._left = MAX_MESSAGE_BYTES
+            out.append(self._taken(line))
+        return "".join(out)
+
+    def _taken(self, text: str) -> str:
+        if len(text) < self._left:
+            self._left -= len(text)
+            return text
+        taken = text[: self._left]
+        was_open, self._left = self._left > 0, 0
+        return taken + "\n" * was_open
+
+
+def _find_codec(name: str) -> codecs.CodecInfo | None:
+    # Python asks for it in letters of its own choice.
+    if name.replace("_", "-") != BOUNDED_LINES:
+        return None
+    utf8 = codecs.lookup("utf-8")
+    return codecs.CodecInfo(utf8.encode, utf8.decode, incrementaldecoder=_BoundedLines, name=BOUNDED_LINES)
+
+
+codecs.register(_find_codec)
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pydantic import ValidationError
 
 from envs.errors import ToolError, WorldError
-from envs.remote.mcp_answers import readable, text_of
+from envs.http import PLAIN, bounded
+from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, readable, text_of
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 
 if TYPE_CHECKING:
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 _CLOSE_S = 10.0
 """The SDK gives a stdio server about six seconds to end; an HTTP server has as long to answer."""
 _MAX_OUTPUT_BYTES = 1_000_000
-_MAX_EVENT_BYTES = 64 * 2**20
-"""Of one event that is read at all; larger ones break the connection."""
 _MAX_PAGES = 100
+_RESUME_PAUSE_S = 1.0
 _TAIL_BYTES = 500
 # A process of a killed run gets no chance to close its servers: on Linux the kernel does it. execvp keeps the setting.
 _LAUNCH = (
@@ -111,19 +111,28 @@ class Connection:
             env = {**config.env, **({"TRACE_ID": trace_id} if trace_id else {})}
             assert self._errors is not None
             parameters = StdioServerParameters(
-                command=command, args=args, env=env, cwd=config.cwd, encoding_error_handler="replace"
+                command=command,
+                args=args,
+                env=env,
+                cwd=config.cwd,
+                encoding=BOUNDED_LINES,
+                encoding_error_handler="replace",
             )
             async with Client(readable(stdio_client(parameters, errlog=self._errors))) as client:
                 yield client
             return
         assert config.url is not None
+        # The SDK takes what comes on a request's connection for its answer, whatever the id: each request has a
+        # connection of its own, on which nothing of an earlier one can come late.
+        ours = {**PLAIN, "Connection": "close", **({"X-Trace-Id": trace_id} if trace_id else {})}
         async with httpx2.AsyncClient(
-            headers={**config.headers, **({"X-Trace-Id": trace_id} if trace_id else {})},
+            headers={**config.headers, **ours},
             timeout=httpx2.Timeout(30.0, read=config.timeout_s),
             limits=httpx2.Limits(max_connections=None),
             verify=_ssl_context(),
+            event_hooks={"request": [_pause_before_resuming], "response": [bounded(MAX_MESSAGE_BYTES)]},
         ) as http:
-            transport = streamable_http_client(config.url, http_client=http, max_sse_event_size=_MAX_EVENT_BYTES)
+            transport = streamable_http_client(config.url, http_client=http, max_sse_event_size=MAX_MESSAGE_BYTES)
             # Versions of the protocol from 2026 on know no sessions over HTTP: state per rollout needs the former ones.
             async with Client(readable(transport), mode="legacy" if config.per_rollout else "auto") as client:
                 yield client
@@ -217,6 +226,12 @@ def _launch(config: McpServerConfig) -> tuple[str, list[str]]:
     if sys.platform != "linux":
         return config.command, config.args
     return sys.executable, ["-I", "-S", "-c", _LAUNCH, str(os.getpid()), config.command, *config.args]
+
+
+async def _pause_before_resuming(request: Any) -> None:
+    """The SDK resumes a stream that has ended as often and as quickly as the server says: for ever, without a pause."""
+    if request.method == "GET" and "last-event-id" in request.headers:
+        await asyncio.sleep(_RESUME_PAUSE_S)
 
 
 def _encodable(value: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,7 +27,8 @@ async def call_remote(caller: HttpCaller, call: ToolCall, *, trace_id: str, item
     """Post the call; the text that the model is shown.
 
     Raises `ToolError` for what the model should know (a 4xx, a request or answer above the size limit), `WorldError`
-    when the server failed for good. An answer of status 200 that holds no `output` is the server's fault and retried.
+    when the server failed for good. An answer of status 200 that holds no `output`, or the `call_id` of another call,
+    is the server's fault and retried.
     """
     request = {
         "type": "function_call",
@@ -38,7 +40,7 @@ async def call_remote(caller: HttpCaller, call: ToolCall, *, trace_id: str, item
         "item": item,
     }
     try:
-        reply = await caller.post(request, check=_check)
+        reply = await caller.post(request, check=functools.partial(_check, call.call_id))
     except RequestTooLarge as e:
         raise ToolError(f"{call.name}: {e}") from None
     if reply.too_large:
@@ -50,9 +52,14 @@ async def call_remote(caller: HttpCaller, call: ToolCall, *, trace_id: str, item
         raise ToolError(f"{call.name}: HTTP {reply.status}{f': {text}' if text else ''}") from None
 
 
-def _check(reply: HttpReply) -> None:
-    if reply.status < 400:
-        _output(reply)
+def _check(call_id: str, reply: HttpReply) -> None:
+    if reply.status >= 400:
+        return
+    _output(reply)
+    # Left out, it says nothing; another call's is a mix-up of the server's, or of a proxy before it.
+    answered = reply.json().get("call_id") or call_id
+    if answered != call_id:
+        raise ValueError(f"HTTP {reply.status}, but for the call {str(answered)[:60]!r} instead of {call_id!r}")
 
 
 def _output(reply: HttpReply) -> str:

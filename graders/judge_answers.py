@@ -35,9 +35,11 @@ _SCORE = re.compile(
 _REMARK = re.compile(r"(?<=\S)\s+\([^()0-9]*\)$")
 """Words in parentheses behind the result; with a figure in them they may change what it means."""
 _TAGS = re.compile(r"</?[A-Za-z_]+>")
-_CLOSING_TAGS = re.compile(r"(?:\s*</[A-Za-z_]+>)+\s*$")
+_CLOSING_TAGS = re.compile(r"(?<!\s)(?:\s*</[A-Za-z_]+>)+\s*$")
 _LINE_WITH_BRACE = re.compile(r"^[ \t]*(\{)", re.MULTILINE)
 _MOST_TRIED = 20
+_LONGEST_RESULT = 2000
+"""A longer text says no number and is not looked through for a label: patterns would take for ever over it."""
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
@@ -71,7 +73,9 @@ def score_of(result: Any, bounds: tuple[float, float]) -> float | None:
         return float(min(max(result, -(10**300)), 10**300))
     if isinstance(result, float):
         return result if math.isfinite(result) else None
-    if not isinstance(result, str) or (read := _SCORE.fullmatch(_undecorated(result))) is None:
+    if not isinstance(result, str) or len(result) > _LONGEST_RESULT:
+        return None
+    if (read := _SCORE.fullmatch(_undecorated(result))) is None:
         return None
     number, (low, high) = _float(read["number"]), bounds
     if read["percent"]:
@@ -87,7 +91,7 @@ def label_of(result: Any, labels: Sequence[str]) -> str | None:
     """The label that a result names: as it stands or, where only one fits, in other capitals; None without one."""
     if not isinstance(result, str):
         return None
-    for said in (result, _undecorated(result)):
+    for said in (result, *([_undecorated(result)] if len(result) <= _LONGEST_RESULT else [])):
         if said in labels:
             return said
         alike = [label for label in labels if label.casefold() == said.casefold()]
@@ -113,7 +117,10 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _last_line(text: str) -> str:
-    return _CLOSING_TAGS.sub("", text).rpartition("\n")[2].strip()
+    """As it stands where it is too long for a result."""
+    end = text[-_LONGEST_RESULT:]
+    line = _CLOSING_TAGS.sub("", end).rpartition("\n")[2].strip()
+    return line if len(text) <= _LONGEST_RESULT or "\n" in end else text.rpartition("\n")[2]
 
 
 def _undecorated(line: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
 from graders.judge import CachedJudge, build_judge
+from graders.judge_answers import answer_of, label_of, score_of
 from graders.model_graders import LabelModelGrader, ScoreModelGrader
 from graders.types import Grade, GraderErrorKind
 
@@ -375,3 +377,29 @@ def test_what_a_user_got_wrong_is_named_before_the_run(make, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
         kind(make(), build_judge(JudgeConfig()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a" + " " * 200_000 + "b", "</a>" * 50_000 + "x", "score" + " " * 200_000 + "x", "x\n" * 100_000 + "}"),
+        *("{\n" * 100_000 + "}", "\\boxed{" * 30_000, "a (" * 70_000 + ")", "so " * 70_000, "[" * 200_000),
+    ],
+)
+def test_a_judge_that_says_the_same_for_ever_is_read_at_once(text):
+    start = time.thread_time()
+    result = answer_of(text).get("result")
+    assert score_of(result, (0, 1)) is None and label_of(result, ["yes", "no"]) is None
+    assert time.thread_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("why\n" * 3000 + "</answer>\nscore: 7 </answer>", 7.0),
+        ("bla" + " " * 3000 + "5", None),
+        ("5" + " " * 3000, 5.0),
+    ],
+)
+def test_of_a_long_answer_the_last_line_counts_and_no_part_of_one(text, score):
+    assert score_of(answer_of(text)["result"], (0, 10)) == score

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import TextSimilarityConfig
-from graders.similarity import TextSimilarityGrader
+from graders.similarity import _METRICS, TextSimilarityGrader
 from graders.types import GraderErrorKind
 
 ROOT = Path(__file__).parents[1]
@@ -183,3 +186,19 @@ import graders.similarity
 print([name for name in ("rapidfuzz", "sacrebleu", "nltk", "rouge_score", "torch") if name in sys.modules])
 """
     assert run(code) == "[]"
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=12), st.lists(st.sampled_from("abcd"), max_size=12))
+def test_rouge_l_is_rouge_scores_own_figure(words, others):
+    from rouge_score import rouge_scorer
+
+    text, reference = " ".join(words), " ".join(others)
+    expected = rouge_scorer.RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+    assert _METRICS["rouge_l"]()(text, reference) == pytest.approx(expected)
+
+
+def test_rouge_l_of_texts_of_tens_of_thousands_of_words_takes_little_memory():
+    text = " ".join(f"w{i % 977}" for i in range(30_000))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert 0 < _METRICS["rouge_l"]()(text, " ".join(reversed(text.split()))) < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes"

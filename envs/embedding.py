@@ -67,8 +67,9 @@ class Embedder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        model = AutoModel.from_pretrained(self._folder, local_files_only=True, dtype=torch.float32)
+        plain = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, **plain)
+        model = AutoModel.from_pretrained(self._folder, **plain, dtype=torch.float32)
         return tokenizer, model.eval()
 
 

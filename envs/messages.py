@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from envs.errors import UserError
+from envs.json_text import read_strict_json
 from envs.types import Message, Role, ToolCall
 
 _MAX_NUMBER = 1e15
@@ -266,10 +267,10 @@ def read_tools(read: Reader) -> tuple[dict[str, Any], ...] | None:
 
 
 def _decoded(text: str) -> Any:
-    """The JSON value; text that is none as it stands."""
+    """The JSON value, as strictly as a row's own; text that is none as it stands."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return read_strict_json(text)
+    except ValueError:
         return text
 
 

@@ -85,6 +85,8 @@ class ToolResult:
     latency_s: float = 0.0
     num_tokens: int = 0
     """Tokens of `output` as the model reads it, template glue aside."""
+    num_special_tokens: int = 0
+    """How many of them are special tokens of the chat format, which the output spells out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,8 @@ class Turn:
     """Tokens generated in this turn."""
     num_reasoning_tokens: int = 0
     """How many of them were reasoning, as the reasoning parser split them."""
+    num_spelled_tokens: int = 0
+    """Special tokens of the chat format that the turn spells out of ordinary ones."""
     generation_s: float = 0.0
     tools_s: float = 0.0
     """Wall-clock time of the turn's tool calls together (they run concurrently)."""

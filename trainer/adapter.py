@@ -42,6 +42,7 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     model_class, _ = model_class_of(Path(model_path))
     base = model_class.from_pretrained(
         model_path,
+        trust_remote_code=False,
         dtype=getattr(torch, weights_dtype(config, on_cpu=device.type == "cpu")),
         device_map={"": device} if device.type != "cpu" else None,
     )

@@ -36,10 +36,12 @@ from trainer.chat_parsing import (
 from trainer.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
 from trainer.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
 from trainer.grammar import Grammar
+from trainer.special_tokens import SpecialTokens, stop_token_ids
 
 __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
 _MOST_SHAPES = 4096
+_PROBE_RESULT = Message(role="tool", content=ANSWER.content, call_id="call00000", name="probe_tool")
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -92,7 +94,10 @@ class Chat:
             )
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except Exception as e:  # a tokenizer with code of its own; whatever a broken file leads to
+            raise UserError(f"model.name: the tokenizer of {model} can't be loaded: {' '.join(str(e).split())}") from e
         if not tokenizer.is_fast:
             raise UserError(f"model.name: the tokenizer of {model} has no tokenizer.json; a fast tokenizer is needed")
         self._tokenizer = with_cached_vocabulary(tokenizer)
@@ -102,7 +107,7 @@ class Chat:
         self.uses_fallback = bool(self._why_fallback)
         self.tool_parser = tool_parser
         self.reasoning_parser = reasoning_parser
-        self.stop_token_ids = _stop_token_ids(model, tokenizer.eos_token_id)
+        self.stop_token_ids = stop_token_ids(model, tokenizer.eos_token_id)
         self._parser = self._turn_parser(tool_parser, reasoning_parser)
         self._answer_end, self._call_end = self._find_ends()
         self._taken_shapes: set[tuple[str, str]] = set()
@@ -112,6 +117,9 @@ class Chat:
         # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
         written = self._prove_parser(self._turn_parser(tool_parser, None))
         self._learn_signs(written)
+        self.special = SpecialTokens(
+            tokenizer, stop_token_ids=self.stop_token_ids, template_ids=set(self._encode(self._shown_whole()))
+        )
 
     # ---- messages → token ids
 
@@ -322,9 +330,8 @@ class Chat:
         after = text[text.find(PROBE) + len(PROBE) :]
         if (answer_end := first_in(after[: after.rfind(HELLO.content)])) is None:
             raise UserError(f"model.chat_template: it ends an assistant's turn {self._not_a_stop(after)}")
-        result = Message(role="tool", content=ANSWER.content, call_id="call00000", name="probe_tool")
         tools = self._parser.normalized_tools(tools_key([PROBE_TOOL]))
-        text = self._renderer.render([HELLO, PROBE_CALL, result], tools, generate=False)
+        text = self._renderer.render([HELLO, PROBE_CALL, _PROBE_RESULT], tools, generate=False)
         at = text.rfind(ANSWER.content)
         if at < 0:
             raise UserError("model.chat_template: it renders no tool results; the model would never see them")
@@ -373,6 +380,11 @@ class Chat:
             f"({written.strip()!r}); expected {fitting}"
         )
 
+    def _shown_whole(self) -> str:
+        """Conversations that show all that the template writes between texts."""
+        shown = ([HELLO, PROBE_CALL, _PROBE_RESULT], [HELLO, replace(ANSWER, reasoning=PROBE), HELLO])
+        return "".join(self._render(messages, [PROBE_TOOL], generate=True, strict=True) for messages in shown)
+
     def _learn_signs(self, written_call: str) -> None:
         turns = [
             self._render([HELLO, turn], [PROBE_TOOL], generate=True, strict=True).rpartition(HELLO.content)[2]
@@ -384,13 +396,3 @@ class Chat:
 def _num_common(a: str, b: str) -> int:
     """The characters that two texts have in common at their start."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:
-    """The tokens at which `vllm serve` stops: the tokenizer's, and those of generation_config.json."""
-    ids = {eos_token_id} if eos_token_id is not None else set()
-    path = model / "generation_config.json"
-    if path.is_file():
-        eos = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
-    return frozenset(ids)

@@ -104,7 +104,7 @@ def model_class_of(folder: Path) -> tuple[Any, Any]:
     own = getattr(model_class, "config_class", None)
     reader: Any = own if getattr(own, "model_type", None) == raw.get("model_type") else AutoConfig
     try:
-        config = reader.from_pretrained(folder)
+        config = reader.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # the config's own checks raise errors of several kinds
         raise UserError(f"model.name: {folder / 'config.json'}: transformers can't read it: {_in_one_line(e)}") from e
     if getattr(config.get_text_config(), "is_encoder_decoder", False):

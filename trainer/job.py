@@ -170,7 +170,9 @@ def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: 
     from transformers import AutoConfig
 
     chat.check_response_format(response_format.model_dump(mode="json", by_alias=True), schema)
-    return chat.grammar(schema, vocab_size=AutoConfig.from_pretrained(model_path).get_text_config().vocab_size)
+    return chat.grammar(
+        schema, vocab_size=AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().vocab_size
+    )
 
 
 def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | None:

@@ -195,10 +195,15 @@ def _convert(gguf: Path, folder: Path) -> None:
     # Its progress bars say nothing to the user; an error is an exception.
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            gguf.parent,
+            gguf_file=gguf.name,
+            trust_remote_code=False,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
     _patch_json(folder / "config.json", {**_TOKEN_IDS, "_name_or_path": None, "_model_name_or_path": None})
     _patch_json(folder / "generation_config.json", _TOKEN_IDS)
     # Token ids in tokenizer_config would override the names; cleaning up spaces would alter decoded text.

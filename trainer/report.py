@@ -264,6 +264,18 @@ def _health(data: RunData) -> list[tuple[str, str, str]]:
             "raw text differs from what serving would render",
         ),
         ("train/malformed_calls", "malformed calls per rollout", "{:.3f}", "attempts at a call that did not parse"),
+        (
+            "train/special_tokens_in_tools",
+            "special tokens in tool outputs per rollout",
+            "{:.3f}",
+            "outputs spell out tokens of the chat format: they could forge messages",
+        ),
+        (
+            "train/special_tokens_spelled",
+            "special tokens spelled out per rollout",
+            "{:.3f}",
+            "the model writes them in ordinary tokens, which serving's next prompt turns into the tokens themselves",
+        ),
     ]
     rows = []
     for key, name, meaning in sums:

@@ -278,9 +278,8 @@ class RolloutWorker:
             return False
         live.seen_tools = seen
         live.tools = tools_offered(live.request.task, dict(seen), self._config)
-        schemas, before = [t.schema() for t in live.tools.values()], live.schemas
-        live.schemas = schemas
-        return schemas != before
+        before, live.schemas = live.schemas, [t.schema() for t in live.tools.values()]
+        return live.schemas != before
 
     async def _generate(
         self, live: Live, number: int, max_tokens: int, temperature: float
@@ -308,6 +307,7 @@ class RolloutWorker:
                 malformed=parsed.malformed,
                 num_tokens=len(token_ids),
                 num_reasoning_tokens=parsed.num_reasoning_tokens,
+                num_spelled_tokens=self._chat.special.num_spelled(token_ids),
                 generation_s=generation_s,
             )
         )
@@ -397,4 +397,5 @@ class RolloutWorker:
         output, limit = result.output, self._config.max_tool_output_chars
         if len(output) > limit:
             output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
-        return replace(result, output=output, num_tokens=self._chat.num_tokens(output))
+        special = self._chat.special.num_in(output)
+        return replace(result, output=output, num_tokens=self._chat.num_tokens(output), num_special_tokens=special)

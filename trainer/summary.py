@@ -27,7 +27,8 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
     grader says what passes. Keys `stop/…` are shares; `tool/NAME/calls` and `errors` are per rollout, `latency_s` and
     `tokens` per call; `part/…` and `score/…` are reward parts and the scores of a `multi`'s graders; `grader_error/…`
     and `judge_tokens/…` are per rollout; `watch/divergence` is how much more the grader gives than the one that is
-    never trained on.
+    never trained on. `special_tokens_in_tools` and `special_tokens_spelled` are those of the chat format that tools'
+    outputs and the model itself spell out (`trainer.special_tokens`), per rollout.
     """
     graded = [r for r in rollouts if r.grade is not None]
     metrics: Metrics = {"rollouts": len(rollouts), "masked_rollouts": len(rollouts) - len(graded)}
@@ -52,6 +53,10 @@ def summarise(rollouts: Sequence[Rollout]) -> Metrics:
         "episode_latency_s": fmean(e.latency_s for e in episodes),
         "forks": fmean(len(r.ledgers) - 1 for r in graded),
         "drifted_turns": fmean(r.num_drifted_turns for r in graded),
+        "special_tokens_in_tools": fmean(
+            sum(x.num_special_tokens for t in e.turns for x in t.results) for e in episodes
+        ),
+        "special_tokens_spelled": fmean(sum(t.num_spelled_tokens for t in e.turns) for e in episodes),
     }
     if replies := sum(t.reply is not None for e in episodes for t in e.turns):
         metrics["user_turns"] = replies / len(episodes)

@@ -17,7 +17,7 @@ from envs.base import ExpertTurn, World
 from envs.errors import UserError
 from envs.types import Task
 from envs.users import ScriptUsers, Users
-from trainer.chat import Chat
+from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import Demonstration, play_expert
 from trainer.rollout import derive_seed
@@ -35,6 +35,14 @@ def demonstration_ledgers(demonstration: Demonstration, *, chat: Chat) -> list[L
     in a rollout. Raises `UserError` where the template leaves out the reasoning of a turn: the model would be taught to
     answer without.
     """
+    _check_texts(demonstration, chat)
+    try:
+        return _ledgers(demonstration, chat)
+    except TemplateRefused as e:
+        raise UserError(f"{demonstration.where}: {e}") from e
+
+
+def _ledgers(demonstration: Demonstration, chat: Chat) -> list[Ledger]:
     messages, tools = demonstration.messages, demonstration.tools
     own = [i for i, message in enumerate(messages) if message.role == "assistant"]
     ledgers = [Ledger()]
@@ -62,11 +70,27 @@ def demonstration_ledgers(demonstration: Demonstration, *, chat: Chat) -> list[L
 
 
 def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat) -> None:
-    """Raise `UserError` where the template takes none of their kind: one with reasoning, one without."""
+    """Raise `UserError` where the template takes none of their kind: one with reasoning, one without.
+
+    And for a turn to be learned whose text no policy could have written: see `_check_texts`.
+    """
+    for demonstration in demonstrations:
+        _check_texts(demonstration, chat)
     for thinks in (True, False):
         of_kind = (d for d in demonstrations if any(m.reasoning for m in d.messages) == thinks)
         for demonstration in itertools.islice(of_kind, 1):
             demonstration_ledgers(demonstration, chat=chat)
+
+
+def _check_texts(demonstration: Demonstration, chat: Chat) -> None:
+    """Raise `UserError` for a token that begins or ends turns in the text of one: it would be trained on as such."""
+    for i, message in enumerate(demonstration.messages):
+        is_trained = message.role == "assistant" and i not in demonstration.untrained
+        if is_trained and (found := chat.special.of_turns_in(message)):
+            raise UserError(
+                f"{demonstration.where}: messages[{i}]: its text holds {found!r}, which begins or ends turns in the "
+                "chat format, so that no policy could write it; leave it out, or give the turn a weight of 0"
+            )
 
 
 def _says(text: str, words: str) -> bool:

@@ -1,0 +1,64 @@
+"""The special tokens of a chat format, and texts that spell them out.
+
+A text in which such a token is spelled out becomes that token where the prompt is encoded, here as in `vllm serve`: a
+tool's output can so end its own message and write others. What the model spells out of ordinary tokens stays ordinary
+in the row that it is trained on, and is the token itself in serving's next prompt. Neither can be mended without
+serving other prompts than `vllm serve` does; both are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from envs.types import Message
+
+
+class SpecialTokens:
+    """Those that the tokenizer calls special, those that end a turn, and those that the template writes between texts.
+
+    *Not covered*: tokens that a tokenizer normalises, and those that are special to the template alone.
+    """
+
+    def __init__(self, tokenizer: Any, *, stop_token_ids: Collection[int], template_ids: Collection[int]) -> None:
+        """`template_ids`: all tokens of conversations that show what the template writes."""
+        self._tokenizer = tokenizer
+        added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
+        written = {i for i in added if i in template_ids}
+        special = {i for i, token in added.items() if token.special}
+        self._ids = special | written | set(stop_token_ids)
+        self._any = _one_of(added[i].content for i in self._ids if i in added)
+        turns = (special & written) | set(stop_token_ids)
+        self._of_turns = _one_of(added[i].content for i in turns if i in added)
+
+    def num_in(self, text: str) -> int:
+        """How many special tokens the text spells out."""
+        return sum(1 for _ in self._any.finditer(text))
+
+    def num_spelled(self, token_ids: Sequence[int]) -> int:
+        """How many of them generated tokens spell out of ordinary ones."""
+        text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        return max(0, self.num_in(text) - sum(token_id in self._ids for token_id in token_ids))
+
+    def of_turns_in(self, message: Message) -> str:
+        """The first token in the message's texts that begins or ends turns; empty where none does."""
+        texts = [message.content, message.reasoning, *(call.arguments for call in message.tool_calls)]
+        return next((found[0] for text in texts if (found := self._of_turns.search(text))), "")
+
+
+def _one_of(texts: Any) -> re.Pattern[str]:
+    # The longest first, as tokenizers take them. Of nothing: what matches nowhere.
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:
+    """The tokens at which `vllm serve` stops: the tokenizer's, and those of generation_config.json."""
+    ids = {eos_token_id} if eos_token_id is not None else set()
+    path = model / "generation_config.json"
+    if path.is_file():
+        eos = json.loads(path.read_text()).get("eos_token_id")
+        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+    return frozenset(ids)

@@ -160,6 +160,7 @@ MODULES = {
     "fails": "raise ImportError('as it always does')",
     "eats": "x = b'x' * (3 << 30)",
     "hangs": "import time\nwhile True: time.sleep(1)",
+    "prints": "while True: print('x' * 10_000)",
     "writes": "import os\nopen(os.path.join(os.path.dirname(__file__), 'written'), 'w').write('x')",
     "connects": "import socket\nsocket.socket()",
     "runs": "import subprocess\nsubprocess.run(['/bin/true'], check=True)",
@@ -213,12 +214,14 @@ async def grade_of(source: str, way: Isolation, monkeypatch: pytest.MonkeyPatch,
         ("fails", "ImportError: as it always does"),
         ("eats", "MemoryError"),
         ("hangs", "ran longer than 3 s"),
+        # What it prints is bounded, so that no patience is needed as with the one before.
+        ("prints", "ran longer than 3 s"),
     ],
 )
 async def test_an_import_that_fails_is_the_sources_own_fault(packages, monkeypatch, module, says):
     way = next((way for way in ALL_WAYS if try_out(way) is None), Isolation.NONE)
     source = f"import {module}\ndef grade(sample, item): return 1"
-    hasty = {"wall_s": 3, "start_s": 12} if module == "hangs" else {}
+    hasty = {"hangs": {"wall_s": 3, "start_s": 12}, "prints": {"wall_s": 3}}.get(module, {})
     grade = await grade_of(source, way, monkeypatch, **hasty)
     assert grade.reward == 0 and grade.errors == (GraderErrorKind.PYTHON_GRADER_RUNTIME,)
     assert says in grade.explanation, grade.explanation

@@ -39,6 +39,7 @@ from graders.sandbox.protocol import (
 
 _FIRST_CONTROL_FD = 10
 _READ_BYTES = 65_536
+_MAX_PRINTED_BYTES = 1 << 20
 # So that the kernel, short of memory, ends a grading rather than the trainer.
 _OOM_SCORE = 500
 
@@ -61,6 +62,8 @@ def _confine(settings: Settings) -> None:
     memory_bytes = settings.limits["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What is printed meanwhile goes into a file of the trainer's; gradings set limits of their own.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_PRINTED_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     if settings.isolation == "none":
         return
     kernel.bar_capabilities()

@@ -112,6 +112,13 @@ def _keep(name: str, value: str) -> None:
             _kept[text] = _variable(name)
 
 
+def not_kept(text: str) -> str:
+    """A text without the values that were kept: what a server sends back of its own key is no model's to learn."""
+    for value in sorted(_kept, key=len, reverse=True):
+        text = text.replace(value, _kept[value])
+    return text
+
+
 def without_secrets(value: Any) -> Any:
     """Settings as JSON values, for whatever is written down."""
     if isinstance(value, Mapping):
@@ -123,9 +130,7 @@ def without_secrets(value: Any) -> Any:
 
 def hidden_in(text: str) -> str:
     """An error's or a log's text without the secrets of URLs, headers, arguments and assignments in it."""
-    for value in sorted(_kept, key=len, reverse=True):
-        text = text.replace(value, _kept[value])
-    text = _SCHEME.sub(lambda m: m[0] if "${" in m[2] else f"{m[1]}${{AUTHORIZATION}}", _in_text(text))
+    text = _SCHEME.sub(lambda m: m[0] if "${" in m[2] else f"{m[1]}${{AUTHORIZATION}}", _in_text(not_kept(text)))
     text = _BARE_USER.sub(_bare_user, text)
     text = _ASSIGNED.sub(lambda m: _named(m, asks_key=False), text)
     for pattern in (_FLAG, _FIELD):

@@ -426,3 +426,16 @@ async def test_an_answer_need_not_say_which_call_it_answers(more):
     mine = {"output": "mine", **more}
     async with FaultyServer(lambda c: c.answer(mine)) as server, world_of(one_tool(server)) as world:
         assert (await call(await opened(world))).output == "mine"
+
+
+@pytest.mark.parametrize(("status", "key"), [(200, "output"), (400, "output"), (400, "detail")])
+async def test_a_key_that_a_server_sends_back_is_no_models_to_learn(monkeypatch, status, key):
+    monkeypatch.setenv("STORE_KEY", "open sesame 7")
+
+    async def echo(c: Call) -> web.StreamResponse:
+        return web.json_response({key: f"you sent {c.request.headers['X-Store']}"}, status=status)
+
+    keyed = {"headers": {"X-Store": "${STORE_KEY}"}}
+    async with FaultyServer(echo) as server, world_of(one_tool(server, **keyed)) as world:
+        shown = (await call(await opened(world))).output
+    assert "you sent ${" in shown and "sesame" not in shown

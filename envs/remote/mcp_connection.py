@@ -22,6 +22,7 @@ from envs.errors import ToolError, WorldError
 from envs.http import PLAIN, bounded
 from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, readable, text_of
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
+from envs.secrets import not_kept
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -159,7 +160,7 @@ class Connection:
         assert self._client is not None
         call = self._client.call_tool(name, _encodable(arguments), meta=_encodable(meta))
         result = await self._ask(call, name, self._config.timeout_s)
-        text = text_of(result)
+        text = not_kept(text_of(result))
         if (size := len(text.encode("utf-8", "replace"))) > _MAX_OUTPUT_BYTES:
             raise ToolError(
                 f"the output of {name} is too large: {size:,} bytes, at most {_MAX_OUTPUT_BYTES:,} are read"
@@ -184,7 +185,7 @@ class Connection:
             raise WorldError(f"{server}: {what}: no answer within {timeout_s:g} s")
         except MCPError as e:
             if e.code == INVALID_PARAMS:
-                raise ToolError(e.message) from e
+                raise ToolError(not_kept(e.message)[:_MAX_OUTPUT_BYTES]) from e
             self._is_cut |= e.code == CONNECTION_CLOSED or (e.code, e.message) == (
                 INVALID_REQUEST,
                 "Session terminated",

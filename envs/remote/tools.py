@@ -10,6 +10,7 @@ from typing import Any
 
 from envs.errors import ToolError
 from envs.http import HttpCaller, HttpReply, RequestTooLarge
+from envs.secrets import not_kept
 from envs.tools import Tool
 from envs.types import ToolCall
 
@@ -48,7 +49,7 @@ async def call_remote(caller: HttpCaller, call: ToolCall, *, trace_id: str, item
     try:
         return _output(reply)
     except ValueError:
-        text = reply.text[:_MAX_ERROR_CHARS].strip()
+        text = not_kept(reply.text)[:_MAX_ERROR_CHARS].strip()
         raise ToolError(f"{call.name}: HTTP {reply.status}{f': {text}' if text else ''}") from None
 
 
@@ -70,7 +71,7 @@ def _output(reply: HttpReply) -> str:
     output = answer["output"]
     text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
     # Half of a surrogate pair is legal JSON, but no tokenizer takes it.
-    return text.encode("utf-8", "replace").decode()
+    return not_kept(text).encode("utf-8", "replace").decode()
 
 
 def _function_call_id(trace_id: str, call_id: str) -> str:

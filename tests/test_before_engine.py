@@ -43,7 +43,8 @@ def checkpointed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     job = prepare(RunConfig.model_validate(config))
     RunFolder.create(job.config)
     run = RunFolder.open(job.config, rank=0)
-    return job, load_policy(job, run, Accelerator(cpu=True), Progress.silent())
+    with asyncio.Runner() as loop:
+        return job, load_policy(job, run, Accelerator(cpu=True), Progress.silent(), loop)
 
 
 def test_activations_are_still_recomputed_after_a_warm_start(checkpointed):

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from accelerate import Accelerator
 from conftest import scripted_config
+from safetensors.torch import load_file
 
 from envs.errors import UserError
 from envs.types import Message
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import RunConfig
+from trainer.expert import Demonstration, play_expert
 from trainer.job import Job, prepare
-from trainer.warmstart import (
-    Demonstration,
-    demonstration_ledgers,
-    expert_ledger,
-    expert_ledgers,
-    play_expert,
-    warm_start,
-)
+from trainer.policy import Policy
+from trainer.progress import Progress
+from trainer.runs import RunFolder
+from trainer.samples import Ledger, Sample
+from trainer.setup import canary_ids, load_policy
+from trainer.warmstart import demonstration_ledgers, expert_ledger, expert_ledgers, in_steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -34,6 +40,24 @@ def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("warmstart") / "run"
     config = scripted_config(folder, tiny_model, warmstart=WARMSTART, world={"num_train_tasks": 8})
     return prepare(RunConfig.model_validate(config))
+
+
+def rows_of(job: Job) -> list[Ledger]:
+    with asyncio.Runner() as loop:
+        return expert_ledgers(
+            job.config,
+            job.train_tasks,
+            world=job.world,
+            chat=job.chat,
+            loop=loop,
+            run_id="run",
+            demonstrations=job.demonstrations,
+        )
+
+
+def fresh_policy(job: Job) -> Policy:
+    config = job.config
+    return Policy(job.model_path, config.model, config.optim, Accelerator(cpu=True), config.seed)
 
 
 def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothing_else(job: Job) -> None:
@@ -50,23 +74,20 @@ def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothi
 
 
 def test_the_demonstrations_are_a_function_of_config_and_seed(job: Job) -> None:
-    first, second = (expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat) for _ in range(2))
+    first, second = rows_of(job), rows_of(job)
     assert first == second
     assert len(first) == 24
-    other = job.config.model_copy(update={"seed": 1})
-    assert expert_ledgers(other, job.train_tasks, world=job.world, chat=job.chat) != first
+    assert rows_of(replace(job, config=job.config.model_copy(update={"seed": 1}))) != first
 
 
 def test_demonstrations_that_do_not_fit_are_an_error_that_names_the_limit(job: Job) -> None:
     short = job.config.rollout.model_copy(update={"max_episode_tokens": 100})
     config = job.config.model_copy(update={"rollout": short})
     with pytest.raises(UserError, match="max_episode_tokens = 100"):
-        expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
+        rows_of(replace(job, config=config))
 
 
 def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_path: Path) -> None:
-    from trainer.setup import canary_ids
-
     rows = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "What was the profit of Acme?"}], "answer": "3 million"}
     rows.write_text(f"{json.dumps(row)}\n" * 2)
@@ -74,18 +95,16 @@ def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_p
     own = prepare(
         RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, data=data, warmstart=WARMSTART))
     )
-    ids = canary_ids(own)
+    ids = asyncio.run(canary_ids(own, name="canary"))
     assert len(ids) == 2 and "profit of Acme" in own.chat.decode(ids[0])
     with pytest.raises(UserError, match="the world has none"):
-        expert_ledgers(own.config, own.train_tasks, world=own.world, chat=own.chat)
+        rows_of(own)
 
 
 def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_own_turns_are(job: Job) -> None:
-    from trainer.setup import canary_ids
-
     rules = Message(role="system", content="Read the reports with care. " * 400)
     tasks = [replace(task, messages=(rules, *task.messages)) for task in job.train_tasks[:3]]
-    rows = canary_ids(replace(job, train_tasks=tasks))
+    rows = asyncio.run(canary_ids(replace(job, train_tasks=tasks), name="canary"))
     assert len(rows) > 1
     for task, row in zip(tasks, rows, strict=False):
         turns = job.world.expert_episode(task, 0)
@@ -108,9 +127,7 @@ def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART | {"data": str(file)})
     own = prepare(RunConfig.model_validate(config))
-    ledgers = expert_ledgers(
-        own.config, own.train_tasks, world=own.world, chat=own.chat, demonstrations=own.demonstrations
-    )
+    ledgers = rows_of(own)
     assert len(ledgers) == 24
     expected = [demonstration_ledgers(d, chat=job.chat)[-1] for d in played]
     assert all(ledger in expected for ledger in ledgers) and all(ledger in ledgers for ledger in expected)
@@ -172,78 +189,126 @@ def test_a_bad_demonstration_is_named_by_file_and_line(
         prepare(RunConfig.model_validate(config))
 
 
-def test_the_loss_falls_and_starts_at_the_mean_over_the_experts_tokens(job: Job, tmp_path: Path) -> None:
-    from trainer.adapter import load_model
-
-    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
-    ledgers = expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat)
-    losses: list[float] = []
-    warm_start(model, ledgers, config=job.config, folder=tmp_path, on_step=losses.append)
-    assert len(losses) == 12
-    assert losses[-1] < losses[0] - 0.5
-    fresh = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
-    means = [_mean_nll(fresh, ledgers, i) for i in range(0, len(ledgers), 2)]
-    # The first step's loss is that of some pair of demonstrations under the untrained adapter.
-    assert min(means) - 0.3 < losses[0] < max(means) + 0.3
+def test_the_loss_is_the_mean_over_the_experts_tokens_and_falls(job: Job) -> None:
+    steps = in_steps(rows_of(job), job.config.warmstart)
+    assert [len(step) for step in steps] == [2] * 12
+    policy, losses = fresh_policy(job), []
+    expected = _mean_nll(policy.model, steps[0])
+    policy.imitate(steps, learning_rate=1e-2, on_step=losses.append)
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
+    assert policy.num_updates == policy.num_steps == 0, "the policy before the first step is version 0"
+    assert not any(policy.state_dict()["moments"]), "reinforcement starts with an optimizer of its own"
 
 
-def test_the_loss_is_that_of_trl_itself(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trl import SFTTrainer
-
-    from trainer.adapter import load_model
-
-    ledgers = expert_ledgers(job.config, job.train_tasks, world=job.world, chat=job.chat)
-    ours: list[float] = []
-    trls: list[float] = []
-
-    def both(trainer: SFTTrainer, *args: object, **kwargs: object) -> object:
-        start = trainer.training_step
-
-        def step(model: object, inputs: dict[str, torch.Tensor], num_items_in_batch: object = None) -> object:
-            with torch.no_grad():
-                ours.append(float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)))
-                trls.append(
-                    float(SFTTrainer.compute_loss(trainer, model, dict(inputs), num_items_in_batch=num_items_in_batch))
-                )
-            return start(model, inputs, num_items_in_batch)
-
-        trainer.training_step = step
-        return original(trainer, *args, **kwargs)
-
-    original = SFTTrainer.train
-    monkeypatch.setattr(SFTTrainer, "train", both)
-    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
-    warm_start(model, ledgers, config=job.config, folder=tmp_path, on_step=lambda loss: None)
-    assert len(ours) == 24
-    assert ours == pytest.approx(trls, abs=1e-5)
+def test_loss_and_adapter_are_those_of_trls_own_trainer_on_the_same_rows(job: Job, tmp_path: Path) -> None:
+    steps = in_steps(rows_of(job), job.config.warmstart)
+    ours, trls, losses = fresh_policy(job), fresh_policy(job), []
+    start = _weights(ours)
+    ours.imitate(steps, learning_rate=1e-3, on_step=losses.append)
+    expected = _train_with_trl(trls.model, steps, tmp_path, learning_rate=1e-3)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    theirs = _weights(trls)
+    for name, weight in _weights(ours).items():
+        moved = (theirs[name] - start[name]).norm()
+        assert moved > 1e-3
+        # Adam divides by the root of the second moment: where a gradient is near zero its rounding shows.
+        assert (weight - theirs[name]).norm() < 1e-3 * moved, name
 
 
-def test_one_process_that_sees_several_gpus_trains_on_one(job: Job, tmp_path: Path, monkeypatch) -> None:
-    import trl
+def _train_with_trl(model: Any, steps: list[list[Sample]], folder: Path, *, learning_rate: float) -> list[float]:
+    """Each step's loss as trl logs it, five digits."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    from trainer.adapter import load_model
+    rows = [row for step in steps for row in step]
+    labels = [[t if on else -100 for t, on in zip(r.token_ids, r.trainable, strict=True)] for r in rows]
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=len(steps),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(steps[0]),
+        train_sampling_strategy="sequential",
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        max_length=None,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+    )
+    dataset = Dataset.from_dict({"input_ids": [list(r.token_ids) for r in rows], "labels": labels})
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset)
+    trainer.train()
+    return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
-    original = trl.SFTConfig
-    # Off the CPU transformers counts what torch counts.
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(trl, "SFTConfig", lambda **options: original(**options | {"use_cpu": False}))
-    assert trl.SFTConfig(output_dir=str(tmp_path), bf16=False).n_gpu == 4
-    model = load_model(job.model_path, ModelConfig(dtype="float32"), device=torch.device("cpu"), seed=0)
-    section = job.config.warmstart.model_copy(update={"num_steps": 2})
-    config = job.config.model_copy(update={"warmstart": section})
-    ledgers = expert_ledgers(config, job.train_tasks, world=job.world, chat=job.chat)
-    losses: list[float] = []
-    warm_start(model, ledgers, config=config, folder=tmp_path, on_step=losses.append)
-    assert len(losses) == 2 and not model.training
+
+def _weights(policy: Policy) -> dict[str, torch.Tensor]:
+    adapter: dict[str, torch.Tensor] = policy.state_dict()["adapter"]
+    return adapter
 
 
-def _mean_nll(model: torch.nn.Module, ledgers: list, start: int) -> float:  # type: ignore[type-arg]
+def _mean_nll(model: torch.nn.Module, rows: list[Sample]) -> float:
     total, count = 0.0, 0
-    for ledger in ledgers[start : start + 2]:
-        row = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+    for row in rows:
         with torch.no_grad():
             logprobs = model(input_ids=torch.tensor([row.token_ids])).logits.log_softmax(-1)[0]
         positions = [t for t, trained in enumerate(row.trainable) if trained]
         total -= sum(float(logprobs[t - 1, row.token_ids[t]]) for t in positions)
         count += len(positions)
     return total / count
+
+
+def test_an_interrupted_warm_start_is_done_again_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    class Stops(Progress):
+        """Is interrupted in the fifth step."""
+
+        def advance(self, num_done: int, *, tokens: int = 0) -> None:
+            steps.append(tokens)
+            if len(steps) == 5:
+                raise KeyboardInterrupt
+
+    def warm_started(folder: Path, progress: Progress) -> dict[str, torch.Tensor]:
+        own = replace(job, config=job.config.model_copy(update={"output_dir": folder}))
+        RunFolder.create(own.config)
+        run = RunFolder.open(own.config, rank=0)
+        with asyncio.Runner() as loop:
+            return _weights(load_policy(own, run, Accelerator(cpu=True), progress, loop))
+
+    steps: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        warm_started(tmp_path / "one", Stops(None, 0, show=False))
+    assert not list((tmp_path / "one" / "checkpoints").glob("step-*"))
+    again, whole = (warm_started(tmp_path / name, Progress.silent()) for name in ("one", "two"))
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+    assert any(weight.abs().sum() > 0 for name, weight in whole.items() if "lora_B" in name)
+    losses = [json.loads((tmp_path / name / "run.json").read_text())["warmstart_loss"] for name in ("one", "two")]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def test_two_processes_share_out_the_warm_start_and_end_with_the_same_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    """Three episodes a step: no even share."""
+    warmstart: dict[str, object] = {"num_steps": 3, "episodes_per_step": 3, "learning_rate": 1e-2}
+    for name in ("one", "two"):
+        config = scripted_config(tmp_path / name, tiny_model, warmstart=warmstart, optim={"num_steps": 0})
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if name == "two" else []
+        script = Path(__file__).with_name("scripted_run.py")
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(tmp_path / f"{name}.yaml")],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    losses = [json.loads((tmp_path / name / "run.json").read_text())["warmstart_loss"] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 3
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        assert (two[name] - weight).norm() < 1e-3 * weight.norm() + 1e-6, name

@@ -196,7 +196,7 @@ class OptimConfig(Section):
 
 
 class WarmstartConfig(Section):
-    """Supervised fine-tuning on expert episodes before the first rollout (trl's SFTTrainer)."""
+    """Supervised fine-tuning on expert episodes before the first rollout."""
 
     data: FileOrDataset | None = Field(
         None,

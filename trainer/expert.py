@@ -80,7 +80,7 @@ class _Play:
         self.messages.append(Message(role="assistant", content=text))
         self.turns.append(Turn(message=self.messages[-1]))
 
-    async def is_answered(self, rollout_id: str) -> bool:
+    async def is_answered(self, rollout_id: str, seed: int) -> bool:
         """Whether the user goes on after what was said to them."""
         num_replies = sum(turn.reply is not None for turn in self.turns)
         exchange = Exchange(
@@ -88,7 +88,7 @@ class _Play:
             rollout_id=rollout_id,
             messages=tuple(self.messages),
             turns=tuple(self.turns),
-            seed=derive_seed(rollout_id, "user", num_replies),
+            seed=derive_seed(seed, "user", num_replies),
         )
         reply = await hear(self.env, self.users, exchange)
         if reply is None:
@@ -105,15 +105,19 @@ async def play_expert(
     world: World,
     users: Users | None = None,
     rollout: RolloutConfig | None = None,
+    rollout_id: str | None = None,
+    seed: int = 0,
 ) -> Demonstration:
     """Play the scripted turns in a real environment. Without turns there is only the prompt, and none is opened.
+
+    `rollout_id` is what the environment goes by, which two at a time may not have alike; `seed` is the user's.
 
     As in a rollout, a turn of text is said to the user, whose reply goes on with the episode; the tools are looked at
     before every turn. The demonstration ends where the turns do, or earlier: where the user has no more to say, the
     environment is over or the calls are the answer. Users that are models can't be asked before the run has its engine
     and event loop: to them a text is the end.
     """
-    env, rollout_id = world.make_env(), f"expert-{task.task_id}"
+    env, rollout_id = world.make_env(), rollout_id or f"expert-{task.task_id}"
     play = _Play(
         env=env,
         task=task,
@@ -138,7 +142,7 @@ async def play_expert(
                 break
             if not isinstance(turn, str) and play.rollout.answer == "tool_calls":
                 break
-            if isinstance(turn, str) and not await play.is_answered(rollout_id):
+            if isinstance(turn, str) and not await play.is_answered(rollout_id, seed):
                 break
         return replace(play.shown(), earlier=tuple(play.earlier))
     finally:

@@ -8,12 +8,15 @@ position is read: the model needs no attention mask, and takes its fastest atten
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from trainer.samples import Sample
 
 
 class Row(Protocol):
@@ -27,6 +30,18 @@ class Row(Protocol):
 
     @property
     def constrained(self) -> Sequence[tuple[int, int]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedRow:
+    """A row whose every token but the first is scored."""
+
+    token_ids: Sequence[int]
+    constrained: Sequence[tuple[int, int]] = ()
+
+    @property
+    def trainable(self) -> Sequence[bool]:
+        return [t > 0 for t in range(len(self.token_ids))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +73,21 @@ class Microbatch:
 def used_length(row: Row) -> int:
     """Positions the model has to read: what follows the last trainable token predicts nothing that counts."""
     return max((t for t, trainable in enumerate(row.trainable) if trainable), default=0)
+
+
+def minibatches_of(samples: Sequence[Sample], num_minibatches: int, *, seed: str) -> list[list[Sample]]:
+    """Cut the samples into minibatches of about as many rollouts; the rows of a rollout stay together.
+
+    Rollouts are shuffled first, so that a minibatch mixes groups.
+    """
+    rollout_ids = list(dict.fromkeys(s.rollout_id for s in samples))
+    if num_minibatches > 1:
+        random.Random(seed).shuffle(rollout_ids)
+    place = {rollout_id: i * num_minibatches // len(rollout_ids) for i, rollout_id in enumerate(rollout_ids)}
+    minibatches: list[list[Sample]] = [[] for _ in range(num_minibatches)]
+    for sample in samples:
+        minibatches[place[sample.rollout_id]].append(sample)
+    return [m for m in minibatches if m]
 
 
 def plan(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

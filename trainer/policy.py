@@ -11,9 +11,8 @@ Each process holds the whole frozen base; sharding it (FSDP, tensor parallel) is
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,11 @@ from trainer.config import LossConfig, ModelConfig, OptimConfig
 from trainer.grammar import Grammar
 from trainer.head import token_logprobs
 from trainer.losses import policy_loss, reduce_metrics, token_weights
-from trainer.packing import Microbatch, Row, pack, split, used_length
+from trainer.packing import FixedRow, Microbatch, Row, minibatches_of, pack, split, used_length
 from trainer.samples import Sample
+
+_IMITATION = LossConfig(normalisation="token", kl_coef=0.0)
+"""Every trainable token of a batch weighs the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,18 +47,6 @@ class _Work:
     sampler_logprobs_N: Tensor
     old_logprobs_N: Tensor | None
     ref_logprobs_N: Tensor | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FixedRow:
-    """A row whose every token but the first is scored."""
-
-    token_ids: Sequence[int]
-    constrained: Sequence[tuple[int, int]] = ()
-
-    @property
-    def trainable(self) -> Sequence[bool]:
-        return [t > 0 for t in range(len(self.token_ids))]
 
 
 class Policy:
@@ -75,7 +65,7 @@ class Policy:
         """`grammar` is that of the run's answers; without one no row may be constrained."""
         self.accelerator = accelerator
         self.num_updates = 0
-        """Optimizer updates that the adapter has seen: the policy version."""
+        """Optimizer updates that the adapter has seen since its warm start: the policy version."""
         self.num_steps = 0
         """Calls of `update`; the learning-rate schedule goes by it."""
         self.last_logprobs: list[list[float] | None] = []
@@ -87,16 +77,17 @@ class Policy:
         self._seed = seed
         self._grammar = grammar
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
-        """The PEFT model; a warm start may train it in place before the first `update`."""
+        """The PEFT model."""
         self._head = lora.read_head(self.model)
         self._parameters = list(lora.trainable_parameters(self.model).values())
         # Loading may keep one process longer than NCCL waits for it.
         processes.wait_for_all()
         for parameter in self._parameters:
             broadcast(parameter.data)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
-        )
+        self._optimizer = self._adamw(optim.learning_rate, weight_decay=optim.weight_decay)
+
+    def _adamw(self, learning_rate: float, *, weight_decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
     def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
         """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
@@ -119,11 +110,34 @@ class Policy:
         self, token_ids: Sequence[Sequence[int]], *, temperature: float = 1.0, adapter: bool = True
     ) -> list[Tensor]:
         """Log-probabilities of every token but the first, given those before it: `len(row) - 1` a row."""
-        return self.logprobs([_FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
+        return self.logprobs([FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
 
     def keep_as_reference(self) -> None:
         """From here on the loss's KL term is measured from the policy as it is now; until then from the base model."""
         self._reference = [p.detach().clone() for p in self._parameters]
+
+    def imitate(
+        self, batches: Sequence[Sequence[Sample]], *, learning_rate: float, on_step: Callable[[float], None]
+    ) -> None:
+        """The supervised updates of a warm start, one a batch, before the first `update`.
+
+        The loss, which `on_step` gets as it was before its update, is the mean of -log-probability over the batch's
+        trainable tokens, nats. Every process passes the same batches, all of them, with advantage 1; the work is split
+        here, and the denominator is that of all processes. AdamW without weight decay at a constant rate; its moments
+        end with it, and none of it counts as an update: policy version 0 is what it leaves.
+        """
+        optimizer = self._adamw(learning_rate, weight_decay=0.0)
+        for batch in batches:
+            self._assert_same_everywhere(batch)
+            scale = _gradient_scale(batch)
+            loss = 0.0
+            for work in self._work(batch, _IMITATION, 1.0, 0, needs_old=False):
+                logprobs_N = self._microbatch_logprobs(work.microbatch, 1.0, adapter=True)
+                value = -(work.weights_N * logprobs_N).sum()
+                (value * scale).backward()  # type: ignore[no-untyped-call]
+                loss += float(value.detach())
+            self._apply(scale, optimizer)
+            on_step(sum(processes.gather([loss])))
 
     def update(
         self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
@@ -144,7 +158,7 @@ class Policy:
         rate = learning_rate(self._optim, self.num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        minibatches = _minibatches(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
+        minibatches = minibatches_of(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
         is_single = self._optim.num_epochs * len(minibatches) == 1
         work = [
             list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
@@ -157,12 +171,13 @@ class Policy:
             for minibatch, works in zip(minibatches, work, strict=True):
                 if not any(_has_gradient(s, loss) for s in minibatch):
                     continue
-                scale = 2.0 ** round(math.log2(sum(s.num_trainable for s in minibatch)))
+                scale = _gradient_scale(minibatch)
                 for w in works:
                     metrics, old_N = self._accumulate(w, loss, temperature, scale)
                     parts.append(metrics)
                     old |= _by_row(w, old_N)
-                norms.append(self._apply(scale))
+                norms.append(self._apply(scale, self._optimizer))
+                self.num_updates += 1
         self.num_steps += 1
         self.last_logprobs = self._of_all_processes(samples, old)
         local = [{name: float(value) for name, value in part.items()} for part in parts]
@@ -271,24 +286,20 @@ class Policy:
         (value * scale).backward()  # type: ignore[no-untyped-call]
         return metrics, old_N
 
-    def _apply(self, scale: float) -> float:
-        """One optimizer update from the gradients of all processes; returns their norm before clipping.
-
-        `scale` (a power of two, so exact) kept the gradients of float16 models from underflowing; it is taken out.
-        """
+    def _apply(self, scale: float, optimizer: torch.optim.Optimizer) -> float:
+        """One update from the gradients of all processes, out of which `scale` is taken; their norm before clipping."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         flat: Tensor = torch.cat([g.flatten() for g in gradients]) / scale
         flat = self.accelerator.reduce(flat, reduction="sum")
         norm = float(flat.norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm} at update {self.num_updates}")
+            raise FloatingPointError(f"the gradient's norm is {norm} after {self.num_updates} updates")
         sizes = [p.numel() for p in self._parameters]
         flat *= min(1.0, self._optim.max_grad_norm / (norm + 1e-6))
         for parameter, gradient in zip(self._parameters, torch.split(flat, sizes), strict=True):
             parameter.grad = gradient.view_as(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.num_updates += 1
+        optimizer.step()
+        optimizer.zero_grad()
         return norm
 
     def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
@@ -342,25 +353,15 @@ def _has_gradient(sample: Sample, loss: LossConfig) -> bool:
     return sample.advantage != 0.0 or loss.kl_coef > 0
 
 
+def _gradient_scale(samples: Sequence[Sample]) -> float:
+    """Keeps the gradients of float16 models from underflowing; a power of two, so exact."""
+    return 2.0 ** round(math.log2(sum(s.num_trainable for s in samples)))
+
+
 def _by_row(work: _Work, values_N: Tensor) -> dict[int, Tensor]:
     """Values of a microbatch's trainable tokens by the identity of the sample they belong to."""
     parts = torch.split(values_N, list(work.microbatch.num_trainable_B))
     return {id(row): part for row, part in zip(work.rows, parts, strict=True)}
-
-
-def _minibatches(samples: Sequence[Sample], num_minibatches: int, *, seed: str) -> list[list[Sample]]:
-    """Cut the samples into minibatches of about as many rollouts; the rows of a rollout stay together.
-
-    Rollouts are shuffled first, so that a minibatch mixes groups.
-    """
-    rollout_ids = list(dict.fromkeys(s.rollout_id for s in samples))
-    if num_minibatches > 1:
-        random.Random(seed).shuffle(rollout_ids)
-    place = {rollout_id: i * num_minibatches // len(rollout_ids) for i, rollout_id in enumerate(rollout_ids)}
-    minibatches: list[list[Sample]] = [[] for _ in range(num_minibatches)]
-    for sample in samples:
-        minibatches[place[sample.rollout_id]].append(sample)
-    return [m for m in minibatches if m]
 
 
 def learning_rate(optim: OptimConfig, step: int) -> float:

@@ -207,7 +207,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         stack.callback(lambda: loop.run(job.aclose()))
         start = time.perf_counter()
         sweep_default_roots()
-        policy = load_policy(job, run, accelerator, progress)
+        policy = load_policy(job, run, accelerator, progress, loop)
         if options.adapter is not None:
             _load_adapter(policy, options.adapter)
         progress.phase("starting the engine")
@@ -215,9 +215,9 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=0))
         stack.callback(engine.shutdown)
         scratch.note_children()
-        publisher = Publisher(
-            policy, engine, Canary(canary_ids(job), tolerance=config.engine.canary_mean_tolerance), scratch.path
-        )
+        canary_rows = loop.run(canary_ids(job, name=f"{run.run_id}-canary"))
+        canary = Canary(canary_rows, tolerance=config.engine.canary_mean_tolerance)
+        publisher = Publisher(policy, engine, canary, scratch.path)
         worker = make_worker(job, engine, run)
         progress.phase("publishing")
         loop.run(publisher.note_base())

@@ -25,6 +25,7 @@ from envs.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 TIMEOUT = timedelta(days=7)
@@ -139,16 +140,35 @@ def from_main(make: Callable[[], T]) -> T:
         return make()
     import torch.distributed as dist
 
-    made: list[tuple[T | None, UserError | None]] = []
-    if dist.get_rank() == 0:
-        try:
-            made = [(make(), None)]
-        except UserError as e:
-            made = [(None, e)]
-    ((value, error),) = gather(made)
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
+    (value,) = _gather_made(lambda: [make()] if dist.get_rank() == 0 else [])
+    return value
+
+
+def share_out(items: Sequence[S], do: Callable[[Sequence[S]], Sequence[T]]) -> list[T]:
+    """What `do` makes of each item, in their order, on every process: each does its share, a result an item.
+
+    A `UserError` of one is every process's.
+    """
+    if not _are_several():
+        return list(do(items))
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    shares = _gather_made(lambda: [do(items[dist.get_rank() :: size])])
+    return [shares[i % size][i // size] for i in range(len(items))]
+
+
+def _gather_made(make: Callable[[], Sequence[T]]) -> list[T]:
+    """What `make` returns on each process, as `gather`; the first `UserError` is raised on all."""
+    made: Sequence[T] = []
+    failed: list[UserError] = []
+    try:
+        made = make()
+    except UserError as e:
+        failed = [e]
+    if errors := gather(failed):
+        raise errors[0]
+    return gather(made)
 
 
 def wait_for_all() -> None:

@@ -22,7 +22,7 @@ from trainer.progress import Progress
 from trainer.rollout import RolloutWorker, derive_seed
 from trainer.runs import RunFolder
 from trainer.scratch import Scratch
-from trainer.warmstart import expert_ledger, expert_ledgers, warm_start
+from trainer.warmstart import expert_ledger, expert_ledgers, in_steps
 from trainer.watched import WatchedEngine
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _FILE_OVERHEAD_BYTES = 2**20
 """Headers and the adapter's config."""
 
 
-def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress) -> Policy:
+def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: asyncio.Runner) -> Policy:
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = job.config
     progress.phase("loading the model")
@@ -51,30 +51,41 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
         run.rewind(step)
         progress.say(f"resumed after step {step} from {folder}")
     else:
-        if (warmstart := config.warmstart) is not None:
-            ledgers = expert_ledgers(
-                config,
-                job.train_tasks,
-                world=job.world,
-                chat=job.chat,
-                demonstrations=job.demonstrations,
-                users=job.users,
-            )
-            progress.phase("warm start", total=warmstart.num_steps)
-            losses: list[float] = []
-
-            def on_step(loss: float) -> None:
-                losses.append(loss)
-                progress.advance(1, tokens=sum(map(len, ledgers)) // len(ledgers) * warmstart.episodes_per_step)
-
-            warm_start(policy.model, ledgers, config=config, folder=run.path / "warmstart", on_step=on_step)
-            run.note(warmstart_loss=losses)
-            if config.loss.kl_coef > 0:
-                policy.keep_as_reference()
+        if config.warmstart is not None:
+            _warm_start(job, run, policy, progress, loop)
         if run.is_main:
             keep_checkpoint(write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
     processes.wait_for_all()
     return policy
+
+
+def _warm_start(job: Job, run: RunFolder, policy: Policy, progress: Progress, loop: asyncio.Runner) -> None:
+    """Imitate the demonstrations. An interrupted warm start is done again from its beginning, to the same adapter."""
+    config = job.config
+    assert config.warmstart is not None
+    progress.phase("expert episodes")
+    ledgers = expert_ledgers(
+        config,
+        job.train_tasks,
+        world=job.world,
+        chat=job.chat,
+        loop=loop,
+        run_id=run.run_id,
+        demonstrations=job.demonstrations,
+        users=job.users,
+    )
+    steps = in_steps(ledgers, config.warmstart)
+    progress.phase("warm start", total=len(steps))
+    losses: list[float] = []
+
+    def on_step(loss: float) -> None:
+        progress.advance(1, tokens=sum(len(sample.token_ids) for sample in steps[len(losses)]))
+        losses.append(loss)
+
+    policy.imitate(steps, learning_rate=config.warmstart.learning_rate, on_step=on_step)
+    run.note(warmstart_loss=losses)
+    if config.loss.kl_coef > 0:
+        policy.keep_as_reference()
 
 
 async def release_left_open(job: Job, run: RunFolder, progress: Progress) -> None:
@@ -149,9 +160,10 @@ def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
     )
 
 
-def canary_ids(job: Job) -> list[list[int]]:
+async def canary_ids(job: Job, *, name: str) -> list[list[int]]:
     """The token sequences that are scored after every publish: the first training tasks, solved where possible.
 
+    The environments in which they are solved go by `name`, which no other process may have at the time.
     As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU. Of a long episode
     it is the end, where the model's own turns are; a row that began with every agent's long system prompt would hold
     nothing else.
@@ -159,17 +171,19 @@ def canary_ids(job: Job) -> list[list[int]]:
     # Scoring generates a token, for which there must be room.
     longest = min(_CANARY_TOKENS // 2, job.config.rollout.max_episode_tokens - 1)
 
-    async def play() -> list[list[int]]:
-        rows: list[list[int]] = []
-        for task in job.train_tasks[:_MOST_CANARIES]:
-            turns = job.world.expert_episode(task, 0)
-            ledger = await expert_ledger(
-                task, turns, world=job.world, chat=job.chat, users=job.users, rollout=job.config.rollout
-            )
-            left = _CANARY_TOKENS - sum(map(len, rows))
-            if left <= 1:
-                break
-            rows.append(ledger.prompt_ids[-min(left, longest) :])
-        return rows
-
-    return asyncio.run(play())
+    rows: list[list[int]] = []
+    for number, task in enumerate(job.train_tasks[:_MOST_CANARIES]):
+        left = _CANARY_TOKENS - sum(map(len, rows))
+        if left <= 1:
+            break
+        ledger = await expert_ledger(
+            task,
+            job.world.expert_episode(task, 0),
+            world=job.world,
+            chat=job.chat,
+            users=job.users,
+            rollout=job.config.rollout,
+            rollout_id=f"{name}-{number}",
+        )
+        rows.append(ledger.prompt_ids[-min(left, longest) :])
+    return rows

@@ -1,4 +1,4 @@
-"""The supervised warm start: fine-tuning on scripted expert episodes before the first rollout.
+"""What the supervised warm start imitates, before the first rollout: see `Policy.imitate`.
 
 For models that write no valid tool call by themselves, so that no reward would ever vary.
 """
@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from envs.base import ExpertTurn, World
 from envs.errors import UserError
 from envs.types import Task
 from envs.users import ScriptUsers, Users
+from trainer import processes
 from trainer.chat import Chat, TemplateRefused
-from trainer.config import RolloutConfig, RunConfig
+from trainer.config import RolloutConfig, RunConfig, WarmstartConfig
 from trainer.expert import Demonstration, play_expert
 from trainer.rollout import derive_seed
-from trainer.samples import Ledger
+from trainer.samples import Ledger, Sample
 
 _EXPERT_VERSION = 0
-IGNORED = -100
-"""The label of a token outside the loss, by the convention of transformers."""
 
 
 def demonstration_ledgers(demonstration: Demonstration, *, chat: Chat) -> list[Ledger]:
@@ -106,9 +102,10 @@ async def expert_ledger(
     chat: Chat,
     users: Users | None = None,
     rollout: RolloutConfig | None = None,
+    rollout_id: str | None = None,
 ) -> Ledger:
     """The training row of the scripted turns, played in a real environment; of several it is the last."""
-    played = await play_expert(task, turns, world=world, users=users, rollout=rollout)
+    played = await play_expert(task, turns, world=world, users=users, rollout=rollout, rollout_id=rollout_id)
     return demonstration_ledgers(played, chat=chat)[-1]
 
 
@@ -118,41 +115,63 @@ def expert_ledgers(
     *,
     world: World,
     chat: Chat,
+    loop: asyncio.Runner,
+    run_id: str,
     demonstrations: Sequence[Demonstration] = (),
     users: Users | None = None,
 ) -> list[Ledger]:
     """The rows of the whole warm start, in training order: of `demonstrations`, or of the world's expert.
 
+    Each of the run's processes plays its share of the episodes, and all get the same rows, however many they are.
     Raises `UserError` when there are too few that fit into an episode, and for an expert who talks with a model.
     """
     assert config.warmstart is not None
     needed = config.warmstart.num_steps * config.warmstart.episodes_per_step
+    longest = config.rollout.max_episode_tokens
+    rng = random.Random(derive_seed(config.seed, "warmstart"))
+    shown_or_asked: Sequence[Demonstration | Task] = demonstrations or tasks
+    drawn = [rng.choice(shown_or_asked) for _ in range(4 * needed)]
 
-    async def play() -> list[Ledger]:
-        ledgers: list[Ledger] = []
-        rng = random.Random(derive_seed(config.seed, "warmstart"))
-        for attempt in range(4 * needed):
-            if demonstrations:
-                shown = rng.choice(demonstrations)
-            else:
-                task = rng.choice(tasks)
-                turns = world.expert_episode(task, derive_seed(config.seed, "expert", attempt))
-                if not turns:
-                    continue
-                _check_company(turns, users)
-                shown = await play_expert(task, turns, world=world, users=users, rollout=config.rollout)
-            for demonstration in (*shown.earlier, shown):
-                rows = demonstration_ledgers(demonstration, chat=chat)
-                ledgers += [row for row in rows if row.num_trainable and len(row) <= config.rollout.max_episode_tokens]
-            if len(ledgers) >= needed:
-                return ledgers[:needed]
+    async def rows_of(attempt: int) -> list[Ledger]:
+        shown = drawn[attempt]
+        if isinstance(shown, Task):
+            seed = derive_seed(config.seed, "expert", attempt)
+            turns = world.expert_episode(shown, seed)
+            if not turns:
+                return []
+            _check_company(turns, users)
+            name = f"{run_id}-expert-{attempt}"
+            shown = await play_expert(
+                shown, turns, world=world, users=users, rollout=config.rollout, rollout_id=name, seed=seed
+            )
+        rows = [row for part in (*shown.earlier, shown) for row in demonstration_ledgers(part, chat=chat)]
+        return [row for row in rows if row.num_trainable and len(row) <= longest]
+
+    async def play(attempts: Sequence[int]) -> list[list[Ledger]]:
+        return [await rows_of(attempt) for attempt in attempts]
+
+    ledgers: list[Ledger] = []
+    attempts: Sequence[int] = range(len(drawn))
+    while attempts and (missing := needed - len(ledgers)) > 0:
+        wave, attempts = attempts[:missing], attempts[missing:]
+        played = processes.share_out(wave, lambda mine: loop.run(play(mine)))
+        ledgers += [row for rows in played for row in rows]
+    if len(ledgers) < needed:
         raise UserError(
             f"warmstart: only {len(ledgers)} of {needed} expert episodes fit into rollout.max_episode_tokens = "
-            f"{config.rollout.max_episode_tokens}, or the world has none; raise the limit, name a file of "
-            "demonstrations (warmstart.data), or leave the section out"
+            f"{longest}, or the world has none; raise the limit, name a file of demonstrations (warmstart.data), or "
+            "leave the section out"
         )
+    return ledgers[:needed]
 
-    return asyncio.run(play())
+
+def in_steps(ledgers: Sequence[Ledger], config: WarmstartConfig) -> list[list[Sample]]:
+    """The samples of each supervised step: what the expert did is to become likelier, so its advantage is 1."""
+    samples = [
+        ledger.to_sample(advantage=1.0, rollout_id=f"expert-{i}", task_id="") for i, ledger in enumerate(ledgers)
+    ]
+    size = config.episodes_per_step
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 def _check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
@@ -162,85 +181,3 @@ def _check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
         "warmstart: the world's expert goes on after what it says to the user, but world.user is a model or a server, "
         "which can be asked in rollouts only; name a file of demonstrations (warmstart.data), or a user of type script"
     )
-
-
-def warm_start(
-    model: Any, ledgers: Sequence[Ledger], *, config: RunConfig, folder: Path, on_step: Callable[[float], None]
-) -> None:
-    """Train the adapter of `model` (a PEFT model, in place) with trl's SFTTrainer; `on_step` gets each step's loss.
-
-    The loss is the mean negative log-likelihood of the expert's own tokens, nats: prompts, tool results and template
-    glue are context. The model is left in the mode (train or eval) that it came in.
-    """
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class ExpertTokensTrainer(SFTTrainer):  # type: ignore[misc]
-        """Scores the expert's tokens only. Without Triton, trl 1.16 puts every position through the output head, in
-        float32: on a CPU that was three quarters of the backward pass."""
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            labels_BT = inputs["labels"][:, 1:]
-            positions_N = (labels_BT != IGNORED).any(0).nonzero()[:, 0]
-            outputs = model(input_ids=inputs["input_ids"], logits_to_keep=positions_N, use_cache=False)
-            loss = torch.nn.functional.cross_entropy(
-                outputs.logits.float().flatten(0, 1),
-                labels_BT[:, positions_N].flatten(),
-                ignore_index=IGNORED,
-                reduction="sum",
-            )
-            # The count is over all processes, whose gradients DDP averages.
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
-            return (loss, outputs) if return_outputs else loss
-
-    class Report(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                on_step(float(logs["loss"]))
-
-    assert config.warmstart is not None
-    # Rows of one: nothing is padded, so no attention mask is needed and only the expert's positions are scored.
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        max_steps=config.warmstart.num_steps,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=max(1, config.warmstart.episodes_per_step // num_processes),
-        learning_rate=config.warmstart.learning_rate,
-        lr_scheduler_type="constant",
-        max_length=None,
-        seed=config.seed,
-        bf16=False,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=not next(model.parameters()).is_cuda,
-    )
-    # One process would spread over all the GPUs that it sees, which trl refuses: only a launcher's processes see one.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    was_training = model.training
-    trainer = ExpertTokensTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(_columns(ledgers)), callbacks=[Report()]
-    )
-    trainer.train()
-    # Activations are recomputed in train mode only, in which a model that does so was loaded.
-    model.train(was_training)
-
-
-def _columns(ledgers: Sequence[Ledger]) -> dict[str, list[list[int]]]:
-    """The rows as trl takes them ready-made: token ids, and labels where the expert wrote."""
-    rows = [ledger.to_sample(advantage=0.0, rollout_id="", task_id="") for ledger in ledgers]
-    return {
-        "input_ids": [list(row.token_ids) for row in rows],
-        "labels": [
-            [token if trained else IGNORED for token, trained in zip(row.token_ids, row.trainable, strict=True)]
-            for row in rows
-        ],
-    }

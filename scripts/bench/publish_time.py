@@ -102,9 +102,10 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
 
     accelerator = Accelerator()
     policy = load_policy(job, accelerator, adapter)
-    canary = Canary(canary_ids(job), tolerance=job.config.engine.canary_mean_tolerance)
     records: list[dict[str, float]] = []
     with asyncio.Runner() as loop:
+        canary_rows = loop.run(canary_ids(job, name="bench-canary"))
+        canary = Canary(canary_rows, tolerance=job.config.engine.canary_mean_tolerance)
         print(f"{way}: starting the engine", flush=True)
         engine = loop.run(open_engine(job, accelerator, None, first_step=0))
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")

@@ -200,7 +200,8 @@ def publish_adapter(job: Job, engine: VllmEngine, loop: asyncio.Runner, accelera
     from trainer.setup import canary_ids
 
     policy = load_policy(job, accelerator, adapter)
-    canary = Canary(canary_ids(job), tolerance=job.config.engine.canary_mean_tolerance)
+    canary_rows = loop.run(canary_ids(job, name="bench-canary"))
+    canary = Canary(canary_rows, tolerance=job.config.engine.canary_mean_tolerance)
     with Scratch() as scratch:
         publisher = Publisher(policy, engine, canary, scratch.path)
         loop.run(publisher.note_base())

@@ -59,6 +59,7 @@ class ScriptedEngine:
         """Version and adapter weights of each publish, ignored ones included."""
         self.version = 0
         self.is_shut_down = False
+        self.is_asleep = False
         self._script = script
         self._faults = faults or Faults()
         self._stop_id = min(stop_token_ids)
@@ -67,6 +68,7 @@ class ScriptedEngine:
         self._adapted: Any = None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        assert not self.is_asleep
         self.prompts.append(list(prompt_ids))
         number = len(self.prompts)
         await asyncio.sleep(self._faults.delay_s)
@@ -85,6 +87,7 @@ class ScriptedEngine:
         return completion
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
+        assert not self.is_asleep
         noise = random.Random(str(list(token_ids)))
         return [x + noise.gauss(0, self._faults.score_noise) for x in self._logprobs(token_ids, 1, 1.0)]
 
@@ -93,6 +96,7 @@ class ScriptedEngine:
         from safetensors.torch import load_file
 
         adapter = load_file(weights / "adapter_model.safetensors")
+        assert not self.is_asleep
         self.published.append((version, adapter))
         self.version = version
         stale_from = self._faults.stale_from
@@ -102,6 +106,14 @@ class ScriptedEngine:
             self._adapted = PeftModel.from_pretrained(self._base, weights)
         else:
             set_peft_model_state_dict(self._adapted, adapter)
+
+    async def sleep(self) -> None:
+        assert not self.is_asleep
+        self.is_asleep = True
+
+    async def wake_up(self) -> None:
+        assert self.is_asleep
+        self.is_asleep = False
 
     def shutdown(self) -> None:
         self.is_shut_down = True

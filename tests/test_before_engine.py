@@ -19,7 +19,7 @@ from envs.errors import UserError
 from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
-from trainer.engine import engine_arguments
+from trainer.engine_arguments import engine_arguments
 from trainer.job import Job, prepare
 from trainer.policy import Policy
 from trainer.progress import Progress

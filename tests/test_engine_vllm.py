@@ -24,7 +24,8 @@ from envs.users import Exchange
 from trainer.canary import Canary
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
-from trainer.engine import Completion, Sampling, VllmEngine, _engine_environment
+from trainer.engine import Completion, Sampling, VllmEngine
+from trainer.engine_arguments import engine_environment
 from trainer.grammar import Grammar
 from trainer.model_users import ModelUsers, build_users
 from trainer.policy import Policy
@@ -319,7 +320,7 @@ def test_engines_started_together_share_out_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3, 5, 7, 8})
 
     def cores(local_rank: int) -> str:
-        with _engine_environment(EngineConfig(), device="cpu", local_rank=local_rank):
+        with engine_environment(EngineConfig(), device="cpu", local_rank=local_rank):
             assert "LOCAL_WORLD_SIZE" not in os.environ, "vLLM would take itself for a part of the trainer's group"
             return os.environ["VLLM_CPU_OMP_THREADS_BIND"]
 

@@ -16,7 +16,7 @@ from envs.errors import PublishError, UserError
 from trainer import adapter as lora
 from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
-from trainer.engine import engine_arguments
+from trainer.engine_arguments import engine_arguments
 from trainer.family import check_served, model_class_of, read_family, split_in_vllm, takes_adapters, weights_dtype
 from trainer.job import prepare
 from trainer.publish import Publisher

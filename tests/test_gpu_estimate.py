@@ -13,7 +13,7 @@ import pytest
 from envs.errors import UserError
 from trainer.advice import Level, advise_memory
 from trainer.config import RunConfig, load_config
-from trainer.engine import check_engine
+from trainer.engine_arguments import check_engine
 from trainer.estimate import GIB, ModelShape, memory_bytes, memory_rows
 from trainer.gpu_estimate import (
     BANDWIDTH_UTILISATION,

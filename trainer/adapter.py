@@ -45,6 +45,7 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
         trust_remote_code=False,
         dtype=getattr(torch, weights_dtype(config, on_cpu=device.type == "cpu")),
         device_map={"": device} if device.type != "cpu" else None,
+        attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
     )
     model = _with_adapter(base, config.lora)
     _init_adapter(model, seed)

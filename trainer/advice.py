@@ -216,14 +216,20 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     """Whether it fits: on a CPU into all there is; on a GPU the engine into its share, the trainer beside it."""
     if on_cpu:
         return _fit("Run and engine", memory_bytes(rows), total_bytes, "less of optim.max_microbatch_tokens")
-    share = config.engine.gpu_memory_utilization
+    share, sleep = config.engine.gpu_memory_utilization, config.engine.sleep
+    weights = sum(row.num_bytes for row in rows if row.where == "engine" and row.name != "KV cache")
+    left_by_engine = {"none": total_bytes * (1 - share), "kv": total_bytes - weights, "weights": total_bytes}[sleep]
     advice = _fit(
         "The trainer",
         memory_bytes(rows, "trainer"),
-        total_bytes * (1 - share),
-        "model.gradient_checkpointing, a smaller optim.max_microbatch_tokens or engine.gpu_memory_utilization",
+        left_by_engine,
+        "model.gradient_checkpointing, engine.sleep, a smaller optim.max_microbatch_tokens or "
+        "engine.gpu_memory_utilization",
     )
-    weights = sum(row.num_bytes for row in rows if row.where == "engine" and row.name != "KV cache")
+    if sleep != "none":
+        held = sum(row.num_bytes for row in rows if row.where == "trainer" and not row.name.startswith("activations"))
+        remedy = "a smaller engine.gpu_memory_utilization"
+        advice += _fit("The trainer while the engine is at work", held, total_bytes * (1 - share), remedy)
     cache = memory_bytes(rows, "engine") - weights
     room = total_bytes * share - weights
     if room <= 0:

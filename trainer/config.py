@@ -48,6 +48,10 @@ class LoraConfig(Section):
     )
 
 
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+Sleep = Literal["none", "kv", "weights"]
+
+
 class ModelConfig(Section):
     """The base model and how its text is rendered and parsed."""
 
@@ -66,6 +70,12 @@ class ModelConfig(Section):
     chat_template_kwargs: JsonObject = Field({}, description="passed to the template, e.g. enable_thinking")
     tool_parser: str = Field("hermes", description="as `vllm serve --tool-call-parser` names it")
     reasoning_parser: str | None = Field(None, description="as `vllm serve --reasoning-parser` names it")
+    attn_implementation: Attention = Field(
+        "auto",
+        description="the trainer's attention; auto: what transformers takes for the model; flash_attention_2 or _3 "
+        "where that is eager or needs a mask of all pairs (gpt-oss, sliding windows): a package of its own, 16 bits, "
+        "a GPU",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
 
 
@@ -78,10 +88,15 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
-    seeded_requests: bool = Field(
-        False,
-        description="seed every request, so that a run samples the same tokens again; on a CPU drawing them so took "
-        "60 % of the engine's time (measured)",
+    sleep: Sleep = Field(
+        "none",
+        description="what the engine leaves to the trainer of a GPU's memory while it trains; kv: the KV cache, "
+        "weights: its weights, too, which wait in the machine's memory; gpu_memory_utilization may be larger then",
+    )
+    seeded_requests: bool | Literal["auto"] = Field(
+        "auto",
+        description="seed every request, so that a run samples the same tokens again; auto: on a GPU, where it costs "
+        "nothing; on a CPU drawing them so took 60 % of the engine's time (measured)",
     )
     quantization: Literal["fp8"] | None = Field(
         None,

@@ -28,8 +28,9 @@ from trainer.preflight_figures import Figures
 
 GIB = 2**30
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
-_HEAD_BYTES = 3 * 64 * 2**20
-"""Logits of one chunk, their exponentials and copies; see `trainer.head.CHUNK_BYTES`."""
+_CHUNK_BYTES = 64 * 2**20
+_GPU_CHUNK_ROWS = 1024
+"""As `trainer.head.chunk_rows` has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +129,12 @@ def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
     return shape.num_layers * config.model.lora.r * sum(a + b for a, b in adapted)
 
 
-def activation_bytes(config: RunConfig, shape: ModelShape) -> float:
+def head_bytes(shape: ModelShape, *, on_cpu: bool) -> int:
+    """Of one chunk: float32 logits and their exponentials; on a CPU a copy more, which is little there."""
+    return 3 * _CHUNK_BYTES if on_cpu else 2 * max(_CHUNK_BYTES, 4 * shape.vocabulary * _GPU_CHUNK_ROWS)
+
+
+def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> float:
     """What the backward pass of one microbatch needs of the forward pass, and the gradients in flight."""
     b, r = DTYPE_BYTES[config.model.dtype], config.model.lora.r
     tokens = max(config.optim.max_microbatch_tokens, config.rollout.max_episode_tokens)
@@ -141,7 +147,7 @@ def activation_bytes(config: RunConfig, shape: ModelShape) -> float:
     )  # fmt: skip
     kept = b * shape.hidden if config.model.gradient_checkpointing else layer
     head = (4 + 2 * b) * shape.hidden
-    return tokens * (shape.num_layers * kept + 2 * layer + head) + _HEAD_BYTES
+    return tokens * (shape.num_layers * kept + 2 * layer + head) + head_bytes(shape, on_cpu=on_cpu)
 
 
 def engine_weight_bytes(config: RunConfig, shape: ModelShape, num_weights: int) -> float:
@@ -170,8 +176,8 @@ def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cp
         ("trainer", "base weights", num_weights * b, "P·b"),
         ("trainer", "adapter and its optimizer", 24 * lora,
          "24 bytes · r·Σ(inputs + outputs): weight 4, gradient 4, Adam 8, flattened gradients 8"),
-        ("trainer", "activations of a microbatch", activation_bytes(config, shape),
-         f"T · (L·[{kept}] + two whole layers + head), and {_HEAD_BYTES // 2**20} MiB of logits"),
+        ("trainer", "activations of a microbatch", activation_bytes(config, shape, on_cpu=on_cpu),
+         f"T · (L·[{kept}] + two whole layers + head), and {head_bytes(shape, on_cpu=on_cpu) // 2**20} MiB of logits"),
         ("engine", "base weights", engine_weight_bytes(config, shape, num_weights), engine_weights),
         ("engine", "adapter", lora * b, "b·r·Σ(inputs + outputs)"),
     ]  # fmt: skip

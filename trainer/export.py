@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainer.engine import lora_rank_bucket
+from trainer.engine_arguments import lora_rank_bucket
 from trainer.family import weights_dtype
 from trainer.job import Job
 from trainer.policy import Policy

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from envs.errors import UserError
 from trainer.config import EngineConfig, LoraConfig, ModelConfig
-from trainer.engine import publishes_merged
+from trainer.engine_arguments import publishes_merged
 
 _ABSORBED = "kv_b_proj"
 """Latent attention multiplies this matrix into others when the engine loads it; an adapter on it would be ignored."""
@@ -165,6 +165,33 @@ def weights_dtype(model: ModelConfig, *, on_cpu: bool) -> str:
         return model.dtype
     has_bfloat16 = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if has_bfloat16 else "float32"
+
+
+_FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""What transformers imports for each, and what it is installed as."""
+
+
+def check_attention(folder: Path, model: ModelConfig, *, on_cpu: bool) -> None:
+    """Raise `UserError` unless the trainer can compute attention as `model.attn_implementation` says."""
+    how = model.attn_implementation
+    if how in ("auto", "eager"):
+        return
+    model_class, _ = model_class_of(folder)
+    asked = f"model.attn_implementation: {how}"
+    if not (model_class._supports_sdpa if how == "sdpa" else model_class._supports_flash_attn):
+        raise UserError(f"{asked}: transformers has none for {model_class.__name__}; set it to auto")
+    if how == "sdpa":
+        return
+    module, package = _FLASH_PACKAGES[how]
+    if on_cpu:
+        raise UserError(f"{asked} needs a GPU, and this machine has none; set it to auto")
+    if (dtype := weights_dtype(model, on_cpu=on_cpu)) == "float32":
+        raise UserError(f"{asked} computes in 16 bits, but model.dtype is {dtype}; set one of the two to auto")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{asked} needs the package {package}, which is not installed; install it, or set this to auto")
 
 
 def check_served(family: Family, engine: EngineConfig, *, dtype: str = "bfloat16", on_cpu: bool) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from envs.errors import UserError
 from trainer.advice import Advice, advise_memory
 from trainer.config import RunConfig
-from trainer.engine import check_engine, publishes_merged
+from trainer.engine_arguments import check_engine, publishes_merged
 from trainer.estimate import (
     DTYPE_BYTES,
     GIB,

@@ -17,6 +17,13 @@ from envs.errors import UserError
 
 CHUNK_BYTES = 64 * 2**20
 """Of float32 logits held at once. Smaller chunks stay near the cache, larger ones use a matrix unit better."""
+GPU_CHUNK_ROWS = 1024
+"""Tokens of a chunk on a GPU, at least: every chunk reads the whole head twice, which fewer tokens would wait for."""
+
+
+def chunk_rows(vocabulary_size: int, *, on_gpu: bool) -> int:
+    """C, the tokens whose logits are held at once."""
+    return max(GPU_CHUNK_ROWS if on_gpu else 1, CHUNK_BYTES // (4 * vocabulary_size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,7 +88,7 @@ class TokenLogprobs(torch.autograd.Function):
         needs_grad: bool,
     ) -> Tensor:
         weight_VH = head.weight_VH
-        chunk = max(1, CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        chunk = chunk_rows(len(weight_VH), on_gpu=weight_VH.is_cuda)
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         logprobs_N = torch.empty(len(targets_N), dtype=dtype, device=hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH) if needs_grad else None

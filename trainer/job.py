@@ -27,7 +27,7 @@ from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, WorldConfig
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
-from trainer.engine import check_engine
+from trainer.engine_arguments import check_engine
 from trainer.engine_judge import EngineJudge
 from trainer.expert import Demonstration
 from trainer.grammar import Grammar, check_schema
@@ -226,7 +226,7 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 
 def _check_engine(config: RunConfig) -> None:
-    if config.engine.quantization is None:
+    if config.engine.quantization is None and config.engine.sleep == "none":
         return
     import torch
 
@@ -238,10 +238,11 @@ def _check_family(config: RunConfig) -> None:
     folder = resolve_config(config.model.name)
     import torch
 
-    from trainer.family import check_served, read_family, weights_dtype
+    from trainer.family import check_attention, check_served, read_family, weights_dtype
 
     family = read_family(folder, config.model.lora)
     on_cpu = not torch.cuda.is_available()
+    check_attention(folder, config.model, on_cpu=on_cpu)
     check_served(family, config.engine, dtype=weights_dtype(config.model, on_cpu=on_cpu), on_cpu=on_cpu)
     longest = config.rollout.max_episode_tokens
     if family.max_length is not None and longest > family.max_length:

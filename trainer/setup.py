@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from envs.clocks import time_limit
 from envs.errors import UserError
 from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
-from trainer.engine import Engine, VllmEngine, publishes_merged
+from trainer.engine import Engine, VllmEngine, release_memory
+from trainer.engine_arguments import publishes_merged
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
@@ -110,11 +108,12 @@ def open_scratch(job: Job, policy: Policy) -> Scratch:
     return Scratch(need_bytes=of_one_process * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-async def open_engine(job: Job, accelerator: Any, start_engine: StartEngine | None, *, first_step: int) -> Engine:
+async def open_engine(
+    job: Job, accelerator: Any, start_engine: StartEngine | None, *, first_step: int
+) -> WatchedEngine:
     """Start this process's engine on the base model."""
     # The engine refuses to start where less is free than its share, and a warm start leaves its peak reserved.
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_memory()
     start = start_engine or VllmEngine.start
     # The engines of a machine share vLLM's compile cache, whose index is not written at once: one fills it for all.
     takes_turns, is_first = accelerator.device.type != "cpu", accelerator.local_process_index == 0

@@ -78,6 +78,7 @@ def train(
             requests = train_requests(config, curriculum.choose(step), run_id=run.run_id, step=step)
             progress.phase("rollouts", total=len(requests))
             rollouts = collector.collect("rollouts", step, requests, temperature=config.rollout.temperature)
+            loop.run(engine.sleep())
             clock.lap("rollouts")
 
             progress.phase("training")
@@ -92,6 +93,7 @@ def train(
             clock.lap("training")
 
             progress.phase("publishing")
+            loop.run(engine.wake_up())
             canary_metrics = loop.run(publisher.publish())
             clock.lap("publish")
 

@@ -27,22 +27,28 @@ class WatchedEngine:
 
     def __init__(self, engine: Engine, *, limit_s: float) -> None:
         """`limit_s`: the longest time without any answer while one is waited for, seconds."""
-        self._engine = engine
+        self.engine = engine
         self._limit_s = limit_s
         self._open: set[Clock] = set()
 
     @property
     def publishes_merged(self) -> bool:
-        return self._engine.publishes_merged
+        return self.engine.publishes_merged
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        return await self._answered("a turn", self._engine.generate(prompt_ids, sampling))
+        return await self._answered("a turn", self.engine.generate(prompt_ids, sampling))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._answered("log-probabilities", self._engine.score(token_ids))
+        return await self._answered("log-probabilities", self.engine.score(token_ids))
 
     async def publish(self, weights: Path, version: int) -> None:
-        await self._answered("the loading of new weights", self._engine.publish(weights, version))
+        await self._answered("the loading of new weights", self.engine.publish(weights, version))
+
+    async def sleep(self) -> None:
+        await self._answered("its sleep", self.engine.sleep())
+
+    async def wake_up(self) -> None:
+        await self._answered("its awakening", self.engine.wake_up())
 
     async def generate_base(
         self,
@@ -54,13 +60,13 @@ class WatchedEngine:
         seed: int | None,
         schema: Mapping[str, Any] | None,
     ) -> list[int]:
-        answer = cast(BaseEngine, self._engine).generate_base(
+        answer = cast(BaseEngine, self.engine).generate_base(
             prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, schema=schema
         )
         return await self._answered("the base model's words", answer)
 
     def shutdown(self) -> None:
-        self._engine.shutdown()
+        self.engine.shutdown()
 
     async def _answered(self, what: str, answer: Awaitable[_T]) -> _T:
         try:

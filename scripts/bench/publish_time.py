@@ -107,7 +107,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
         canary_rows = loop.run(canary_ids(job, name="bench-canary"))
         canary = Canary(canary_rows, tolerance=job.config.engine.canary_mean_tolerance)
         print(f"{way}: starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None, first_step=0))
+        engine = loop.run(open_engine(job, accelerator, None, first_step=0)).engine
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")
         try:
             with Scratch() as scratch:

@@ -40,6 +40,7 @@ from common import Figure, adapter_of, bench_config, load_policy, parser, ratio,
 from envs.errors import UserError
 from trainer.config import RunConfig
 from trainer.engine import Completion, Engine, Sampling, VllmEngine
+from trainer.engine_arguments import seeds_requests
 from trainer.job import Job, prepare
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
 from trainer.runs import append_line, rollout_to_json
@@ -96,6 +97,12 @@ class StandInEngine:
     async def publish(self, weights: Path, version: int) -> None:
         await self._engine.publish(weights, version)
 
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake_up(self) -> None:
+        await self._engine.wake_up()
+
     @property
     def publishes_merged(self) -> bool:
         return self._engine.publishes_merged
@@ -106,6 +113,7 @@ class StandInEngine:
 
 def sampling_params(config: RunConfig, num_tokens: int, *, seed: int, plain: bool = False) -> Any:
     """For exactly `num_tokens`, as the loop samples them; `plain` leaves out log-probabilities and seed."""
+    import torch
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -113,7 +121,7 @@ def sampling_params(config: RunConfig, num_tokens: int, *, seed: int, plain: boo
         ignore_eos=True,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
-        seed=seed if config.engine.seeded_requests and not plain else None,
+        seed=seed if seeds_requests(config.engine, on_cpu=not torch.cuda.is_available()) and not plain else None,
         logprobs=None if plain else 0,
         detokenize=False,
     )
@@ -220,7 +228,7 @@ def measure(job: Job, adapter: Path | None, repeats: int) -> tuple[dict[str, lis
     rollouts: list[list[Rollout]] = []
     with asyncio.Runner() as loop:
         print("starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None, first_step=0))
+        engine = loop.run(open_engine(job, accelerator, None, first_step=0)).engine
         assert isinstance(engine, VllmEngine)
         try:
             sampler: Engine = engine

@@ -96,6 +96,10 @@ class ScriptEngine:
     async def publish(self, weights: Path, version: int) -> None:
         raise NotImplementedError
 
+    async def sleep(self) -> None: ...
+
+    async def wake_up(self) -> None: ...
+
     def shutdown(self) -> None: ...
 
 

@@ -164,6 +164,7 @@ MODULES = {
     "writes": "import os\nopen(os.path.join(os.path.dirname(__file__), 'written'), 'w').write('x')",
     "connects": "import socket\nsocket.socket()",
     "runs": "import subprocess\nsubprocess.run(['/bin/true'], check=True)",
+    "asks": "import tempfile\nFOLDER = tempfile.gettempdir()",
     "two_names/__init__": "def both(): return 1.0",
     "two_names/both": "",
 }
@@ -249,6 +250,12 @@ def grade(sample, item):
     names = "\n".join(f"try: import {name}\nexcept Exception: pass" for name in ("writes", "connects", "runs"))
     assert (await grade_of(names + done, way, monkeypatch)).reward == 0
     assert not (packages / "written").exists()
+
+
+@pytest.mark.parametrize("way", WALLS)
+async def test_a_package_may_ask_for_the_temporary_folder_while_it_is_loaded(packages, monkeypatch, way):
+    source = "import asks\ndef grade(sample, item): return asks.FOLDER == '/scratch'"
+    assert (await grade_of(source, way, monkeypatch)).reward == 1
 
 
 def test_no_more_is_kept_of_what_a_grading_writes_than_its_first_or_last_bytes():

@@ -18,6 +18,7 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -140,6 +141,9 @@ class Worker:
         if (fault := self._try_out()) is not None:
             self._say({"fault": fault})
             return
+        if self._settings.isolation != "none":
+            # Packages ask for it while they are loaded, and would look for a folder that can be written to now.
+            tempfile.tempdir = namespaces.SCRATCH
         for name, attributes in self._settings.imports:
             # Whatever goes wrong, `SystemExit` included: the grading itself meets the same error, and reports it.
             with contextlib.suppress(BaseException):

@@ -83,7 +83,11 @@ class OrdersCalls(Protocol):
 
 
 class World(Protocol):
-    """What a whole run shares: it supplies tasks and opens one `Env` per episode."""
+    """What a whole run shares: it supplies tasks and opens one `Env` per episode.
+
+    May also have `check(task)`, which raises `UserError` before the run for a task that it can't open, `sweep`,
+    `take_metrics` and `aclose` (see `envs.remote.world`).
+    """
 
     def make_env(self) -> Env:
         """A fresh environment; called once per episode, on the event loop, in the order of the episodes.

@@ -15,15 +15,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Env, ExpertTurn, World
-from envs.errors import UserError
-from envs.loading import TARGET_PATTERN, check_order, load_target, make
+from envs.errors import UserError, told_of
+from envs.loading import TARGET_PATTERN, check_order, load_target, looked_at, make
 from envs.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.tools import Tool
-from envs.trl_env import TrlEnv, TrlKind, trl_kind
+from envs.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.types import Message, Task
 from envs.users import UserConfig
 
-_OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep")
+_OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep", "check")
 _NUM_OWN_TASKS = 64
 """Of an environment that owns its data; each is a `seed`, for those whose `reset` takes one."""
 
@@ -52,12 +52,14 @@ class CustomWorld:
         self._world: World | None = None
         self._toolbox: dict[str, Tool] | None = None
         self._kinds: dict[str | None, TrlKind] = {}
-        if isinstance(self._target, dict):
+        if isinstance(self._target, dict) and self._target:
             self._kinds = {name: self._kind(name, factory, config) for name, factory in self._target.items()}
         elif not config.kwargs and is_toolbox(self._target):
             self._toolbox = read_toolbox(self._target, self._where)
         elif callable(self._target):
-            self._look_at(self._make())
+            with looked_at(self._where):
+                made = self._make()
+            self._look_at(made)
         elif hasattr(self._target, "make_env"):
             self._world = self._target
         else:
@@ -65,6 +67,8 @@ class CustomWorld:
         for name in _OPTIONAL_HOOKS:
             if hook := getattr(self._world, name, None):
                 setattr(self, name, hook)
+        if self._kinds:
+            self.check = self._check_row
 
     def _look_at(self, made: Any) -> None:
         if hasattr(made, "make_env"):
@@ -90,9 +94,17 @@ class CustomWorld:
     def _kind(self, name: Any, factory: Any, config: CustomEnvConfig) -> TrlKind:
         where = f"{self._where}[{name!r}]"
         make_one = functools.partial(make, factory, config.kwargs, where=where)
-        if not callable(factory) or not callable(getattr(made := make_one(), "reset", None)):
+        made = None
+        if callable(factory):
+            with looked_at(where):
+                made = make_one()
+        if not callable(getattr(made, "reset", None)):
             raise UserError(f"{where}: expected a TRL-style environment class (reset)")
         return trl_kind(make_one, made, where)
+
+    def _check_row(self, task: Task) -> None:
+        with told_of(self._where):
+            kind_and_row(self._kinds, task)
 
     def make_env(self) -> Env:
         if self._world is not None:
@@ -111,7 +123,13 @@ class CustomWorld:
         tasks = self._own("tasks")
         if tasks is None:
             raise UserError(f"data: {self._where} has no tasks of its own; expected a data section with train and eval")
-        found: Sequence[Task] = tasks(split)
+        with looked_at(f"{self._where}: tasks({split!r})"):
+            found = tasks(split)
+        if not isinstance(found, Sequence) or not found or not all(isinstance(task, Task) for task in found):
+            raise UserError(
+                f"{self._where}: tasks({split!r}): expected a list of envs.types.Task, with one at least, got "
+                f"{found!r:.80}"
+            )
         return found
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:

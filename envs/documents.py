@@ -1,7 +1,9 @@
-"""A file that holds one value which a user wrote: a config, a grader, a list of tools."""
+"""What a user wrote as one value: a file with a config, a grader, a list of tools; or a `KEY=VALUE` beside it."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from envs.errors import UserError
 from envs.json_text import read_strict_json
 
 _YAML = (".yaml", ".yml")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class _DistinctKeys(yaml.SafeLoader):
@@ -28,6 +31,11 @@ class _DistinctKeys(yaml.SafeLoader):
                     raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
                 seen.add((key.tag, key.value))
         return node
+
+
+def read_yaml(text: str) -> Any:
+    """The value. Raises `yaml.YAMLError`, also for a key that stands twice, `ValueError` or `RecursionError`."""
+    return yaml.load(text, _DistinctKeys)
 
 
 def read_document(path: Path, where: str) -> Any:
@@ -51,9 +59,27 @@ def read_document(path: Path, where: str) -> Any:
             if suffix == ".json":
                 raise UserError(f"{where}: {e}") from None
     try:
-        return yaml.load(text, _DistinctKeys)
+        return read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid {'YAML' if suffix in _YAML else 'JSON or YAML'}: {e}") from e
+
+
+def check_writable(path: Path, where: str, *, is_folder: bool = False) -> None:
+    """Raise `UserError` where what is to be written in the end can't be: nothing is made for it here.
+
+    `where` names the option. Of a folder those above it may be missing too.
+    """
+    if path.exists() and path.is_dir() != is_folder:
+        raise UserError(f"{where} {path}: is a {'file; expected a folder' if is_folder else 'folder; expected a file'}")
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+        if not is_folder and not place.exists():
+            raise UserError(f"{where} {path}: there is no folder {place}")
+    if place != path and not place.is_dir():
+        raise UserError(f"{where} {path}: {place} is a file; expected a folder")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{where} {path}: can't be written: {place} is not writable")
 
 
 def from_file(what: str) -> Callable[[Any], Any]:
@@ -63,3 +89,35 @@ def from_file(what: str) -> Callable[[Any], Any]:
         return read_document(Path(value), f"{what} file {value}") if isinstance(value, str) else value
 
     return read
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one key in place, by `key.sub=value` with a value in YAML; of a key given twice the later goes.
+
+    Raises `UserError`.
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {override!r}: expected KEY=VALUE, for example optim.learning_rate=2e-5")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section{_instead(node)}")
+    try:
+        node[last] = read_yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        problem = getattr(e, "problem", None) or str(e)
+        raise UserError(f"override {override!r}: the value is not valid YAML: {problem}") from e
+    # YAML 1.1 reads 2e-5 as text; people write it as a number.
+    if isinstance(node[last], str) and _NUMBER.fullmatch(node[last]):
+        node[last] = float(node[last])
+
+
+def _instead(node: Any) -> str:
+    if isinstance(node, list):
+        return "; a list is given as a whole: KEY=[...]"
+    return f" but {node!r}" if isinstance(node, str) else ""

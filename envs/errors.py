@@ -14,7 +14,8 @@ Faults of our own code are plain Python errors and stop the run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+import difflib
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 from envs.terminal import clean
 
@@ -52,6 +53,23 @@ class PublishError(AgentRFTError):
 
 class EngineHungError(AgentRFTError):
     """The engine lives but answers nothing any more."""
+
+
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Put in front of a `UserError` of what it is told: a row's file and line, a key; nothing where that is empty."""
+    try:
+        yield
+    except UserError as e:
+        if not where:
+            raise
+        raise UserError(f"{where}: {e}") from e
+
+
+def nearest(word: object, known: Iterable[object]) -> str:
+    """The question after a word that is none of those known, where one of them is like it; else empty."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -10,12 +10,12 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from envs.errors import UserError
+from envs.errors import AgentRFTError, UserError, nearest
 from envs.threads import THREADS
 
 TARGET_PATTERN = r"^[^:]+:[A-Za-z_][\w.]*$"
@@ -37,8 +37,7 @@ def load_target(target: str, *, key: str) -> Any:
         try:
             found = getattr(found, part)
         except AttributeError:
-            close = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(part, [name for name in dir(found) if not name.startswith("_")])
             raise UserError(f"{where}: {place} has no {part!r}{hint}") from None
     return found
 
@@ -86,6 +85,18 @@ def _cause(error: Exception, path: Path | None) -> str:
     ]
     place = f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
     return f"can't be imported: {type(error).__name__}: {error}{place}"
+
+
+@contextlib.contextmanager
+def looked_at(where: str) -> Iterator[None]:
+    """Before a run, what the user's own code raises is theirs to mend: a `UserError` with the place. Ours pass."""
+    try:
+        yield
+    except AgentRFTError:
+        raise
+    except Exception as e:
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        raise UserError(f"{where}: raised {type(e).__name__}: {e} ({frame.filename}, line {frame.lineno})") from e
 
 
 def make(target: Any, kwargs: Mapping[str, Any], *, where: str) -> Any:

@@ -10,34 +10,80 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from envs.errors import nearest
+from envs.loading import TARGET_PATTERN
 from envs.secrets import without_secrets
+from envs.variables import NAME
 
 _MOST_LINES = 20
 _MAX_VALUE_CHARS = 200
+_URL = "expected a URL that begins with http:// or https://, or a ${NAME} that holds one"
+_PATTERNS = {
+    r"^(https?://|\$\{)": _URL,
+    r"^(https?://.+|\$\{.+|engine)$": f"{_URL}, or engine",
+    TARGET_PATTERN: "expected `package.module:Name` or `path/to/file.py:name`",
+    NAME: "expected the name of an environment variable",
+}
+"""What the patterns of our settings ask for."""
 
 
-def on_one_screen(what: str, error: ValidationError, root: type[BaseModel] | None = None) -> str:
+def on_one_screen(what: str, error: ValidationError, root: type[BaseModel] | None = None, given: Any = None) -> str:
     """Every bad key as it stands in the file, what was expected and, for an unknown one, the nearest known key.
 
-    `root` is the section that was validated; without it keys are named as pydantic names them.
+    `root` is the section that was validated; without it keys are named as pydantic names them. `given` is what stood
+    there as it was written: where that is the path of a file for what was found wrong, the file is named.
     """
-    lines = [f"{what}: {error.error_count()} problem{'s' * (error.error_count() > 1)}"]
-    lines += [f"  {_problem(details, root)}" for details in error.errors()]
+    problems = dict.fromkeys(_problem(details, root, given) for details in error.errors())
+    lines = [f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}", *(f"  {problem}" for problem in problems)]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
     return "\n".join(lines)
 
 
-def _problem(details: ErrorDetails, root: type[BaseModel] | None) -> str:
-    key, section = _locate(details["loc"], root)
+def _problem(details: ErrorDetails, root: type[BaseModel] | None, given: Any) -> str:
+    key, section, held = _locate(details["loc"], root)
+    file = _file_of(given, key, details["input"])
+    where = f"; in {file}" if file and file not in details["msg"] else ""
     if details["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(key, section)}"
+        return f"{key}: unknown key{_suggestion(key, section)}{where}"
     if details["type"] == "missing":
-        return f"{key}: required, but not given"
+        return f"{key}: required, but not given{where}"
+    if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{f'{key}.' if key else ''}type: {_of_types(details, held)}{where}"
     value = "" if isinstance(details["input"], dict) else repr(_shown_at(details["loc"], details["input"]))
     shown = value if len(value) <= _MAX_VALUE_CHARS else f"{value[:_MAX_VALUE_CHARS]} ..."
-    message = details["msg"].removeprefix("Value error, ")
-    return (f"{key}: " if key else "") + message + (f" (got {shown})" if shown else "")
+    return (f"{key}: " if key else "") + _expected(details) + (f" (got {shown})" if shown else "") + where
+
+
+def _expected(details: ErrorDetails) -> str:
+    """pydantic's words, but for those that speak of its own classes or of regular expressions."""
+    if details["type"] in ("model_type", "model_attributes_type"):
+        return details["msg"].partition(" or ")[0]
+    if details["type"] == "string_pattern_mismatch":
+        return _PATTERNS.get(details["ctx"]["pattern"], details["msg"])
+    return details["msg"].removeprefix("Value error, ")
+
+
+def _of_types(details: ErrorDetails, held: Any) -> str:
+    """Which `type` a section of several kinds may have."""
+    known = [tag for member in _sections_in(held) if (tag := _tag(member))]
+    expected = details["ctx"].get("expected_tags") or ", ".join(map(repr, known))
+    if details["type"] == "union_tag_not_found":
+        return f"required, one of {expected}"
+    tag = str(details["ctx"].get("tag"))
+    return f"expected one of {expected} (got {tag!r}){nearest(tag, known or expected.replace(chr(39), '').split(', '))}"
+
+
+def _file_of(given: Any, key: str, found: Any) -> str:
+    """The path that stands in `given` on the way to `key`, where what was found wrong was read from that file."""
+    for step in key.split(".") if key else ():
+        if isinstance(given, str):
+            return given
+        try:
+            given = given[int(step)] if isinstance(given, list) else given[step]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return ""
+    return given if isinstance(given, str) and given != found else ""
 
 
 def _shown_at(location: Sequence[str | int], value: Any) -> Any:
@@ -53,22 +99,30 @@ def _shown_at(location: Sequence[str | int], value: Any) -> Any:
     return shown
 
 
-def _locate(location: Sequence[str | int], root: type[BaseModel] | None) -> tuple[str, type[BaseModel] | None]:
-    """The key as it stands in the file, and the section that holds it; pydantic's location names union members too."""
+def _locate(location: Sequence[str | int], root: type[BaseModel] | None) -> tuple[str, type[BaseModel] | None, Any]:
+    """The key as it stands in the file, the section that holds it, and what it may hold.
+
+    pydantic's location names union members too.
+    """
     keys: list[str] = []
     section: type[BaseModel] | None = None
     held: Any = root
     parts = [str(part) for part in location if "[" not in str(part)]
     while parts:
         members = {_tag(member): member for member in _sections_in(held)}
-        inner = members.get(parts.pop(0)) if len(members) > 1 else next(iter(members.values()), None)
+        if len(members) > 1:
+            inner = members.get(parts.pop(0))
+        else:
+            inner = next(iter(members.values()), None)
+            if parts[0] in _alternatives(held):
+                parts.pop(0)
         if not parts:
             break
         section = inner
         keys.append(parts.pop(0))
         field = section.model_fields.get(keys[-1]) if section else None
         held = field.annotation if field else _values_of(held)
-    return ".".join(keys), section
+    return ".".join(keys), section, held
 
 
 def _tag(section: type[BaseModel]) -> str:
@@ -92,6 +146,15 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, UnionType, Annotated):
         for member in get_args(annotation):
             yield from _sections_in(member)
+
+
+def _alternatives(annotation: Any) -> set[str]:
+    """The names by which pydantic tells apart what a field may hold: text or a section, say."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) not in (Union, UnionType):
+        return set()
+    return {getattr(member, "__name__", "") for member in get_args(annotation)}
 
 
 def _values_of(annotation: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from envs.errors import UserError
+from envs.errors import UserError, nearest
 from envs.json_text import read_strict_json
 
 
@@ -57,9 +57,9 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
         # Not splitlines: a JSON string may hold line separators of Unicode.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as e:
-        raise UserError(f"{key} {path}: {e.strerror or e}") from e
+        raise UserError(f"{key} {path}: {e.strerror or e}{_hint(path)}") from e
     except UnicodeDecodeError as e:
-        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}{_hint(path)}") from e
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -69,7 +69,17 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
         try:
             yield number, where, read_strict_json(line)
         except ValueError as e:
-            raise UserError(f"{where}: {e}") from None
+            raise UserError(f"{where}: {e}{_hint(path)}") from None
+
+
+def _hint(path: Path) -> str:
+    """What can be read in its place, for a path that is no JSONL file by its looks."""
+    if path.is_dir() or path.suffix.lower() in (".parquet", ".arrow", ".csv", ".tsv"):
+        folder = path if path.is_dir() else path.parent
+        return f"; expected a JSONL file, or a folder of Parquet, JSON or CSV files as {{dataset: {folder}}}"
+    if not path.exists() and path.parent.is_dir():
+        return nearest(path.name, (file.name for file in path.parent.iterdir()))
+    return ""
 
 
 def _of_dataset(source: DatasetSource, key: str) -> Iterator[tuple[int, str, Any]]:

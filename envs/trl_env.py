@@ -27,7 +27,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from envs.errors import ToolError, UserError, WorldError
+from envs.errors import ToolError, UserError, WorldError, nearest
 from envs.loading import accepted, call_user, is_async, required, required_by_name
 from envs.tools import Tool, tool
 from envs.trl_schema import trl_schema
@@ -61,6 +61,33 @@ def trl_kind(make: Callable[[], Any], made: Any, where: str) -> TrlKind:
     return kind
 
 
+def kind_and_row(kinds: Mapping[str | None, TrlKind], task: Task) -> tuple[TrlKind, dict[str, Any]]:
+    """Whose environment the task is, and what its `reset` may be given.
+
+    Raises `UserError` for a task of no known environment, or without a key that `reset` needs.
+    """
+    row = {**task.item, "prompt": [message.to_openai() for message in task.messages]}
+    if "messages" not in task.item:
+        # A row in trl's form: its own prompt, text or messages, as trl hands it on.
+        row |= task.item
+    kind = kinds.get(None)
+    if kind is None:
+        name = row.pop("environment", None)
+        known = ", ".join(map(repr, kinds))
+        if name is None:
+            raise UserError(f"task {task.task_id!r}: environment: required, one of {known}; the row does not name it")
+        if not isinstance(name, str) or name not in kinds:
+            hint = nearest(name, kinds)
+            raise UserError(f"task {task.task_id!r}: environment: expected one of {known}, got {name!r}{hint}")
+        kind = kinds[name]
+    if missing := [name for name in kind.needs if name not in row]:
+        raise UserError(
+            f"task {task.task_id!r} has no key {missing[0]!r}, which the reset() of the environment needs; its keys "
+            f"are {', '.join(row)}{nearest(missing[0], row)}"
+        )
+    return kind, row
+
+
 class TrlEnv:
     """One rollout's TRL-style environment.
 
@@ -91,18 +118,7 @@ class TrlEnv:
         return self._tools if self._kind is None else {name: self._tools[name] for name in self._kind.tools}
 
     async def open(self, task: Task, rollout_id: str) -> None:
-        row = {**task.item, "prompt": [message.to_openai() for message in task.messages]}
-        if "messages" not in task.item:
-            # A row in trl's form: its own prompt, text or messages, as trl hands it on.
-            row |= task.item
-        if None in self._kinds:
-            self._kind = self._kinds[None]
-        else:
-            name = row.pop("environment", None)
-            if name not in self._kinds:
-                known = ", ".join(map(repr, self._kinds))
-                raise UserError(f"{task.task_id}: environment: expected one of {known}, got {name!r}")
-            self._kind = self._kinds[name]
+        self._kind, row = kind_and_row(self._kinds, task)
         # Kinds may have tools of one name.
         self._tools |= {n: dataclasses.replace(t, function=self._bound(n)) for n, t in self._kind.tools.items()}
         self._instance = await call_user(self._kind.make)

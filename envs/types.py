@@ -133,6 +133,8 @@ class Task:
     definitions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The row's own definitions of its tools (Chat Completions JSON, as it stands there) by name; remote tools take
     their schemas here."""
+    where: str = field(default="", compare=False)
+    """The file and line of the row; empty for a world's own task."""
     item: Mapping[str, Any] = field(default_factory=dict)
     """The whole row, `messages` and `tools` included; graders and environments read it (the gold answer, say). Of a
     world's own task its data alone: `graders.sample.item_of` adds the two."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from envs.errors import UserError
+from envs.errors import UserError, nearest
 from envs.types import Episode, StopReason, Task
 
 
@@ -20,7 +20,10 @@ def gold_text(task: Task, answer_key: str) -> str:
     """The gold answer as text. Raises `UserError` when the task has none under this key."""
     if answer_key not in task.item:
         keys = ", ".join(sorted(task.item)) or "none"
-        raise UserError(f"task {task.task_id}: no gold answer under answer_key {answer_key!r}; its keys are: {keys}")
+        raise UserError(
+            f"task {task.task_id}: no gold answer under answer_key {answer_key!r}; its keys are: {keys}"
+            f"{nearest(answer_key, task.item)}"
+        )
     gold = task.item[answer_key]
     if isinstance(gold, bool) or not isinstance(gold, str | int | float) or not str(gold).strip():
         raise UserError(f"task {task.task_id}: the gold answer under {answer_key!r} must be text or a number: {gold!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from envs.errors import told_of
 from envs.types import Task
 from graders.config import (
     CustomConfig,
@@ -24,7 +25,7 @@ from graders.config import (
     pass_threshold,
 )
 from graders.exact import ExactGrader
-from graders.judge import Judge
+from graders.judge import Judge, JudgeReply, JudgeRequest
 from graders.numeric import NumericGrader
 from graders.penalties import PenalisedGrader
 from graders.types import Grader
@@ -42,11 +43,47 @@ def build_grader(
     grader = build_scorer(config, judge=judge)
     if check := getattr(grader, "check", None):
         for task in tasks:
-            check(task)
+            with told_of(task.where):
+                check(task)
     threshold = pass_threshold(config)
     return PenalisedGrader(
         grader, penalties, threshold=threshold, floor=threshold if has_continuous_scores(config) else None
     )
+
+
+def check_grader(config: GraderConfig | SingleGraderConfig) -> None:
+    """Raise `UserError` for a template, formula or source that can't be read. Asks nobody and loads nothing.
+
+    What needs a library, this machine or the user's own code is found by `build_grader`.
+    """
+    match config:
+        case MultiConfig():
+            from graders.multi import formula_of
+
+            formula_of(config)
+            for name, inner in config.graders.items():
+                with told_of(f"graders.{name}"):
+                    check_grader(inner)
+        case PythonConfig():
+            from graders.python import check_source
+
+            check_source(config.source)
+        case TextSimilarityConfig():
+            from graders.templates import Template
+
+            for key in ("input", "reference"):
+                Template(getattr(config, key), where=f"grader {config.name!r}: {key}")
+        case StringCheckConfig() | ScoreModelConfig() | LabelModelConfig():
+            build_scorer(config, judge=NobodyAsked())
+
+
+class NobodyAsked:
+    """Stands in for the judge where graders are only checked: it needs no key and no server."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        raise AssertionError("a grader that is only checked asks no judge")
+
+    async def aclose(self) -> None: ...
 
 
 def build_scorer(config: GraderConfig | SingleGraderConfig, *, judge: Judge | None = None) -> Grader:
@@ -87,7 +124,11 @@ def build_scorer(config: GraderConfig | SingleGraderConfig, *, judge: Judge | No
         case MultiConfig():
             from graders.multi import MultiGrader
 
-            return MultiGrader(config, {name: build_scorer(c, judge=judge) for name, c in config.graders.items()})
+            graders: dict[str, Grader] = {}
+            for name, inner in config.graders.items():
+                with told_of(f"graders.{name}"):
+                    graders[name] = build_scorer(inner, judge=judge)
+            return MultiGrader(config, graders)
 
 
 def _needed(judge: Judge | None) -> Judge:

@@ -324,6 +324,14 @@ class JudgeConfig(_Settings):
     max_retries: int = Field(default=3, ge=0)
     cache_size: int = Field(default=100_000, ge=0, description="Answers kept, by content; 0 turns the cache off.")
 
+    @field_validator("base_url")
+    @classmethod
+    def _ends_before_the_path(cls, url: str) -> str:
+        for path in ("/chat/completions", "/completions"):
+            if url.rstrip("/").endswith(path):
+                raise ValueError(f"expected the URL up to /v1; {path} is added to it")
+        return url
+
 
 class PenaltyConfig(_Settings):
     """A penalty of `slope` for each unit over the free allowance, never below `floor`."""

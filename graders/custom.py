@@ -26,8 +26,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from envs.errors import Unscored, UserError, first_error
-from envs.loading import accepted, call_user, check_order, load_target, make, required, required_by_name
+from envs.errors import Unscored, UserError, first_error, nearest
+from envs.loading import accepted, call_user, check_order, load_target, looked_at, make, required, required_by_name
 from envs.trl_env import live_environment
 from envs.types import Episode, Message, Task
 from graders.config import CustomConfig
@@ -64,7 +64,8 @@ def _load(name: str, kwargs: Mapping[str, Any], grader_name: str, *, key: str) -
     target = load_target(name, key=key)
     is_factory = callable(target) and not isinstance(target, type) and not callable(getattr(target, "grade", None))
     if isinstance(target, type) or (is_factory and (kwargs or _is_bare_factory(target))):
-        target = make(target, kwargs, where=where)
+        with looked_at(where):
+            target = make(target, kwargs, where=where)
     elif kwargs:
         raise UserError(f"{where}: kwargs: a class or a factory is called with them, not {type(target).__name__}")
     if callable(getattr(target, "grade", None)):
@@ -200,7 +201,10 @@ class _FunctionGrader:
 
     def check(self, task: Task) -> None:
         if missing := [column for column in self._columns if column not in task.item or column in _RESERVED]:
-            raise UserError(f"{self._where}: task {task.task_id!r} has no key {missing[0]!r}, which the function needs")
+            raise UserError(
+                f"{self._where}: task {task.task_id!r} has no key {missing[0]!r}, which the function needs"
+                f"{nearest(missing[0], [key for key in task.item if key not in _RESERVED])}"
+            )
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
         notes: list[str] = []

@@ -12,6 +12,21 @@ from graders.formula import Formula, FormulaError
 from graders.types import Grade, Grader, GraderErrorKind, taken_metrics
 
 
+def formula_of(config: MultiConfig) -> Formula:
+    """The formula. Raises `UserError` where it can't be read, and where it does not use each grader by its name."""
+    for name in config.graders:
+        if not name.isidentifier():
+            raise UserError(f"grader {config.name!r}: the formula can't name {name!r}; use letters, digits and _")
+    formula = Formula(config.calculate_output, config.graders)
+    unused = [name for name in config.graders if name not in formula.names]
+    if unused:
+        raise UserError(
+            f"grader {config.name!r}: calculate_output does not use {', '.join(map(repr, unused))}; add it to the "
+            f"formula or remove it from graders"
+        )
+    return formula
+
+
 class MultiGrader:
     """Asks all its graders at once. The reward is the formula's value, or `invalid_grade` where it has none.
 
@@ -22,16 +37,7 @@ class MultiGrader:
     def __init__(self, config: MultiConfig, graders: Mapping[str, Grader]) -> None:
         self._config = config
         self._graders = dict(graders)
-        for name in self._graders:
-            if not name.isidentifier():
-                raise UserError(f"grader {config.name!r}: the formula can't name {name!r}; use letters, digits and _")
-        self._formula = Formula(config.calculate_output, self._graders)
-        unused = [name for name in self._graders if name not in self._formula.names]
-        if unused:
-            raise UserError(
-                f"grader {config.name!r}: calculate_output does not use {', '.join(map(repr, unused))}; add it to the "
-                f"formula or remove it from graders"
-            )
+        self._formula = formula_of(config)
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
         grades = await self._grades(task, episode)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from envs.errors import UserError
+from envs.errors import UserError, nearest
 from envs.types import Task
 from graders.sample import SAMPLE_KEYS, item_of
 from graders.types import GraderErrorKind
@@ -98,6 +98,7 @@ class Template:
                 keys = ", ".join(sorted(item)) or "none"
                 raise UserError(
                     f"{self._where}: task {task.task_id} has no {{{{ {variable.text} }}}}; its item's keys are: {keys}"
+                    f"{nearest(variable.steps[0], item) if variable.steps[0] not in item else ''}"
                 ) from None
 
 
@@ -141,5 +142,6 @@ def _parse(text: str, start: int, where: str) -> tuple[Variable, int]:
     if end is None or not steps or isinstance(steps[0], int):
         raise refuse(f"can't read the variable {shown}")
     if head["namespace"] == "sample" and steps[0] not in SAMPLE_KEYS:
-        raise UserError(f"{where}: {path} does not exist; a sample has {', '.join(SAMPLE_KEYS)}")
+        hint = nearest(steps[0], SAMPLE_KEYS)
+        raise UserError(f"{where}: {path} does not exist; a sample has {', '.join(SAMPLE_KEYS)}{hint}")
     return Variable(text=path, namespace=head["namespace"], steps=tuple(steps)), end.end()

@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from envs.documents import check_writable
 from envs.errors import UserError
 from envs.terminal import console, run, say
 
@@ -39,8 +40,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from trainer.compare_page import render_markdown, render_terminal, write_compare_page
 
     out: Path = arguments.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; expected a folder")
+    check_writable(out, "--out", is_folder=True)
     comparison = compare(read_policies(arguments.policies), by=arguments.by, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
     page = write_compare_page(comparison, out / "compare.html", demo=arguments.demo)

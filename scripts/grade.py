@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from envs.documents import from_file, read_document
+from envs.documents import check_writable, from_file, read_document
 from envs.errors import Unscored, UserError, WorldError
 from envs.problems import on_one_screen
 from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
-from graders.build import build_grader
+from graders.build import NobodyAsked, build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
-from graders.judge import CachedJudge, JudgeReply, JudgeRequest, build_judge
+from graders.judge import CachedJudge, build_judge
 from graders.sample_file import Row, read_samples
 from graders.types import Grade, Grader, GraderErrorKind
 
@@ -84,6 +84,8 @@ def main() -> int:
             text = json.dumps(shown, ensure_ascii=False, indent=2)
             print(text if without_control(text) == text else json.dumps(shown, indent=2))
             return 0
+        if arguments.json:
+            check_writable(arguments.json, "--json")
         graded = asyncio.run(_grade_all(settings, rows, arguments.samples, arguments.concurrency))
         if arguments.json:
             lines = (json.dumps(as_hosted(g, settings.grader), ensure_ascii=False) for g in graded)
@@ -138,7 +140,7 @@ def _read_settings(arguments: argparse.Namespace) -> _Settings:
     try:
         return _Settings.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"grader {path}", e, _Settings)) from None
+        raise UserError(on_one_screen(f"grader {path}", e, _Settings, data)) from None
 
 
 # ---- grading
@@ -148,19 +150,10 @@ def _types(config: GraderConfig) -> set[str]:
     return {"multi", *(g.type for g in config.graders.values())} if isinstance(config, MultiConfig) else {config.type}
 
 
-class _NobodyAsked:
-    """Stands in for the judge where graders are only checked: it needs no key and no server."""
-
-    async def ask(self, request: JudgeRequest) -> JudgeReply:
-        raise AssertionError("a grader that is only checked asks no judge")
-
-    async def aclose(self) -> None: ...
-
-
 def _build(
     settings: _Settings, rows: Sequence[Row], source: Path | None, *, asks: bool = True
 ) -> tuple[Grader, CachedJudge | None]:
-    judge = None if asks else CachedJudge(_NobodyAsked(), 0)
+    judge = None if asks else CachedJudge(NobodyAsked(), 0)
     if asks and _types(settings.grader) & {"score_model", "label_model"}:
         if settings.judge.base_url == "engine":
             raise UserError("judge.base_url: the run's own engine does not run here; name a server with --judge-url")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,30 +39,49 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         runs = _runs(arguments.config, arguments.overrides, arguments.set)
+        launch = _launch(arguments.launch)
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
         return 2
     train = Path(__file__).with_name("train.py")
     for name, overrides in runs.items():
         say(f"--- {name}")
-        command = [*shlex.split(arguments.launch), str(train), "--config", str(arguments.config), *overrides]
+        command = [*launch, str(train), "--config", str(arguments.config), *overrides]
         if code := subprocess.run(command).returncode:
             return code
     say(_table({name: load_config(arguments.config, overrides).output_dir for name, overrides in runs.items()}))
     return 0
 
 
+def _launch(text: str) -> list[str]:
+    """The command that starts each run. Raises `UserError` where there is none of that name."""
+    try:
+        launch = shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"--launch {text!r}: {e}") from None
+    if not launch or shutil.which(launch[0]) is None:
+        raise UserError(
+            f"--launch {text!r}: no such command; expected accelerate launch --num_processes 8, for example"
+        )
+    return launch
+
+
 def _runs(config_path: Path, overrides: list[str], swept: list[str]) -> dict[str, list[str]]:
     """The overrides of each run under its name; every config is checked before the first run starts."""
     base: RunConfig = load_config(config_path, overrides)
-    axes = []
+    axes: dict[str, list[str]] = {}
     for axis in swept:
         key, equals, values = axis.partition("=")
-        if not equals or not values:
+        if not equals or not all(each := values.split(",")):
             raise UserError(f"--set {axis!r}: expected KEY=V1,V2, for example seed=0,1,2")
-        axes.append([f"{key}={value}" for value in values.split(",")])
+        if key == "output_dir" or key in axes:
+            why = "each run has a folder of its own" if key == "output_dir" else "its values stand twice"
+            raise UserError(f"--set {axis!r}: {why}; expected another key")
+        if twice := [value for value in each if each.count(value) > 1]:
+            raise UserError(f"--set {axis!r}: {twice[0]} stands twice; expected each value once")
+        axes[key] = [f"{key}={value}" for value in each]
     runs: dict[str, list[str]] = {}
-    for combination in itertools.product(*axes):
+    for combination in itertools.product(*axes.values()):
         name = "-".join(combination) or "run"
         runs[name] = [*overrides, *combination, f"output_dir={base.output_dir / name}"]
         load_config(config_path, runs[name])

@@ -3,6 +3,8 @@
 `accelerate launch scripts/train.py ...` runs it on several GPUs. Exit codes: 0 done, 2 something in the input is wrong
 (nothing was loaded), 1 anything else, 130 interrupted; the same command resumes.
 
+`--check` looks at config, rows, tools, graders and servers, says what it found, and trains nothing.
+
 `--hosted-job job.json` takes a job of the hosted service and says what it could not take over; `--config` and KEY=VALUE
 add what the hosted service never knew and go before the job. `--write-config run.yaml` writes it as a config and runs
 nothing.
@@ -20,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from envs.documents import check_writable
 from envs.errors import UserError
 from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
@@ -38,8 +41,13 @@ def main() -> int:
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
+        if arguments.write_config is not None:
+            check_writable(arguments.write_config, "--write-config")
         if (job := _hosted_job(arguments)) is None:
-            folder = _train(load_config(arguments.config, arguments.overrides))
+            config = load_config(arguments.config, arguments.overrides)
+            if arguments.check:
+                return _check(config)
+            folder = _train(config)
         else:
             if is_main:
                 for remark in job.remarks:
@@ -47,6 +55,8 @@ def main() -> int:
             if arguments.write_config is not None:
                 _write(arguments.write_config, job)
                 return 0
+            if arguments.check:
+                return _check(job.config)
             folder = _train_job(job, is_main=is_main)
     except UserError as e:
         if is_main:
@@ -64,6 +74,7 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; see configs/")
+    parser.add_argument("--check", action="store_true", help="check everything that can be wrong, and end")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example optim.learning_rate=2e-5")
     hosted = parser.add_argument_group("from the hosted service")
     hosted.add_argument("--hosted-job", type=Path, metavar="JSON", help="a fine-tuning job's JSON")
@@ -92,6 +103,15 @@ def _hosted_job(arguments: argparse.Namespace) -> TakenJob | None:
         training_file=arguments.training_file,
         validation_file=arguments.validation_file,
     )
+
+
+def _check(config: RunConfig) -> int:
+    from trainer.check import check_run
+
+    for what, found in check_run(config):
+        say(f"{what:<13}{found}")
+    say("nothing is wrong that can be seen before a model is loaded; nothing was loaded or trained")
+    return 0
 
 
 def _train(config: RunConfig, *, beside: Mapping[str, str] | None = None) -> Path:

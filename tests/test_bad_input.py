@@ -175,6 +175,13 @@ def test_two_rules_that_choose_the_tasks(tmp_path, setting):
     assert "rollout.stratify_by: the curriculum chooses by difficulty; leave one of the two out" in message
 
 
+def test_a_check_ends_as_training_would(tmp_path, setting):
+    message = refused(tmp_path, setting, "--check", "optim.num_steps=many")
+    assert "optim.num_steps: Input should be a valid integer" in message
+    message = refused(tmp_path, setting, "--check", "model.name=./no/such/model")
+    assert "model.name: './no/such/model' can't be loaded" in message
+
+
 def test_a_misspelt_key_of_a_data_set_and_a_source_of_neither_kind(tmp_path, setting):
     data = {"train": {"dataset": "a/b", "spilt": "test"}, "eval": 5}
     message = refused(tmp_path, setting | {"data": data})

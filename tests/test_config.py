@@ -188,7 +188,9 @@ MULTI = {
     ids=["dict", "list", "one"],
 )
 def test_the_graders_inside_a_multi_come_as_mapping_list_or_one(graders):
-    config = validate_config(MINIMAL | {"grader": MULTI | {"graders": graders}}, source="c.yaml")
+    formula = "near" if "type" in graders else MULTI["calculate_output"]
+    grader = MULTI | {"graders": graders, "calculate_output": formula}
+    config = validate_config(MINIMAL | {"grader": grader}, source="c.yaml")
     assert "near" in config.grader.graders
 
 

@@ -263,7 +263,7 @@ def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shel
         ("g.json", {"type": "multi", "graders": {"a": EXACT}, "calculate_output": "a + b"}, "b"),
         ("g.json", {**EXACT, "input": "{{sample.output}}"}, "sample.output"),
         ("g.json", {"type": "custom", "target": "no_such_module:f"}, "No module named 'no_such_module'"),
-        ("g.json", {"type": "guess"}, "grader: Input tag 'guess'"),
+        ("g.json", {"type": "guess"}, "grader.type: expected one of 'exact', 'numeric', "),
         ("g.json", [], "problem"),
         ("g.yaml", {"output_dir": "x"}, "grader: required, but not given"),
         ("g.yaml", "a: [", "g.yaml: not valid YAML"),

@@ -432,13 +432,13 @@ def test_a_wrong_hyperparameter_is_named_by_its_key_in_the_job(write, key, value
         (job_of() | {"seed": "1"}, "seed: Input should be a valid integer"),
         (job_of() | {"integrations": [{"type": "mlflow"}]}, "integrations.0.type: Input should be 'wandb'"),
         (job_of(max_episode_steps=0), "method.reinforcement.max_episode_steps: Input should be greater than or"),
-        (job_of(tools=[{"name": "a", "server_url": "ftp://a"}]), "method.reinforcement.tools.0.server_url: String"),
+        (job_of(tools=[{"name": "a", "server_url": "ftp://a"}]), "reinforcement.tools.0.server_url: expected a URL"),
         (job_of(tools=[{"server_url": "http://a"}]), "method.reinforcement.tools.0.name: required, but not given"),
         (job_of(grader=GRADER | {"operation": "x"}), "method.reinforcement.grader.operation: Input should be 'eq'"),
         (job_of(grader=GRADER | {"refrence": "x"}), "method.reinforcement.grader.refrence: unknown key; did you mean"),
         (job_of(grader=GRADER | {"type": "x"}), "method.reinforcement.grader"),
         (job_of(tools=[TOOLS[0], TOOLS[0]]), "two tools are named 'search'"),
-        (job_of(tools=[], response_format={"type": "xml"}), "rollout.response_format: Input tag 'xml'"),
+        (job_of(tools=[], response_format={"type": "xml"}), "rollout.response_format.type: expected one of 'json_"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_job_is_named(write, job, expected):

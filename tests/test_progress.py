@@ -104,6 +104,22 @@ def test_without_a_terminal_each_finished_phase_and_step_leaves_one_plain_line(t
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", done.stderr)
 
 
+def test_without_a_terminal_a_long_phase_is_not_silent(tmp_path: Path) -> None:
+    """The warm start of many minutes: how far it is, and that it goes on where nothing can be counted."""
+    script = """
+with Progress(log, 2, pulse_s=0.2) as progress:
+    progress.phase("warm start", total=16)
+    progress.advance(3, tokens=300)
+    time.sleep(1.5)
+    progress.phase("starting the engine")
+    time.sleep(1.5)
+"""
+    done, _ = _run_on_pipes(tmp_path, script)
+    lines = done.stderr.splitlines()
+    assert any(re.fullmatch(r"warm start: 3/16, [\d,]+ tokens/s, \d+ s so far", line) for line in lines), lines
+    assert any(re.fullmatch(r"starting the engine: \d+ s so far", line) for line in lines), lines
+
+
 def test_the_output_of_libraries_and_child_processes_goes_to_the_log_and_not_to_the_terminal(tmp_path: Path) -> None:
     done, log = _run_on_pipes(tmp_path, _WORK)
     for noise in _NOISES:

@@ -54,14 +54,14 @@ def test_a_row_that_the_template_refuses_is_named_before_a_model_is_loaded(
     tiny_model: Path, tmp_path: Path, messages: list[dict[str, str]], reason: str
 ) -> None:
     config = job_of(tiny_model, tmp_path, [GOOD, {"task_id": "odd", "messages": messages, "answer": "1"}])
-    with pytest.raises(UserError, match=rf"^task 'odd': model\.chat_template: it refuses .*{reason}"):
+    with pytest.raises(UserError, match=rf"line 2: task 'odd': model\.chat_template: it refuses .*{reason}"):
         prepare(config)
 
 
 def test_a_prompt_that_leaves_no_room_for_a_turn_is_named(tiny_model: Path, tmp_path: Path) -> None:
     long = {"task_id": "long", "messages": [{"role": "user", "content": "How much? " * 400}], "answer": "1"}
     with pytest.raises(
-        UserError, match=r"^rollout\.max_episode_tokens: the prompt of task 'long' alone has [\d,]+ tok"
+        UserError, match=r"line 2: rollout\.max_episode_tokens: the prompt of task 'long' alone has [\d,]+ tok"
     ):
         prepare(job_of(tiny_model, tmp_path, [GOOD, long]))
 

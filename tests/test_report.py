@@ -253,6 +253,19 @@ def test_adapter_serve_command_config_and_versions_are_named(run: Path) -> None:
     assert given and given["text"] == "vllm serve that"
 
 
+def test_the_heading_is_the_folders_name_and_each_auto_stands_beside_what_it_meant(run: Path) -> None:
+    (run / "config.yaml").write_text("model:\n  name: m\n  dtype: auto\nengine:\n  dtype: auto\n  publish: auto\n")
+    about = json.loads((run / "run.json").read_text())
+    resolved = {"model.dtype": "bfloat16", "engine.publish": "merged"}
+    (run / "run.json").write_text(json.dumps(about | {"resolved": resolved}))
+    page = _parse(write_report(run))
+    assert [e["text"] for e in page.all("h1")] == [run.name]
+    config = (page.by_id("config") or {})["text"].split("\n")
+    assert "  dtype: auto  # bfloat16" in config and "  publish: auto  # merged" in config
+    assert config[4] == "  dtype: auto"
+    assert {"quickstart-7", "bfloat16"} <= {e["text"] for e in page.all("b")}
+
+
 def test_health_counts_what_was_lost(run: Path) -> None:
     page = _parse(write_report(run))
     health = (page.by_id("health") or {})["text"]

@@ -122,7 +122,6 @@ def test_a_malformed_response_format_is_refused_by_its_key(tmp_path, response_fo
     [
         {"type": "object", "properties": {"n": {"type": "integer", "multipleOf": 5}}},
         {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
-        {"type": "nonsense"},
     ],
 )
 def test_a_schema_that_would_not_be_enforced_is_refused_before_anything_is_loaded(tmp_path, schema):
@@ -130,6 +129,20 @@ def test_a_schema_that_would_not_be_enforced_is_refused_before_anything_is_loade
     loaded = validate_config(config(tmp_path, response_format=response_format), source="test")
     with pytest.raises(UserError, match=r"rollout\.response_format: vLLM's xgrammar"):
         prepare(loaded)
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"type": "nonsense"}, "type: 'nonsense' is no type of JSON; expected one of array, boolean,"),
+        ({"properties": {"n": {"type": "strng"}}}, r"properties\.n\.type: 'strng' .*; did you mean 'string'\?"),
+        ({"properties": {"n": {"minimun": 1}}}, r"properties\.n\.minimun: .*did you mean 'minimum'\?"),
+        ({"required": "n"}, "required: 'n' is not of type 'array'"),
+    ],
+)
+def test_what_is_no_schema_is_told_in_our_words_with_its_place(schema, told):
+    with pytest.raises(UserError, match=rf"^rollout\.response_format: its schema is none: {told}"):
+        check_schema(json.dumps(schema))
 
 
 def test_a_task_that_offers_tools_is_refused_by_its_name(tmp_path, tiny_model):

@@ -228,10 +228,10 @@ def test_what_an_error_explains_stays_as_it_is(text):
     [
         (endpoint_of(headers={"X-Odd": 73311}), "grader.headers.X-Odd: Input should be a valid string"),
         (endpoint_of(headers="Bearer s3cret"), "grader.headers: Input should be a valid dictionary"),
-        (endpoint_of(url="bob:s3cret@h"), "grader.url: String should match pattern"),
+        (endpoint_of(url="bob:s3cret@h"), "grader.url: expected a URL that begins with http:// or https://"),
         (mcp_of(args="--api-key s3cret"), "args: Input should be a valid list"),
-        (judge_of(api_key_env="sk-s3cret"), "judge.api_key_env: String should match pattern"),
-        (judge_of(api_key_env="s3cret s3cret"), "judge.api_key_env: String should match pattern"),
+        (judge_of(api_key_env="sk-s3cret"), "judge.api_key_env: expected the name of an environment variable"),
+        (judge_of(api_key_env="s3cret s3cret"), "judge.api_key_env: expected the name of an environment variable"),
         (mcp_of(env={"PIN": 1, "PASSWORD": 73311}), "world.mcp.0.env.PASSWORD: Input should be a valid string"),
     ],
 )

@@ -92,13 +92,11 @@ def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_p
     row = {"messages": [{"role": "user", "content": "What was the profit of Acme?"}], "answer": "3 million"}
     rows.write_text(f"{json.dumps(row)}\n" * 2)
     data = {"train": str(rows), "eval": str(rows)}
-    own = prepare(
-        RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, data=data, warmstart=WARMSTART))
-    )
+    with pytest.raises(UserError, match=r"warmstart: there is nothing to imitate: .* the world has no expert"):
+        prepare(RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, data=data, warmstart=WARMSTART)))
+    own = prepare(RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, data=data)))
     ids = asyncio.run(canary_ids(own, name="canary"))
     assert len(ids) == 2 and "profit of Acme" in own.chat.decode(ids[0])
-    with pytest.raises(UserError, match="the world has none"):
-        rows_of(own)
 
 
 def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_own_turns_are(job: Job) -> None:

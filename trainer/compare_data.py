@@ -88,7 +88,10 @@ def _read(name: str, folder: Path, step: int | None) -> Policy:
 
 def _read_file(path: Path) -> list[Rollout]:
     rollouts = []
-    with path.open(encoding="utf-8") as file:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
+    # What is no text is no rollout either, and is told with its line.
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 # A kill cut the last line off.

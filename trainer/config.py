@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,12 +17,13 @@ from pydantic import (
 )
 
 from envs.custom import CustomEnvConfig
-from envs.documents import from_file, read_document
-from envs.errors import UserError
+from envs.documents import apply_override, from_file, read_document
+from envs.errors import UserError, told_of
 from envs.finance.config import FinanceConfig
 from envs.problems import on_one_screen
 from envs.remote.config import RemoteConfig
 from envs.rows import FileOrDataset
+from graders.build import check_grader
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
 from trainer.response_format import JsonObject, ResponseFormat
 
@@ -32,10 +31,17 @@ from trainer.response_format import JsonObject, ResponseFormat
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-GraderOrFile = Annotated[GraderConfig, BeforeValidator(from_file("grader"))]
+def _grader(value: Any) -> Any:
+    if value in _GRADERS and not Path(value).exists():
+        raise ValueError(f"expected settings or the path of a file, such as {{type: {value}, ...}}")
+    return from_file("grader")(value)
+
+
+_GRADERS = tuple(get_args(member.model_fields["type"].annotation)[0] for member in get_args(get_args(GraderConfig)[0]))
+GraderOrFile = Annotated[GraderConfig, BeforeValidator(_grader)]
 
 
 class LoraConfig(Section):
@@ -259,6 +265,8 @@ def _world_type(value: Any) -> str:
 
 
 def _empty_where_null(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"expected settings, such as {{type: {value}, ...}}")
     return {} if value is None else value
 
 
@@ -298,6 +306,14 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_that_say_nothing(cls, data: Any) -> Any:
+        """All of a section's lines commented out leave null."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in _DEFAULTED}
+
     @model_validator(mode="after")
     def _lengths_fit(self) -> RunConfig:
         if self.rollout.max_turn_tokens >= self.rollout.max_episode_tokens:
@@ -321,6 +337,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _user_has_a_base_model(self) -> RunConfig:
         user = None if isinstance(self.world, FinanceConfig) else self.world.user
+        if user is not None and not self.rollout.max_user_turns:
+            raise ValueError("world.user: rollout.max_user_turns is 0, so the user would never say a word")
         if user is not None and user.type == "engine" and self.engine.publish == "merged":
             raise ValueError("world.user: engine needs the base model beside the adapter; set engine.publish to lora")
         return self
@@ -344,6 +362,10 @@ class RunConfig(Section):
         return self
 
 
+_DEFAULTED = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, BaseModel)}
+"""Sections that are there in any case."""
+
+
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML config and apply `key.sub=value` overrides (values are YAML). Raises `UserError`."""
     return validate_config(read_sections(path, overrides or []), source=str(path))
@@ -356,7 +378,7 @@ def read_sections(path: Path | None, overrides: list[str]) -> dict[str, Any]:
     """
     data = {} if path is None else _read_sections(path)
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return data
 
 
@@ -370,28 +392,12 @@ def _read_sections(path: Path) -> dict[str, Any]:
 def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:
     """Raises `UserError` that names every bad key, what was expected and the nearest known key."""
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"config {source}", e, RunConfig)) from None
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"override {override!r}: expected KEY=VALUE, for example optim.learning_rate=2e-5")
-    *parents, last = key.split(".")
-    node = data
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section")
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from e
-    if isinstance(node[last], str):
-        # YAML 1.1 reads 2e-5 as text; people write it as a number.
-        with contextlib.suppress(ValueError):
-            node[last] = float(node[last])
+        raise UserError(on_one_screen(f"config {source}", e, RunConfig, data)) from None
+    for key, grader in (("grader", config.grader), ("watch_grader", config.watch_grader)):
+        if grader is not None:
+            file = f", in {data[key]}" if isinstance(data.get(key), str) else ""
+            with told_of(f"config {source}: {key}{file}"):
+                check_grader(grader)
+    return config

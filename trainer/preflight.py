@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from envs.documents import check_writable
 from envs.errors import UserError
 from envs.secrets import without_secrets
 from envs.types import Task
@@ -42,6 +43,7 @@ from trainer.estimate import (
 from trainer.job import Job, prepare
 from trainer.preflight_figures import Figures, figures_of
 from trainer.progress import Progress
+from trainer.reachable import PATIENCE_S
 from trainer.rollout import Rollout, RolloutRequest, derive_seed
 from trainer.runs import RunFolder, append_line, rollout_to_json, write_atomically
 from trainer.samples import rollout_samples
@@ -116,7 +118,7 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
     measured = config.model_copy(update={"trackers": []} | ({"warmstart": None} if options.adapter else {}))
     with tempfile.TemporaryDirectory(prefix="agent-rft-preflight-") as folder:
         # The run's own folder stays untouched: training must find it empty.
-        job = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}))
+        job = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}), patience_s=PATIENCE_S)
         options.out.mkdir(parents=True, exist_ok=True)
         rollouts, speeds, machine = _measure(job, options, start_engine)
     figures = figures_of(rollouts, samples_per_task=_samples(config, options))
@@ -322,8 +324,7 @@ def _checked(options: Options) -> Options:
         raise UserError(f"--gpus {options.gpus}: expected at least 1")
     if options.adapter is not None and not (options.adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"--adapter {options.adapter}: holds no adapter_model.safetensors")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out {options.out}: is a file; expected a folder")
+    check_writable(options.out, "--out", is_folder=True)
     return options
 
 

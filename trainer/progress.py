@@ -1,6 +1,7 @@
 """What a person sees while a run works: phase, step, reward, tokens/s, time left. The libraries' output goes to a log.
 
-On a terminal this is one live display of a few lines; elsewhere (CI, a file) one plain line per finished phase or step.
+On a terminal this is one live display of a few lines; elsewhere (CI, a file) one plain line per finished phase or step,
+and one every half minute in which there was none.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import io
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +32,8 @@ STEP_PHASES = frozenset({"rollouts", "training", "publishing", "checkpoint"})
 _RECENT_STEPS = 5
 """Time left is estimated from so many of the last steps: episodes get shorter as the policy learns."""
 _TAIL_LINES = 15
+_PULSE_S = 30.0
+"""The longest silence where there is no live display."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -41,10 +45,19 @@ class Progress:
     which a terminal may lack its cursor (`tput cnorm`); what `LogFile` does not cover.
     """
 
-    def __init__(self, log_path: Path | None, total_steps: int, *, first_step: int = 0, show: bool = True) -> None:
+    def __init__(
+        self,
+        log_path: Path | None,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        show: bool = True,
+        pulse_s: float = _PULSE_S,
+    ) -> None:
         """`first_step`: steps already done, in a resumed run. `log_path` None: nothing is redirected.
 
-        `show` False displays nothing: for all but the main process of `accelerate launch`.
+        `show` False displays nothing: for all but the main process of `accelerate launch`. Without a terminal no
+        silence is longer than `pulse_s` seconds.
         """
         self._log = LogFile(log_path) if log_path else None
         self._total_steps = total_steps
@@ -62,6 +75,10 @@ class Progress:
         self._metrics: Mapping[str, float] = {}
         self._stream: io.TextIOWrapper | None = None
         self._live: Live | None = None
+        self._pulse_s = pulse_s
+        self._is_over = threading.Event()
+        self._pulse: threading.Thread | None = None
+        self._last_line = time.monotonic()
         self._spinner = Spinner("dots")
 
     @classmethod
@@ -77,10 +94,17 @@ class Progress:
             self._log.open()
         if self._live:
             self._live.start()
+        elif self._stream:
+            self._last_line = time.monotonic()
+            self._pulse = threading.Thread(target=self._keep_talking, name="progress", daemon=True)
+            self._pulse.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
+            if self._pulse:
+                self._is_over.set()
+                self._pulse.join()
             if kind is None:
                 self._finish_phase()
             if self._live:
@@ -177,7 +201,19 @@ class Progress:
         self._phase, self._phase_start = "", time.monotonic()
         self._phase_total, self._phase_done, self._phase_tokens = None, 0, 0
 
+    def _keep_talking(self) -> None:
+        """How far the phase is, wherever nothing else was said for a while."""
+        wait_s = self._pulse_s
+        while not self._is_over.wait(wait_s):
+            silent_s = time.monotonic() - self._last_line
+            wait_s = self._pulse_s if silent_s >= self._pulse_s else self._pulse_s - silent_s
+            if silent_s >= self._pulse_s and (phase := self._phase):
+                done = f"{self._phase_done}/{self._phase_total}" if self._phase_total else ""
+                so_far = f"{_clock(time.monotonic() - self._phase_start)} so far"
+                self._line(f"{phase}: " + ", ".join(filter(None, [done, self._speed(), so_far])), style="dim")
+
     def _line(self, text: str, *, style: str = "") -> None:
+        self._last_line = time.monotonic()
         if self._live:
             self._live.console.print(Text(clean(text), style=style))
         elif self._stream:

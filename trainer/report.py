@@ -42,7 +42,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     return write_page(
         run_folder / "report.html",
         "report_template.html",
-        title=str(data.info.get("run_id") or run_folder.resolve().name),
+        title=run_folder.resolve().name,
         facts=_facts(data),
         notes=_notes(data),
         transcripts=TRANSCRIPTS if (run_folder / TRANSCRIPTS).exists() else "",
@@ -52,7 +52,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
         sections=_sections(data),
         health=_health(data),
         pairs=_pairs(data),
-        config=data.config_text,
+        config=_with_resolved(data),
         versions=_versions(data),
         adapter=str(adapter.resolve()) if adapter.exists() else "",
         serve_command=serve_command or str(data.info.get("serve_command") or ""),
@@ -81,7 +81,9 @@ def _facts(data: RunData) -> list[tuple[str, str]]:
     planned = _in_config(data, "optim", "num_steps")
     done = max(data.train_steps, default=0)
     facts = [
+        ("run", str(data.info.get("run_id") or "")),
         ("model", _in_config(data, "model", "name")),
+        ("weights", _resolved(data).get("model.dtype") or _in_config(data, "model", "dtype")),
         ("seed", _in_config(data, "seed")),
         ("steps", f"{done} of {planned}" if planned else str(done)),
         ("started", str(data.info.get("started") or "")),
@@ -95,6 +97,25 @@ def _in_config(data: RunData, *keys: str) -> str:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return "" if value is None else str(value)
+
+
+def _resolved(data: RunData) -> Mapping[str, str]:
+    """What `auto` meant, by key; empty for a run that did not note it."""
+    found = data.info.get("resolved")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _with_resolved(data: RunData) -> str:
+    """The config as it stands, and behind each `auto` what it meant."""
+    lines: list[str] = []
+    meant, section = _resolved(data), ""
+    for line in data.config_text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon and not line.startswith(" "):
+            section = name
+        key = f"{section}.{name.strip()}" if line.startswith("  ") and not line.startswith("   ") else ""
+        lines.append(f"{line}  # {meant[key]}" if value.strip() == "auto" and key in meant else line)
+    return "\n".join(lines)
 
 
 def _notes(data: RunData) -> list[str]:

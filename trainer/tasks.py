@@ -9,6 +9,8 @@ from envs.base import World
 from envs.errors import UserError
 from envs.messages import Reader, read_messages, read_task_id, read_tools, read_weight
 from envs.rows import read_rows
+from envs.schema_words import schema_fault
+from envs.schemas import without_nulls
 from envs.tools import Tool
 from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig
@@ -99,8 +101,15 @@ def _task(row: Reader, *, where: str, number: int, offered: Mapping[str, Tool], 
         messages=messages,
         tools=None if tools is None else tuple(definitions),
         definitions=definitions,
+        where=where,
         item=row.value,
     )
+    for name, definition in definitions.items():
+        # A tool in process shows its own schema, whatever the row says.
+        is_shown = name not in offered or offered[name].is_remote
+        fault = schema_fault(without_nulls(definition["function"].get("parameters") or {})) if is_shown else ""
+        if fault:
+            raise UserError(f"{where}: tools: tool {name!r}: parameters: not a JSON schema: {fault}")
     for name in task.tools or ():
         if name not in offered and rollout.answer == "text":
             raise UserError(

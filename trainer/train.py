@@ -16,6 +16,7 @@ from trainer.curriculum import Curriculum
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
 from trainer.progress import Progress
+from trainer.reachable import PATIENCE_S
 from trainer.runs import RunFolder
 from trainer.summary import Stopwatch, prefixed, summarise
 from trainer.tasks import train_requests
@@ -34,7 +35,7 @@ def train(
     """
     if RunFolder.is_finished(config):
         return config.output_dir
-    job = prepare(config)
+    job = prepare(config, patience_s=PATIENCE_S)
     from trainer.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.export import export_adapter
     from trainer.publish import Publisher
@@ -53,6 +54,7 @@ def train(
         progress = stack.enter_context(Progress(run.log_path, num_steps, first_step=first_step, show=run.is_main))
         loop = stack.enter_context(asyncio.Runner())
         stack.callback(lambda: loop.run(job.aclose()))
+        run.note(resolved=job.resolved())
         loop.run(release_left_open(job, run, progress))
         sweep_default_roots()
         policy = load_policy(job, run, accelerator, progress, loop)

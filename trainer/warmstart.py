@@ -65,8 +65,8 @@ def _ledgers(demonstration: Demonstration, chat: Chat) -> list[Ledger]:
     return ledgers
 
 
-def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat) -> None:
-    """Raise `UserError` where the template takes none of their kind: one with reasoning, one without.
+def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat, max_tokens: int) -> None:
+    """Raise `UserError` where the template takes none of their kind (one with reasoning, one without), or none fits.
 
     And for a turn to be learned whose text no policy could have written: see `_check_texts`.
     """
@@ -76,6 +76,12 @@ def check_demonstrations(demonstrations: Sequence[Demonstration], *, chat: Chat)
         of_kind = (d for d in demonstrations if any(m.reasoning for m in d.messages) == thinks)
         for demonstration in itertools.islice(of_kind, 1):
             demonstration_ledgers(demonstration, chat=chat)
+    ledgers = (row for demonstration in demonstrations for row in demonstration_ledgers(demonstration, chat=chat))
+    if demonstrations and not any(row.num_trainable and len(row) <= max_tokens for row in ledgers):
+        raise UserError(
+            f"warmstart.data: not one of {len(demonstrations)} conversations fits into rollout.max_episode_tokens = "
+            f"{max_tokens}; raise the limit, or shorten them"
+        )
 
 
 def _check_texts(demonstration: Demonstration, chat: Chat) -> None:
@@ -139,7 +145,7 @@ def expert_ledgers(
             turns = world.expert_episode(shown, seed)
             if not turns:
                 return []
-            _check_company(turns, users)
+            check_company(turns, users)
             name = f"{run_id}-expert-{attempt}"
             shown = await play_expert(
                 shown, turns, world=world, users=users, rollout=config.rollout, rollout_id=name, seed=seed
@@ -174,7 +180,8 @@ def in_steps(ledgers: Sequence[Ledger], config: WarmstartConfig) -> list[list[Sa
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
-def _check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
+def check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
+    """Raise `UserError` for an expert who talks with a user that can't be asked before the run."""
     if users is None or isinstance(users, ScriptUsers) or not any(isinstance(turn, str) for turn in turns[:-1]):
         return
     raise UserError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from envs.http import resolve_headers
-from envs.variables import expand, uses
+from envs.variables import expand, fill, uses
 
 TRACE_ID, ROLLOUT_DIR = "TRACE_ID", "ROLLOUT_DIR"
 
@@ -96,6 +97,13 @@ class McpServerConfig(BaseModel):
                 "headers": resolve_headers(self.headers, f"{where}: headers", own),
             }
         )
+
+    def check_row(self, item: Mapping[str, Any]) -> None:
+        """Raise `UserError` for what the calls that we make need and the row or the environment does not have."""
+        calls = {"open_call": self.open_call, "state_call": self.state_call}
+        given = {f"{key}.arguments": call.arguments for key, call in calls.items() if call is not None}
+        for key, arguments in {**given, "bind": self.bind}.items():
+            fill(arguments, f"MCP server {self.name!r}: {key}", item=item, own={TRACE_ID: "", ROLLOUT_DIR: ""})
 
     def _started_with(self) -> list[Any]:
         return [self.command, self.args, self.env, self.cwd, self.url, self.headers]

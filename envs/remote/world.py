@@ -10,7 +10,7 @@ from dataclasses import replace
 from yarl import URL
 
 from envs.base import ExpertTurn
-from envs.errors import UserError
+from envs.errors import UserError, told_of
 from envs.http import HttpCaller, HttpLimits, HttpServer, resolve_headers
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
@@ -51,12 +51,13 @@ class RemoteWorld:
         }
         self._hooks = self._make_hooks(config)
         self._mcp: dict[McpServer, dict[str, Tool]] = {}
-        for server_config in config.mcp:
-            server = McpServer(server_config)
-            self._mcp[server] = {
-                definition["function"]["name"]: schema_tool(definition, _unbound, is_remote=True, is_strict=False)
-                for definition in server.definitions()
-            }
+        for i, server_config in enumerate(config.mcp):
+            with told_of(f"world.mcp.{i}" + (f", {server_config.url}" if server_config.url else "")):
+                server = McpServer(server_config)
+                self._mcp[server] = {
+                    definition["function"]["name"]: schema_tool(definition, _unbound, is_remote=True, is_strict=False)
+                    for definition in server.definitions()
+                }
         names = Counter([*self._callers, *(name for tools in self._mcp.values() for name in tools)])
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(
@@ -72,6 +73,11 @@ class RemoteWorld:
             "data: expected a data section with train and eval: the remote world, which is also what stands where "
             "`world` is left out, brings no tasks of its own (the demo's is named: world: {type: finance})"
         )
+
+    def check(self, task: Task) -> None:
+        """Raise `UserError` for a row without what the MCP servers' own calls are to be given of it."""
+        for server in self._mcp:
+            server.config.check_row(task.item)
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
         return ()

@@ -80,6 +80,13 @@ def test_trls_training_template_keeps_earlier_turns_and_is_exported(name: str, s
         assert len(rollout.ledgers) == 1
 
 
+def test_a_template_kwarg_that_the_template_does_not_read_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    kwargs = {"enable_thinkin": False}
+    with pytest.raises(UserError, match=r"enable_thinkin: the chat template does not .*mean 'enable_thinking'\?"):
+        family_chat(smollm2, tmp_path / "misspelt", "qwen3", template_kwargs=kwargs)
+    family_chat(smollm2, tmp_path / "right", "qwen3", template_kwargs={"enable_thinking": False})
+
+
 def test_a_template_of_which_trl_has_no_training_template_is_refused(smollm2: Path) -> None:
     with pytest.raises(UserError, match=r"^model\.chat_template: training: trl knows no training template"):
         Chat(smollm2, chat_template="training")

@@ -85,16 +85,19 @@ def schema_error(parameters: Any) -> str:
         return ""
     if not isinstance(parameters, Mapping):
         return f"expected a JSON schema (an object), got {type(parameters).__name__}"
-    draft = _draft(parameters)
-    error = _metaschema_error(draft, parameters)
-    if error is not None:
-        return f"not a JSON schema: {error.message}"
-    if broken := broken_reference(draft, parameters):
-        return broken
+    if fault := fault_of(parameters):
+        return fault
     types = parameters.get("type", "object")
     if "object" not in ([types] if isinstance(types, str) else types):
         return f"type: expected 'object', a call's arguments are one; got {types!r}"
     return ""
+
+
+def fault_of(schema: Any) -> str:
+    """What keeps a value from being a JSON schema whose references can be followed; empty where nothing does."""
+    draft = _draft(schema)
+    error = _metaschema_error(draft, schema)
+    return f"not a JSON schema: {error.message}" if error is not None else broken_reference(draft, schema)
 
 
 def argument_check(parameters: Any, *, max_faults: int) -> Check:

@@ -16,9 +16,9 @@ from statistics import fmean
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from envs.bounded import PLAIN, bounded
 from envs.clocks import place_in
 from envs.errors import UserError, WorldError
-from envs.http import PLAIN, bounded
 from envs.secrets import keep_secret
 from envs.variables import expand
 from graders.config import JudgeConfig, JudgeSampling

@@ -408,6 +408,19 @@ def test_a_schema_of_which_a_part_would_be_left_out_is_refused(schema):
         check_schema(json.dumps(schema))
 
 
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"type": "object", "required": 3}, ""),
+        ({"type": "object", "properties": [1]}, ""),
+        ({"properties": {"x": {"$ref": "#/properties/y"}, "y": {"$ref": "#/properties/x"}}}, "leads round in a circle"),
+    ],
+)
+def test_a_schema_that_is_none_or_has_no_end_is_refused_by_its_key(schema, told):
+    with pytest.raises(UserError, match=rf"^rollout\.response_format: .*{told}"):
+        check_schema(json.dumps(schema))
+
+
 def test_a_schema_as_pydantic_writes_it_is_taken():
     class Part(BaseModel):
         name: str = Field(description="of the part", max_length=10)

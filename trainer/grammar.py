@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
 from envs.schema_words import schema_fault
+from envs.schemas import fault_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +102,8 @@ def check_schema(schema: str) -> None:
         if found := left_out(json.loads(schema)):
             raise ValueError(found)
         validate_xgrammar_grammar(SamplingParams(structured_outputs=StructuredOutputsParams(json=schema)))
+    except RecursionError:
+        raise UserError("rollout.response_format: its schema is nested too deep") from None
     except (ValueError, VLLMValidationError) as e:
         raise UserError(
             f"rollout.response_format: vLLM's xgrammar does not enforce this schema wholly: {in_words(e)}. Not "
@@ -109,6 +112,8 @@ def check_schema(schema: str) -> None:
             "dependencies, several parts of allOf, keywords beside allOf, anyOf or $ref, and required keys that "
             "properties do not declare"
         ) from e
+    if fault := fault_of(json.loads(schema)):
+        raise UserError(f"rollout.response_format: {fault}")
 
 
 _SOURCE = re.compile(r"\[[\d:.]+\] \S+\.(?:cc|cpp|h|rs):\d+: ")

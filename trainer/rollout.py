@@ -386,11 +386,8 @@ class RolloutWorker:
                 running = [group.create_task(self._call_tool(tools, call)) for call in allowed]
             done = [t.result() for t in running]
         live.waiting_for = ""
-        over = [
-            ToolResult(call_id=c.call_id, name=c.name, output=OVER_BUDGET_ANSWER, error=ToolErrorKind.OVER_BUDGET)
-            for c in refused
-        ]
-        return [*done, *over]
+        over, kind = OVER_BUDGET_ANSWER, ToolErrorKind.OVER_BUDGET
+        return [*done, *(ToolResult(call_id=c.call_id, name=c.name, output=over, error=kind) for c in refused)]
 
     async def _call_tool(self, tools: dict[str, Tool], call: ToolCall) -> ToolResult:
         result = await call_tool(tools, call, timeout_s=self._config.tool_timeout_s)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import ValidationError
 
+from envs.bounded import PLAIN, bounded
 from envs.errors import ToolError, WorldError
-from envs.http import PLAIN, bounded
 from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, readable, text_of
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 from envs.secrets import not_kept

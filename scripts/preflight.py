@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 from pathlib import Path
 
 from envs.errors import UserError
 from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
+from trainer.processes import end_on_signals
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive us and keep their memory.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:

@@ -28,9 +28,14 @@ def main() -> int:
         # The page is of use without it, and the run may stem from another machine.
         say(f"tokens will be shown by their ids: {e}", file=sys.stderr)
         decode = None
-    transcripts = write_transcripts(folder, decode)
-    # After it: the report links to transcripts that are there.
-    say(f"report       {write_report(folder)}\ntranscripts  {transcripts}")
+    try:
+        transcripts = write_transcripts(folder, decode)
+        # After it: the report links to transcripts that are there.
+        report = write_report(folder)
+    except OSError as e:
+        say(f"error: {e.filename}: {e.strerror or e}", file=sys.stderr)
+        return 2
+    say(f"report       {report}\ntranscripts  {transcripts}")
     return 0
 
 

@@ -13,10 +13,9 @@ nothing.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from envs.documents import check_writable
 from envs.errors import UserError
 from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
+from trainer.processes import end_on_signals
 
 if TYPE_CHECKING:
     from trainer.hosted_job import TakenJob
@@ -36,8 +36,7 @@ HOSTED_ONLY = ("training_file", "validation_file", "write_config")
 def main() -> int:
     arguments = _parser().parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
-    # Ended as Ctrl-C ends it: the engine's processes would otherwise outlive the run and keep its memory.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
@@ -63,8 +62,10 @@ def main() -> int:
             say(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if is_main:
-            say("interrupted; the same command resumes the run", file=sys.stderr)
+        # A terminal that was closed takes no more words.
+        with contextlib.suppress(OSError):
+            if is_main:
+                say("interrupted; the same command resumes the run", file=sys.stderr)
         return 130
     if is_main:
         print_result(folder)
@@ -140,11 +141,14 @@ def _write(path: Path, job: TakenJob) -> None:
 def print_result(folder: Path) -> None:
     """The table before and after, where everything lies, and how to serve it."""
     from trainer.report import render_terminal_table
+    from trainer.run_about import read_about
 
-    about = json.loads((folder / "run.json").read_text())
+    about = read_about(folder)
     shown = console()
     shown.print(render_terminal_table(folder))
-    shown.print(f"report   {folder / 'report.html'}\nadapter  {about['adapter']}\nserve it with:", highlight=False)
+    report = folder / "report.html"
+    lost = "" if report.is_file() else f" is missing; `python scripts/report.py {folder}` writes it anew"
+    shown.print(f"report   {report}{lost}\nadapter  {about['adapter']}\nserve it with:", highlight=False, markup=False)
     say(about["serve_command"])
 
 

@@ -1,8 +1,9 @@
 """A run with the scripted engine: `scripted_run.py CONFIG` trains, also as one of several processes.
 
 `scripted_run.py --serve MODEL` loads everything first, then forks a process for every config named on its standard
-input; it answers with the process's id and, when that has ended, with its exit status. A run so starts in a moment
-instead of the twenty seconds that imports take, and is a process of its own, which can be killed.
+input; it answers with the process's id and, when that has ended, with its exit status: 2 after a `UserError`, whose
+text then lies beside the config in a file `.error`. A run so starts in a moment instead of the twenty seconds that
+imports take, and is a process of its own, which can be killed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from scripted_engine import engine_starter, finance_script
 
+from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from trainer.config import load_config
 from trainer.train import train
@@ -47,6 +49,9 @@ def serve() -> None:
             try:
                 run(Path(line.strip()))
                 code = 0
+            except UserError as e:
+                Path(line.strip()).with_suffix(".error").write_text(str(e))
+                code = 2
             except BaseException:
                 traceback.print_exc()
             os._exit(code)

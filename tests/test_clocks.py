@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import subprocess
 import sys
@@ -366,6 +367,17 @@ async def test_what_only_watches_may_hang_and_a_rollout_passed_over_is_not_tried
     judge = Judge(Unscored("all None"))
     graded = await Grading(judge, None, timeout_s=30, retries=2).grade(TASK, EPISODE)
     assert graded.is_unscored and judge.num_asked == 1
+
+
+@pytest.mark.parametrize("odd", [1e13, -1e155, 1.7e308, math.inf, math.nan])
+async def test_a_number_that_no_gradient_could_hold_is_the_graders_fault_and_names_it(odd):
+    class Odd:
+        async def grade(self, task: Task, episode: Episode) -> Grade:
+            return Grade(reward=odd, parts={"price": odd})
+
+    graded = await Grading(Odd(), None, timeout_s=30, retries=0).grade(TASK, EPISODE)
+    assert graded.grade is None
+    assert graded.error == f"grader: reward is {odd:g}; expected a number from -1e+12 to 1e+12"
 
 
 async def test_a_bug_in_a_grader_is_not_taken_for_a_fault():

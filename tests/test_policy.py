@@ -294,7 +294,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(model, tmp_path):
 
     resumed = tiny_policy(model, seed=0, **options)
     run_updates(resumed, 1, start=50)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=False))
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     run_updates(resumed, 2, start=2)
     assert (resumed.num_updates, resumed.num_steps) == (whole.num_updates, whole.num_steps) == (16, 4)
     whole.save_adapter(tmp_path / "a")

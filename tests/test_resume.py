@@ -1,13 +1,10 @@
 """Exact resume (invariant 7): whenever a run is killed, it ends with the same adapter bytes."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,54 +12,14 @@ from statistics import median
 from typing import Any
 
 import pytest
-import yaml
-from conftest import scripted_config
+from run_server import Server, lines, metrics, num_rollouts, write_config
 
 from envs.errors import UserError
 from trainer.config import load_config
 from trainer.train import train
 
-HERE = Path(__file__).parent
 NUM_STEPS = 12
 NUM_KILLS = 10
-
-
-class Server:
-    """Runs configs, each in a process of its own; see scripted_run.py."""
-
-    def __init__(self, model: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "scripted_run.py"), "--serve", str(model)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
-        assert self._line() == "ready"
-
-    def start(self, config: Path) -> int:
-        """The process's id."""
-        assert self._process.stdin
-        self._process.stdin.write(f"{config}\n")
-        self._process.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> int:
-        """The exit status; -9 after SIGKILL."""
-        return int(self._line())
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        assert self._process.stdout
-        self._process.stdout.close()
-
-    def _line(self) -> str:
-        assert self._process.stdout
-        line = self._process.stdout.readline().strip()
-        assert line, "the server of runs has ended"
-        return line
 
 
 @pytest.fixture(scope="module")
@@ -72,47 +29,12 @@ def server(tiny_model: Path) -> Iterator[Server]:
     server.close()
 
 
-def write_config(folder: Path, model: Path, num_steps: int) -> Path:
-    """Half of the steps have a checkpoint of their own, so that a kill also loses finished steps."""
-    config = scripted_config(
-        folder,
-        model,
-        optim={"num_steps": num_steps},
-        checkpoint={"every_steps": 2},
-        eval={"every_steps": 3},
-        curriculum={"floor": 0.2},
-    )
-    path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(server: Server, tiny_model: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume") / "uninterrupted"
     server.start(write_config(folder, tiny_model, NUM_STEPS))
     assert server.wait() == 0
     return folder
-
-
-def num_rollouts(folder: Path) -> int:
-    count = 0
-    for path in folder.glob("rollouts/step-*.jsonl"):
-        with contextlib.suppress(FileNotFoundError):  # a resumed run deletes what it does anew
-            count += path.read_bytes().count(b"\n")
-    return count
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Without what depends on the clock."""
-    return [
-        {key: value for key, value in row.items() if "time/" not in key and not key.endswith(("_s", "per_s"))}
-        for row in lines(folder / "metrics.jsonl")
-    ]
 
 
 def rollouts(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
@@ -178,7 +100,7 @@ def test_a_torn_line_and_a_half_written_checkpoint_are_left_behind(server, tiny_
     del about["finished_steps"]
     (folder / "run.json").write_text(json.dumps(about))
     half = (folder / "checkpoints" / "step-000003").rename(folder / "checkpoints" / ".unfinished-step-000003")
-    (half / "policy.pt").write_bytes(b"half")
+    (half / "policy.safetensors").write_bytes(b"half")
     in_flight = folder / "rollouts" / "step-000003.jsonl"
     before = in_flight.read_text().splitlines()
     in_flight.write_text("\n".join([*before[:3], before[3][:1000]]))

@@ -100,6 +100,26 @@ def test_a_holder_that_wrote_junk_is_not_repeated_and_its_lock_counts_all_the_sa
         holders[-1].kill()
 
 
+def test_a_lock_is_closed_to_other_users_who_could_hold_it_by_reading_and_is_no_other_file(tmp_path):
+    (tmp_path / LOCK_NAME).touch(0o644)
+    with RunLock(tmp_path):
+        assert (tmp_path / LOCK_NAME).stat().st_mode & 0o777 == 0o600
+    (tmp_path / "diary").write_text("dear diary")
+    (tmp_path / LOCK_NAME).unlink()
+    for make in (Path.symlink_to, Path.hardlink_to):
+        make(tmp_path / LOCK_NAME, tmp_path / "diary")
+        with (
+            pytest.raises(UserError, match=r"can't be written and locked: run\.lock is a (hard )?link"),
+            RunLock(tmp_path),
+        ):
+            pass
+        (tmp_path / LOCK_NAME).unlink()
+    assert (tmp_path / "diary").read_text() == "dear diary"
+    os.mkfifo(tmp_path / LOCK_NAME)
+    with pytest.raises(UserError, match=r"run\.lock is not a plain file"), RunLock(tmp_path):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_or_locked_is_a_mistake_that_names_it(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: can't be written and locked: File exists"), RunLock(tmp_path / "file"):

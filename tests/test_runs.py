@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import copy
 import json
+import os
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +25,9 @@ from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.progress import Progress
 from trainer.rollout import Rollout, RolloutRequest
+from trainer.run_files import append_line, read_lines
 from trainer.run_lock import RunLock
-from trainer.runs import RunFolder, append_line, read_lines, rollout_from_json, rollout_to_json
+from trainer.runs import RunFolder, rollout_from_json, rollout_to_json
 from trainer.samples import Ledger
 
 TEXT = st.text(max_size=12)
@@ -216,6 +220,56 @@ def test_the_folder_of_another_run_is_refused_and_the_difference_named(config, r
     other = make_config(config.output_dir, optim={"learning_rate": 1e-5}, seed=3)
     with pytest.raises(UserError, match=r"holds a run with another config; it differs in seed, optim\.learning_rate"):
         RunFolder.check(other)
+
+
+def test_a_key_that_an_older_version_did_not_know_stands_for_its_default_wherever_it_is(config, run):
+    path = config.output_dir / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    without = copy.deepcopy(saved)
+    del without["rollout"]["temperature"], without["checkpoint"], without["model"]["lora"]["alpha"]
+    path.write_text(yaml.safe_dump(without))
+    RunFolder.check(config)
+    changed = make_config(config.output_dir, rollout={"temperature": 0.5}, checkpoint={"keep": 7})
+    with pytest.raises(UserError, match=r"it differs in rollout\.temperature, checkpoint\."):
+        RunFolder.check(changed)
+    path.write_text(yaml.safe_dump(saved | {"gone": 1}))
+    with pytest.raises(UserError, match="it differs in gone"):
+        RunFolder.check(config)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: [", "{" * 5000, "? [1]: 2\n: {}", "a: 2024-13-45", "- 1", "a: !!python/name:os.system"]
+)
+def test_a_config_that_cannot_be_read_is_named(config, run, text):
+    (config.output_dir / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml|holds a run with another config"):
+        RunFolder.check(config)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "[" * 100_000, "{}", '{"run_id": 1}', '{"run_id": "a\\u001b[2J"}', "1" * 5000]
+)
+def test_a_record_of_the_run_that_cannot_be_read_is_named_and_made_anew_once_it_is_deleted(config, run, text):
+    (config.output_dir / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json: is damaged: .*; delete it, and the same command makes it anew"):
+        RunFolder.open(config, rank=0)
+    (config.output_dir / "run.json").unlink()
+    RunFolder.create(config)
+    RunFolder.open(config, rank=0)
+
+
+def test_what_is_read_has_a_bound_however_large_the_file_is(config, run):
+    for name in ("config.yaml", "run.json"):
+        path = config.output_dir / name
+        kept = path.read_bytes()
+        os.truncate(path, 2**40)  # without a byte on the disk
+        with pytest.raises(UserError, match=rf"{name}: holds more than 64 MiB"):
+            RunFolder.is_finished(config)
+        path.write_bytes(kept)
+    endless = run.rollouts_file("rollouts", 1)
+    append_line(endless, rollout_to_json(make_rollout("r")))
+    os.truncate(endless, 2**40)
+    assert list(run.finished_rollouts("rollouts", 1)) == ["r"] and endless.stat().st_size < 10_000
 
 
 def test_foreign_files_and_a_file_in_its_place_are_refused(config):

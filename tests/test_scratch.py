@@ -99,12 +99,59 @@ def test_a_folder_of_another_users_ends_and_deletes_nothing_of_ours(tmp_path, mo
         if how == "link":
             folder.symlink_to(target)
         else:
-            monkeypatch.setattr(os, "getuid", lambda: 12345)
+            monkeypatch.setattr(os, "geteuid", lambda: 12345)
         sweep(tmp_path)
         assert (target / "owner.json").exists() and bystander.poll() is None
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[[1", b"\xff\xfe", b"[1, 2]", b'[["a", 1]]', b"[" * 10_000, b"[[-1, 1e400]]", b"[[4e30, 0]]"],
+)
+def test_a_torn_record_of_the_children_stops_no_run_and_its_folder_goes(tmp_path, content):
+    folder = tmp_path / "agent-rft-torn"
+    folder.mkdir(mode=0o700)
+    (folder / "owner.json").write_bytes(content)
+    with Scratch(tmp_path) as scratch:
+        assert folders(tmp_path) == [scratch.path]
+
+
+@pytest.mark.parametrize("trap", ["others may write", "a link to the record", "a folder"])
+def test_a_folder_that_others_could_have_filled_ends_and_deletes_nothing(tmp_path, trap):
+    bystander = subprocess.Popen(["sleep", "600"])
+    try:
+        record = f"[[{bystander.pid}, {psutil.Process(bystander.pid).create_time()}]]"
+        folder = tmp_path / "agent-rft-trap"
+        folder.mkdir(mode=0o700)
+        if trap == "others may write":
+            (folder / "owner.json").write_text(record)
+            folder.chmod(0o777)
+        elif trap == "a link to the record":
+            (tmp_path / "record").write_text(record)
+            (folder / "owner.json").symlink_to(tmp_path / "record")
+        else:
+            (folder / "owner.json").mkdir()
+        with Scratch(tmp_path):
+            assert folder.exists() and bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_scratch_folder_that_another_runs_sweep_took_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    taken = []
+
+    def lock_late(file: object, how: int) -> None:
+        if not taken:
+            taken.extend(folders(tmp_path))
+            shutil.rmtree(taken[0])
+
+    monkeypatch.setattr("trainer.scratch.fcntl.lockf", lock_late)
+    with Scratch(tmp_path) as scratch:
+        assert folders(tmp_path) == [scratch.path] and scratch.path not in taken
 
 
 # --- room

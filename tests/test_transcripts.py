@@ -17,7 +17,8 @@ from graders.types import Grade
 from trainer import transcripts
 from trainer.report import write_report
 from trainer.rollout import Rollout
-from trainer.runs import append_line, rollout_to_json
+from trainer.run_files import append_line
+from trainer.runs import rollout_to_json
 from trainer.samples import Ledger, rollout_samples
 from trainer.transcript_records import MALFORMED_CALL, UNKNOWN_TOOL
 from trainer.transcripts import write_token_figures, write_transcripts

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_REWARD = 1e12
+"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
 STD_EPS = 1e-4
 """Added to the standard deviation; trl's value."""
 
@@ -39,7 +41,7 @@ def group_advantages(rewards_G: Sequence[float | None], mode: Literal["grpo", "d
     std, which would tie a group's advantages to its neighbours.
     """
     present = [r for r in rewards_G if r is not None]
-    assert all(map(math.isfinite, present)), f"rewards must be finite: {present}"
+    assert all(abs(r) <= MOST_REWARD for r in present), f"rewards must be finite and no larger: {present}"
     n = len(present)
     mean = math.fsum(present) / n if n else math.nan
     if n < 2 or max(present) == min(present):

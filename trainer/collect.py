@@ -16,7 +16,7 @@ from trainer.config import RunConfig
 from trainer.measures import WHY_MASKED, Masked, masked_causes
 from trainer.progress import Progress
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
-from trainer.runs import RunFolder, append_line, rollout_to_json
+from trainer.runs import RunFolder
 from trainer.samples import Sample, rollout_samples
 from trainer.summary import Metrics
 
@@ -57,7 +57,7 @@ class Collector:
         self._progress.advance(len(mine) - len(missing))
 
         def keep(rollout: Rollout) -> None:
-            append_line(self._run.rollouts_file(kind, step), rollout_to_json(rollout))
+            self._run.keep_rollout(kind, step, rollout)
             self._progress.advance(1, tokens=rollout.episode.num_tokens)
 
         new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from envs.errors import UserError
 from trainer.rollout import Rollout
+from trainer.run_files import is_intact, lines_in, object_in, refusal
 from trainer.runs import rollout_from_json
 
 _EVAL_FILE = re.compile(r"step-(\d+)(?:\.rank\d+)?\.jsonl")
@@ -88,16 +88,19 @@ def _read(name: str, folder: Path, step: int | None) -> Policy:
 
 def _read_file(path: Path) -> list[Rollout]:
     rollouts = []
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
-    # What is no text is no rollout either, and is told with its line.
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+    try:
+        for number, line in enumerate(lines_in(path), start=1):
+            if not line.endswith(b"\n"):
                 # A kill cut the last line off.
                 continue
             try:
-                rollouts.append(rollout_from_json({**json.loads(line), "ledgers": []}))
-            except (ValueError, KeyError, TypeError) as e:
+                if is_intact(line) is False or (record := object_in(line)) is None:
+                    raise ValueError("the line is damaged")
+                rollouts.append(rollout_from_json({**record, "ledgers": []}))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise UserError(f"{path}, line {number}: not a rollout of this project: {e!r}") from e
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight") from None
+    except OSError as e:
+        raise refusal(e, path) from e
     return rollouts

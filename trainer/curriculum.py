@@ -23,7 +23,7 @@ def load_preflight(config: CurriculumConfig | None) -> dict[str, list[Visit]]:
         report = json.loads(config.preflight.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{where}: {e.strerror or e}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid JSON: {e}") from e
     return preflight_visits(report.get("tasks") if isinstance(report, dict) else None, where=where)
 

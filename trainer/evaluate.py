@@ -46,3 +46,4 @@ def evaluate_if_due(job: Job, run: RunFolder, collector: Collector, progress: Pr
     progress.phase(f"evaluating{when}", total=len(requests))
     rollouts = collector.collect("evals", step, requests, temperature=job.config.eval.temperature)
     run.log({"step": step, **prefixed("eval", summarise(rollouts))})
+    run.vouch_for(step)

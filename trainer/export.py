@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,17 +12,26 @@ from trainer.engine_arguments import lora_rank_bucket
 from trainer.family import weights_dtype
 from trainer.job import Job
 from trainer.policy import Policy
+from trainer.resuming import export_digests
+from trainer.run_files import UNFINISHED
 from trainer.runs import RunFolder
 
 
 def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     """Write `adapter/` with the chat template that the policy was trained under, and note the command that serves it.
 
-    Call it on one process. Serving with that command renders and parses as training did.
+    Call it on one process. Serving with that command renders and parses as training did. The folder is there whole or
+    not at all.
     """
     folder = run.path / "adapter"
-    policy.save_adapter(folder)
-    template = job.chat.save_template(folder)
+    written = folder.with_name(f"{UNFINISHED}{folder.name}")
+    for old in (written, folder):
+        if old.exists():
+            shutil.rmtree(old)
+    policy.save_adapter(written)
+    template = job.chat.save_template(written)
+    written.replace(folder)
+    template = folder / template.name if template else None
     command = [
         *_server(job.model_path),
         "--dtype",
@@ -34,7 +44,7 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
         f"policy={folder.resolve()}",
         *job.chat.serve_arguments(template.resolve() if template else None),
     ]
-    run.note(adapter=str(folder), serve_command=shlex.join(command))
+    run.note(adapter=str(folder), serve_command=shlex.join(command), adapter_files=export_digests(folder))
     return folder
 
 

@@ -11,6 +11,7 @@ from envs.clocks import time_limit
 from envs.errors import Unscored, WorldError
 from envs.types import Episode, Task
 from graders.types import Grade, Grader
+from trainer.advantages import MOST_REWARD
 
 _PAUSE_S = 0.5
 """Before the second try, and twice as long before each further one: who fails at once fails the next moment too."""
@@ -72,4 +73,13 @@ class Grading:
             if not limit.expired():
                 raise
             raise WorldError(f"no grade within {self._timeout_s:g} s (rollout.settle_timeout_s)") from None
+        _refuse_huge(grade)
         return replace(grade, latency_s=time.perf_counter() - start)
+
+
+def _refuse_huge(grade: Grade) -> None:
+    """Raise `WorldError` for a number that is none or that no gradient could hold: one odd answer loses one rollout."""
+    numbers = {"reward": grade.reward, **grade.parts, **grade.scores}
+    for name, number in numbers.items():
+        if not abs(number) <= MOST_REWARD:
+            raise WorldError(f"{name} is {number:g}; expected a number from {-MOST_REWARD:g} to {MOST_REWARD:g}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from envs.secrets import hidden_in
 from envs.terminal import clean
+from trainer.run_files import open_to_append, open_to_read
 
 
 class LogFile:
@@ -34,7 +35,7 @@ class LogFile:
         """Raises `OSError` where the file cannot be written; nothing is redirected then."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Append mode: a resumed run and the other processes of `accelerate launch` write to the same file.
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._fd = open_to_append(self.path)
         _flush_standard_streams()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # Into a file Python writes blocks: prints would land in the log long after the lines of child processes.
@@ -71,7 +72,7 @@ class LogFile:
     def tail(self, num_lines: int) -> list[str]:
         """The last lines, of a rewritten line (a progress bar) what it showed last."""
         _flush_standard_streams()
-        with suppress(OSError), self.path.open("rb") as log:
+        with suppress(OSError), open_to_read(self.path) as log:
             log.seek(max(0, self.path.stat().st_size - 16_384))
             lines = log.read().decode(errors="replace").strip().split("\n")
             return [clean(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in lines[-num_lines:]]

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from envs.types import Message
 from trainer.rollout import Rollout
+from trainer.run_files import write_atomically
 
 _MAX_TEXT_CHARS = 4000
 """A longer message is cut on the page; the whole stands in the JSONL file."""
@@ -31,10 +32,7 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Render `template` and put the page in place at once."""
-    partial = path.with_suffix(".html.partial")
-    # Lone surrogates, which a model's text may hold, have no UTF-8.
-    partial.write_text(render_page(template, **values), encoding="utf-8", errors="replace")
-    partial.replace(path)
+    write_atomically(path, render_page(template, **values))
     return path
 
 

@@ -41,11 +41,13 @@ from trainer.estimate import (
     time_estimate,
 )
 from trainer.job import Job, prepare
+from trainer.manifest import checkpoints
 from trainer.preflight_figures import Figures, figures_of
 from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
 from trainer.rollout import Rollout, RolloutRequest, derive_seed
-from trainer.runs import RunFolder, append_line, rollout_to_json, write_atomically
+from trainer.run_files import append_text, open_to_read, sealed, write_atomically
+from trainer.runs import RunFolder, rollout_to_json
 from trainer.samples import rollout_samples
 
 if TYPE_CHECKING:
@@ -232,10 +234,10 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         requests = preflight_requests(config, job.eval_tasks if options.held_out else job.train_tasks, options)
         progress.phase("preflight's rollouts", total=len(requests))
         path = options.out / "rollouts.jsonl"
-        path.write_text("")
+        write_atomically(path, "")
 
         def keep(rollout: Rollout) -> None:
-            append_line(path, rollout_to_json(rollout))
+            append_text(path, sealed(rollout_to_json(rollout)))
             progress.advance(1, tokens=rollout.episode.num_tokens)
 
         rollouts_start = time.perf_counter()
@@ -301,18 +303,25 @@ def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConf
 
 def adapter_of(run: Path) -> Path:
     """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`."""
-    for folder in (run / "adapter", *sorted(run.glob("checkpoints/step-*/adapter"), reverse=True)):
+    for folder in (run / "adapter", *(checkpoint / "adapter" for _, checkpoint in checkpoints(run))):
         if (folder / "adapter_model.safetensors").is_file():
             return folder
     raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
 
 
 def _load_adapter(policy: Policy, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from trainer.adapter import load_adapter_state
 
-    load_adapter_state(policy.model, load_file(folder / "adapter_model.safetensors"))
+    path = folder / "adapter_model.safetensors"
+    try:
+        with open_to_read(path):
+            weights = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: is damaged: {e}") from e
+    load_adapter_state(policy.model, weights)
 
 
 def _checked(options: Options) -> Options:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -117,6 +118,23 @@ def _accelerate_asked(command: Sequence[str]) -> int:
         return 0
     # A config for SageMaker has no such number.
     return int(getattr(load_config_from_file(arguments.config_file), "num_processes", None) or 0)
+
+
+def end_on_signals() -> None:
+    """From here on SIGTERM, and SIGHUP unless it is ignored as under nohup, end the run as Ctrl-C ends it.
+
+    The engine's processes would otherwise outlive the run and keep its memory. A second such signal does not interrupt
+    the clearing up; Ctrl-C does.
+    """
+    heeded = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+
+    def end(*_: object) -> None:
+        for other in heeded:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in heeded:
+        signal.signal(number, end)
 
 
 # ---- what they tell each other

@@ -91,7 +91,10 @@ class Progress:
         if self._show:
             self._open_display()
         if self._log:
-            self._log.open()
+            try:
+                self._log.open()
+            except OSError as e:
+                raise UserError(f"{self._log.path}: can't be written: {e.strerror or e}") from e
         if self._live:
             self._live.start()
         elif self._stream:

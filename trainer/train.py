@@ -116,7 +116,7 @@ def train(
             }
             run.log({"step": step, **metrics})
             if checkpoint is not None:
-                keep_checkpoint(checkpoint, keep=config.checkpoint.keep)
+                keep_checkpoint(run, checkpoint, keep=config.checkpoint.keep)
             accelerator.log(metrics, step=step)
             progress.step_done(step, metrics)
             evaluate_if_due(job, run, collector, progress, step=step)

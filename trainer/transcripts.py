@@ -28,7 +28,7 @@ from envs.errors import UserError
 from trainer.model_cache import resolve_model
 from trainer.page import render_page
 from trainer.run_data import read_run
-from trainer.runs import write_atomically
+from trainer.run_files import is_intact, lines_in, object_in, write_atomically
 from trainer.samples import Sample
 from trainer.transcript_records import TokenFigures, index_line, number, record, text
 
@@ -105,9 +105,8 @@ def write_transcripts(
         chunks=[chunk for p in ordered for chunk in p.chunks],
     )
     path = run_folder / PAGE
-    partial = path.with_suffix(".html.partial")
-    partial.write_bytes(html.encode("utf-8", errors="replace"))
-    return partial.replace(path)
+    write_atomically(path, html)
+    return path
 
 
 def run_decoder(run_folder: Path) -> Callable[[int], str]:
@@ -220,16 +219,14 @@ def _read_figures(run_folder: Path, step: int, notes: list[str]) -> dict[str, To
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """One object a line. A line cut short by a kill is passed over and counted."""
     bad = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
+    try:
+        for line in lines_in(path):
+            if (row := object_in(line)) is not None and is_intact(line) is not False:
                 yield row
             elif line.strip():
                 bad += 1
+    except OSError as e:
+        notes.append(f"{path.parent.name}/{path.name}: {e.strerror or e}")
     if bad:
         notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable lines are passed over")
 

@@ -43,7 +43,8 @@ from trainer.engine import Completion, Engine, Sampling, VllmEngine
 from trainer.engine_arguments import seeds_requests
 from trainer.job import Job, prepare
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
-from trainer.runs import append_line, rollout_to_json
+from trainer.run_files import append_line
+from trainer.runs import rollout_to_json
 from trainer.tasks import tasks_of_step, train_requests
 from trainer.warmstart import expert_ledger
 

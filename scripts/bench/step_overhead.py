@@ -19,7 +19,7 @@ from typing import Any
 from common import Figure, report, run_main
 
 from envs.errors import UserError
-from trainer.runs import read_lines
+from trainer.run_files import read_lines
 
 _LAPS = ("step", "rollouts", "training", "publish", "checkpoint")
 

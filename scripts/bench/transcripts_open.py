@@ -26,7 +26,8 @@ from common import Figure, report, run_main
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.types import Grade
 from trainer.rollout import Rollout
-from trainer.runs import append_line, rollout_to_json
+from trainer.run_files import append_line
+from trainer.runs import rollout_to_json
 from trainer.samples import Ledger, rollout_samples
 from trainer.transcripts import write_token_figures, write_transcripts
 

@@ -1,0 +1,81 @@
+"""Whether a run folder holds what a run needs to go on exactly, and what to do where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from envs.errors import UserError
+from trainer.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
+from trainer.run_about import read_about
+from trainer.run_files import digest, step_files
+
+
+def check_resumable(run: Path, run_id: str) -> list[str]:
+    """Raise `UserError` where what the run would go on from is missing or damaged. A folder without any is a new run's.
+
+    Returns what the user has to be told where that cannot be known.
+    """
+    found = checkpoints(run)
+    if not found:
+        _refuse_leftovers(run)
+        return []
+    _, newest = found[0]
+    if fault := fault_of(newest, run):
+        raise refusal_of(newest, run, fault)
+    manifest = read_manifest(newest)
+    if manifest is None:
+        return [
+            f"{newest} has no {NAME} (versions before it wrote none): whether {', '.join(RESTS_ON)} and the checkpoint "
+            "are as the run left them can't be told"
+        ]
+    if manifest.run_id != run_id:
+        raise UserError(
+            f"{run / 'run.json'}: is of the run {run_id}, but {newest} of {manifest.run_id}; delete run.json to have "
+            "it made anew, or the checkpoint if that comes from elsewhere"
+        )
+    return []
+
+
+def refusal_of(checkpoint: Path, run: Path, fault: str) -> UserError:
+    """The error that names the fault of the newest checkpoint and what the run can go on from instead."""
+    damaged: list[str] = []
+    for _, folder in checkpoints(run):
+        if folder != checkpoint and not fault_of(folder, run):
+            offer = f"the newest whole checkpoint is {folder}: to go on from it, delete {', '.join(damaged)} beside it"
+            break
+        damaged.append(folder.name)
+    else:
+        offer = f"no older checkpoint is whole: restore the file from a copy, or delete {run} to start anew"
+    if any(fault.startswith(f"{run / name}: ") for name in RESTS_ON):
+        offer += f"; to go on without what the file has lost, delete {checkpoint / NAME}"
+    return UserError(f"{fault}; {offer}")
+
+
+def export_is_whole(run: Path, about: Mapping[str, Any]) -> bool:
+    """Whether the exported adapter is as `run.json` has it; of older versions whether it is there."""
+    noted = about.get("adapter_files")
+    if not isinstance(noted, dict):
+        return all((run / "adapter" / name).is_file() for name in ("adapter_model.safetensors", "adapter_config.json"))
+    try:
+        return export_digests(run / "adapter") == noted
+    except OSError:
+        return False
+
+
+def export_digests(adapter: Path) -> dict[str, str]:
+    """The SHA-256 of each file of an exported adapter. Raises `OSError`."""
+    return {path.name: digest(path)[1] for path in sorted(adapter.glob("*")) if path.is_file()}
+
+
+def _refuse_leftovers(run: Path) -> None:
+    left = [name for name in RESTS_ON if (run / name).exists() and (run / name).stat().st_size]
+    left += [kind for kind in ("rollouts", "evals", "tokens") if step_files(run / kind)]
+    if "finished_steps" in read_about(run):
+        left.append("run.json")
+    if left:
+        raise UserError(
+            f"{run / 'checkpoints'}: holds no checkpoint to go on from, but an earlier run has left "
+            f"{', '.join(left)}; restore the checkpoints, choose another output_dir, or delete {run} to start anew"
+        )

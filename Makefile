@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup setup-cuda quickstart test test-learning test-families check bench
+.PHONY: setup setup-cuda quickstart test test-learning test-families check bench rehearse-gpu
 
 setup: $(VENV)/.cpu
 
@@ -54,3 +54,8 @@ bench: setup
 	$(BIN)/python scripts/bench/training_throughput.py
 	$(BIN)/python scripts/bench/publish_time.py
 	$(if $(wildcard $(RUN)/metrics.jsonl),$(BIN)/python scripts/bench/step_overhead.py --run $(RUN))
+
+# On a machine with a GPU, at most 25 minutes; FORM=--cpu for the same in small. The same command goes on where it ended.
+FORM ?=
+rehearse-gpu:
+	$(BIN)/python scripts/rehearse_gpu.py $(FORM)

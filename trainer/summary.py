@@ -124,13 +124,13 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, rollouts: Sequence[Rollout], samples: Sequence[Sample]) -> Metrics:
+    def metrics(self, rollouts: Sequence[Rollout], samples: Sequence[Sample], *, has_kl: bool) -> Metrics:
         """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
 
-        Trained tokens are those of rows with an advantage: the others cost the trainer nothing.
+        Trained tokens are those of rows with an advantage: without a KL term the others cost the trainer nothing.
         """
         num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
-        num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage)
+        num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage or has_kl)
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s["rollouts"] + self._laps_s["training"]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {

@@ -112,7 +112,7 @@ def train(
                 **canary_metrics,
                 **job.metrics(),
                 **curriculum.learn(step, rollouts),
-                **clock.metrics(rollouts, samples),
+                **clock.metrics(rollouts, samples, has_kl=config.loss.kl_coef > 0),
             }
             run.log({"step": step, **metrics})
             if checkpoint is not None:

@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from envs.errors import UserError
-from trainer.runs import read_lines, write_atomically
+from trainer.run_files import read_lines, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,6 +37,25 @@ DEADLINE_S = 900
 def command(folder: Path) -> list[str]:
     train = [sys.executable, "scripts/train.py", "--config", "configs/quickstart.yaml", f"output_dir={folder}"]
     return [*train, *SMALL]
+
+
+CONTAINER = """
+mount -t tmpfs -o size=64m none /dev/shm
+mount --bind "$HOME" "$HOME" && mount -o remount,bind,ro "$HOME"
+exec "$@"
+"""
+"""What a container that nobody has configured gives: 64 MB of shared memory; and a home that can't be written."""
+
+
+def contained(argv: list[str]) -> list[str]:
+    """The command in such a container; as it stands where this machine lets nobody make one."""
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-ec", CONTAINER, "sh"]
+    # Where all of it would be read-only, there is nothing to write the run to.
+    is_apart = not any(Path(p).resolve().is_relative_to(Path.home()) for p in (tempfile.gettempdir(), REPOSITORY))
+    if not (shutil.which("unshare") and is_apart):
+        return argv
+    possible = subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0
+    return [*unshare, *argv] if possible else argv
 
 
 def wait_for(condition: Any, what: str) -> None:
@@ -67,7 +89,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(run_folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(run_folder), cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        contained(command(run_folder)), cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
 
 
@@ -82,6 +104,13 @@ def test_an_interrupted_run_is_resumed_to_the_end_by_the_same_command(
     assert [r["step"] for r in records] == [0, 1, 2, 2]
     assert all("canary/mismatch" in r for r in records if "train/rollouts" in r)
     assert len((run_folder / "evals/step-000000.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_machine_s_64_mb_of_shared_memory_and_read_only_home_were_in_force() -> None:
+    if (argv := contained(["sh", "-c", "df -m /dev/shm | tail -1; touch ~/.new || echo no"]))[0] != "unshare":
+        pytest.skip("no mount namespaces here, or the home holds what the test writes")
+    seen = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+    assert seen[1] == "64" and seen[-1] == "no"
 
 
 def test_the_terminal_shows_progress_and_no_library_output(result: subprocess.CompletedProcess[str]) -> None:

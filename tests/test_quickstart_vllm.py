@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,22 +41,28 @@ def command(folder: Path) -> list[str]:
 
 
 CONTAINER = """
-mount -t tmpfs -o size=64m none /dev/shm
+mount -t tmpfs -o size="$1" none /dev/shm
 mount --bind "$HOME" "$HOME" && mount -o remount,bind,ro "$HOME"
+shift
 exec "$@"
 """
-"""What a container that nobody has configured gives: 64 MB of shared memory; and a home that can't be written."""
+ROOM = "400m"
+"""Of shared memory: as much as vLLM wants on a CPU, and less than the weights take."""
 
 
-def contained(argv: list[str]) -> list[str]:
-    """The command in such a container; as it stands where this machine lets nobody make one."""
-    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-ec", CONTAINER, "sh"]
+def contained(argv: list[str], shared_memory: str = ROOM) -> list[str]:
+    """The command in a container with little shared memory and a home that can't be written.
+
+    As it stands where this machine lets nobody make one.
+    """
+    unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    inside = [*unshare, "sh", "-ec", CONTAINER, "sh", shared_memory]
     # Where all of it would be read-only, there is nothing to write the run to.
     is_apart = not any(Path(p).resolve().is_relative_to(Path.home()) for p in (tempfile.gettempdir(), REPOSITORY))
     if not (shutil.which("unshare") and is_apart):
         return argv
-    possible = subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0
-    return [*unshare, *argv] if possible else argv
+    possible = subprocess.run([*inside, "true"], capture_output=True, check=False).returncode == 0
+    return [*inside, *argv] if possible else argv
 
 
 def wait_for(condition: Any, what: str) -> None:
@@ -106,11 +113,22 @@ def test_an_interrupted_run_is_resumed_to_the_end_by_the_same_command(
     assert len((run_folder / "evals/step-000000.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_machine_s_64_mb_of_shared_memory_and_read_only_home_were_in_force() -> None:
-    if (argv := contained(["sh", "-c", "df -m /dev/shm | tail -1; touch ~/.new || echo no"]))[0] != "unshare":
+def in_a_container(argv: list[str], shared_memory: str) -> subprocess.CompletedProcess[str]:
+    inside = contained(argv, shared_memory)
+    if inside == argv:
         pytest.skip("no mount namespaces here, or the home holds what the test writes")
-    seen = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
-    assert seen[1] == "64" and seen[-1] == "no"
+    return subprocess.run(inside, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+
+
+def test_the_resumed_run_had_little_shared_memory_and_a_home_that_can_not_be_written() -> None:
+    seen = in_a_container(["sh", "-c", "df -m /dev/shm | tail -1; touch ~/.new || echo no"], ROOM).stdout.split()
+    assert f"{seen[1]}m" == ROOM and seen[-1] == "no"
+
+
+def test_a_container_of_64_mb_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    ended = in_a_container(command(tmp_path / "run"), "64m")
+    assert ended.returncode == 2 and not (tmp_path / "run").exists()
+    assert re.search(r"^error: /dev/shm: 64 MiB free, .* 240 MiB.*--shm-size=1g", ended.stderr), ended.stderr
 
 
 def test_the_terminal_shows_progress_and_no_library_output(result: subprocess.CompletedProcess[str]) -> None:

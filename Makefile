@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup setup-cuda quickstart test test-learning test-families check bench rehearse-gpu
+.PHONY: setup setup-cuda quickstart test test-learning test-families test-damages check bench rehearse-gpu
 
 setup: $(VENV)/.cpu
 
@@ -41,6 +41,10 @@ test-learning: setup
 # Every model family through the real engine, some 40 s each way; prints the rows of the table in docs/models.md.
 test-families: setup
 	$(BIN)/python -m pytest tests/test_families.py tests/test_families_vllm.py -m 'families or not families'
+
+# Every file of a run folder damaged in every way that is tried; `make test` tries the plainest ones.
+test-damages: setup
+	$(BIN)/python -m pytest tests/test_damaged_folder.py -m 'damages or not damages'
 
 check: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from trainer.config import EngineConfig, ModelConfig
 _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 """vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
 `fp8` means a checkpoint that holds fp8 weights; of others vLLM 0.31 refuses it."""
+
+_SHARED = Path("/dev/shm")
+_SHARED_MIB = 240
+"""The larger of vLLM's two rings of messages between its engine and its worker, which a GPU's engine does without."""
 
 
 def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
@@ -29,8 +34,18 @@ def seeds_requests(engine: EngineConfig, *, on_cpu: bool) -> bool:
     return not on_cpu if engine.seeded_requests == "auto" else engine.seeded_requests
 
 
+def shared_memory_is_short() -> bool:
+    """Whether this machine's shared memory has no room for what vLLM's processes want of it on a CPU."""
+    return _SHARED.is_dir() and shutil.disk_usage(_SHARED).free < _SHARED_MIB << 20
+
+
 def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
     """What depends on the machine and not on the config alone. Raises `UserError`."""
+    if on_cpu and shared_memory_is_short():
+        raise UserError(
+            f"{_SHARED}: {shutil.disk_usage(_SHARED).free >> 20} MiB free, and on a CPU vLLM's processes talk through "
+            f"{_SHARED_MIB} MiB of it; give the container more (docker run --shm-size=1g)"
+        )
     if engine.sleep != "none" and on_cpu:
         raise UserError(
             f"engine.sleep: {engine.sleep} gives a GPU's memory to the trainer, and this machine has none; leave it out"

@@ -29,7 +29,7 @@ from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, WorldConfig
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
-from trainer.engine_arguments import check_engine
+from trainer.engine_arguments import check_engine, shared_memory_is_short
 from trainer.engine_judge import EngineJudge
 from trainer.expert import Demonstration
 from trainer.grammar import Grammar, check_schema, in_words
@@ -324,7 +324,7 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 
 def _check_engine(config: RunConfig) -> None:
-    if config.engine.quantization is None and config.engine.sleep == "none":
+    if config.engine.quantization is None and config.engine.sleep == "none" and not shared_memory_is_short():
         return
     import torch
 

@@ -27,9 +27,9 @@ def test_every_test_that_a_page_names_exists(page):
             assert test in known, f"{page.name} names {test}"
 
 
-def test_every_case_of_the_compatibility_page_names_its_tests():
-    rows = [
-        line for line in (REPOSITORY / "docs" / "compatibility.md").read_text().splitlines() if line.startswith("| ")
-    ]
+@pytest.mark.parametrize("page", ["compatibility.md", "borders.md"])
+def test_every_case_of_the_pages_of_cases_names_its_tests(page):
+    rows = [line for line in (REPOSITORY / "docs" / page).read_text().splitlines() if line.startswith("| ")]
     cases = [row for row in rows if not row.startswith("| | case")]
-    assert len(cases) > 40 and all(re.search(r"`test_\w+`[^|]*\|$", row) for row in cases)
+    without = [row for row in cases if not re.search(r"`test_\w+`[^|]*\|$", row)]
+    assert len(cases) > 40 and all("no test" in row for row in without)

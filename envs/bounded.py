@@ -11,15 +11,16 @@ PLAIN = {"Accept-Encoding": "identity"}
 """Headers by which a server is asked not to compress what it answers."""
 
 
-def bounded(max_bytes: int) -> Callable[[Any], Awaitable[None]]:
+def bounded(max_bytes: int, *, streams: bool = False) -> Callable[[Any], Awaitable[None]]:
     """A response hook for clients of httpx's kind (the openai package's, the MCP SDK's), which read answers whole.
 
     Their `ReadError` is raised for an answer above `max_bytes`, and for a compressed one, which may grow a
-    thousandfold: the client has to ask by `PLAIN`. Streams of events are left to who reads them, event by event.
+    thousandfold: the client has to ask by `PLAIN`. With `streams`, streams of events are left to who reads them, event
+    by event; a client that has asked for none reads such an answer whole like any other.
     """
 
     async def refuse_or_bound(response: Any) -> None:
-        if response.headers.get("content-type", "").lower().startswith("text/event-stream"):
+        if streams and response.headers.get("content-type", "").lower().startswith("text/event-stream"):
             return
         # httpx, or httpx2, which is another library with the same classes.
         library = importlib.import_module(type(response).__module__.partition(".")[0])

@@ -21,6 +21,7 @@ _TICK_S = 0.25
 _LATE_S = 0.05
 _RESOLUTION_S = 1e-4
 """Less is nothing: added to the loop's time it might not change it, and the end would never come."""
+_LONGEST_ALARM_S = 1e8
 _clocks: ContextVar[tuple[Clock, ...]] = ContextVar("clocks", default=())
 
 
@@ -63,6 +64,8 @@ class Clock:
         self.stop()
         self._left_s = limit_s
         self._is_put_off = False
+        if not self._timeout.expired():
+            self._timeout.reschedule(None)
         self.go_on()
 
     def end(self) -> None:
@@ -131,7 +134,7 @@ def blocking_limit(limit_s: float, what: str) -> Iterator[None]:
         return
     start = time.monotonic()
     former = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    signal.setitimer(signal.ITIMER_REAL, min(limit_s, _LONGEST_ALARM_S))
     try:
         yield
     finally:
@@ -146,7 +149,8 @@ def blocking_limit(limit_s: float, what: str) -> Iterator[None]:
 def stopped_clocks() -> Iterator[None]:
     """All limits that this task stands under stand still in the body: what is waited for there is ours.
 
-    Not covered: others who wait for this task, such as those who asked a judge the same question.
+    Not covered: others who wait for this task, such as those who asked a judge the same question; a task that was begun
+    under a limit and outlives it, waiting for us: the limit stands still as long.
     """
     loop = asyncio.get_running_loop()
     # A tool in a thread may run a loop of its own.

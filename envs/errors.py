@@ -19,12 +19,22 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 
 from envs.terminal import clean
 
+_MAX_CHARS = 10_000
+
 
 class AgentRFTError(Exception):
-    """Base of the tree. What it says is written down and shown: secrets and control characters are left out of it."""
+    """Base of the tree. What it says is written down and shown: secrets and control characters are left out of it.
+
+    So is what makes it longer than anyone reads, a server's megabytes say.
+    """
 
     def __str__(self) -> str:
-        return clean(super().__str__())
+        text = super().__str__()
+        if len(text) <= _MAX_CHARS:
+            return clean(text)
+        # Between words: half a secret would not be known as one.
+        shown = text[: text.rfind(" ", 0, _MAX_CHARS) + 1]
+        return f"{clean(shown)}[cut: {len(text) - len(shown):,} more characters]"
 
 
 class UserError(AgentRFTError, ValueError):

@@ -166,16 +166,34 @@ def thread_metrics() -> dict[str, float]:
 
 
 class _Daemons(ThreadPoolExecutor):
-    """asyncio takes no other kind of executor; of this one nothing is joined."""
+    """asyncio takes no other kind of executor. Nothing of it is joined, and a call that hangs keeps its thread."""
+
+    def __init__(self, *, most: int) -> None:
+        super().__init__(max_workers=1)
+        self._most = most
+        self._num_threads = 0
+        self._num_idle = threading.Semaphore(0)
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         call = _Call("", functools.partial(fn, *args, **kwargs))
-        threading.Thread(target=lambda: _outcome(call)(), daemon=True).start()
+        self._calls.put(call)
+        if not self._num_idle.acquire(blocking=False) and self._num_threads < self._most:
+            self._num_threads += 1
+            threading.Thread(target=self._work, daemon=True).start()
         return call.result
+
+    def _work(self) -> None:
+        while True:
+            _outcome(self._calls.get())()
+            self._num_idle.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
 
 
+_DAEMONS = _Daemons(most=256)
+
+
 def let_loop_end() -> None:
     """What async code hands to the running loop's own threads (`asyncio.to_thread`) must not keep the process."""
-    asyncio.get_running_loop().set_default_executor(_Daemons())
+    asyncio.get_running_loop().set_default_executor(_DAEMONS)

@@ -72,7 +72,8 @@ class Call:
         if form == "gzip":
             body = gzip.compress(b"x" * HUGE_BYTES)
             return web.Response(body=body, headers={"Content-Encoding": "gzip"})
-        response = web.StreamResponse(headers={"Content-Length": str(HUGE_BYTES)} if form == "length" else {})
+        headers = {"length": {"Content-Length": str(HUGE_BYTES)}, "events": {"Content-Type": "text/event-stream"}}
+        response = web.StreamResponse(headers=headers.get(form, {}))
         await response.prepare(self.request)
         for _ in range(HUGE_BYTES // len(_PIECE)):
             await response.write(_PIECE)

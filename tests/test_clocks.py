@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from envs import threads
 from envs.clocks import blocking_limit, place_in, stopped_clocks, time_limit
 from envs.errors import EngineHungError, Unscored, WorldError
 from envs.loading import call_user
@@ -158,6 +159,16 @@ async def test_a_function_that_raises_stop_iteration_does_not_hang():
         await call_user(next, iter(()))
 
 
+async def test_what_async_code_hands_to_threads_takes_so_many_and_no_more(monkeypatch):
+    daemons = threads._Daemons(most=3)
+    monkeypatch.setattr(threads, "_DAEMONS", daemons)
+    threads.let_loop_end()
+    seen = await asyncio.gather(*(asyncio.to_thread(threading.get_ident) for _ in range(50)))
+    assert len(seen) == 50 and len(set(seen)) <= 3
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.to_thread(lambda: 1 / 0)
+
+
 async def test_where_the_system_gives_no_thread_it_is_the_worlds_fault(monkeypatch):
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -233,7 +244,7 @@ asyncio.run(main())
 def test_sync_code_that_holds_up_the_loop_is_ended_too():
     with pytest.raises(WorldError, match=r"make_env: not done within 0\.1 s"), blocking_limit(0.1, "make_env"):
         time.sleep(30)
-    with blocking_limit(0.05, "make_env"):
+    with blocking_limit(math.inf, "make_env"), blocking_limit(0.05, "make_env"):
         pass
     time.sleep(0.1)  # the alarm is off
 
@@ -308,6 +319,15 @@ async def test_an_engine_that_answers_nothing_any_more_ends_the_run_though_every
                     await engine.generate([], turn(0))
         with pytest.raises(TimeoutError, match="its own"):
             await engine.score([])
+
+
+async def test_an_answer_that_comes_as_the_time_ends_gives_the_others_theirs_anew():
+    async with asyncio.timeout(30):
+        async with time_limit(0.05) as clock:
+            while clock._left_s:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            clock.renew(30)
+            await asyncio.sleep(0.05)
 
 
 async def test_each_answer_gives_those_that_still_wait_the_whole_time_anew():

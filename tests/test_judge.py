@@ -520,7 +520,7 @@ async def test_no_redirect_takes_the_prompt_to_another_host(connect, status, has
     assert elsewhere.payloads == []
 
 
-@pytest.mark.parametrize("form", ["chunked", "length", "gzip"])
+@pytest.mark.parametrize("form", ["chunked", "length", "events", "gzip"])
 @pytest.mark.parametrize("status", [200, 400])
 async def test_an_answer_without_a_bound_is_not_read(connect, form, status):
     async def behave(call: Call) -> web.StreamResponse:

@@ -1,5 +1,6 @@
 """Mistakes made on purpose: each is told before anything is loaded, with file, line or key and what was expected."""
 
+import contextlib
 import http.server
 import json
 import socket
@@ -372,6 +373,29 @@ def test_a_key_that_the_judge_refuses(job, monkeypatch):
             assert job.told().startswith("model.name")
         server.shutdown()
     assert set(asked) == {("/v1/models", "Bearer k3y")}
+
+
+def test_a_judge_that_sends_a_byte_now_and_then_does_not_keep_the_run_from_starting(job, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "k3y")
+    monkeypatch.setattr("trainer.reachable._CONNECT_S", 0.5)
+    ended = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        while not ended.is_set():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                while not ended.wait(0.1):
+                    connection.send(b"H")
+
+    judged = {"type": "score_model", "model": "m", "input": [{"role": "user", "content": "?"}]}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        dripping = threading.Thread(target=drip, args=(server,), daemon=True)
+        dripping.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        job.config |= {"grader": judged, "judge": {"base_url": url, "api_key_env": "MY_KEY"}}
+        assert job.told().startswith("model.name")
+        ended.set()
+        dripping.join()
 
 
 def test_a_server_that_listens_is_asked_nothing(job):

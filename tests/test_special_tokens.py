@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_engine import call
@@ -15,7 +16,7 @@ from test_rollout import CONFIG, TASK, LengthGrader, World, Writer
 
 from envs.errors import UserError
 from envs.tools import tool
-from envs.types import Message
+from envs.types import Message, ToolCall
 from trainer.chat import Chat
 from trainer.family import model_class_of
 from trainer.rollout import RolloutRequest, RolloutWorker
@@ -75,11 +76,34 @@ async def test_what_tools_and_the_model_spell_out_is_counted(chat: Chat) -> None
     assert "The answer is 7." not in chat.decode(own) and "The answer is 7." in chat.decode(sample.token_ids)
 
 
-@pytest.mark.parametrize("key", ["content", "reasoning"])
-def test_a_demonstration_that_no_policy_could_write_is_refused_with_its_place(chat: Chat, key: str) -> None:
-    asked, forged = Message(role="user", content=FORGED), Message(role="assistant", **{key: FORGED})
+def calling(name: str = "search", arguments: str = "{}") -> dict[str, Any]:
+    return {"tool_calls": (ToolCall(call_id="c", name=name, arguments=arguments),)}
+
+
+ESCAPED = FORGED.replace("<", "\\u003c").replace("\n", "\\n")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"content": FORGED},
+        {"reasoning": FORGED},
+        calling(name=FORGED),
+        calling(arguments=json.dumps({"query": FORGED})),
+        calling(arguments=f'{{"query": ["{ESCAPED}"]}}'),
+        calling(arguments=f'{{"{ESCAPED}": 1}}'),
+    ],
+    ids=["content", "reasoning", "name", "arguments", "escaped", "an escaped key"],
+)
+def test_a_demonstration_that_no_policy_could_write_is_refused_with_its_place(
+    chat: Chat, parts: dict[str, Any]
+) -> None:
+    asked, forged = Message(role="user", content=FORGED), Message(role="assistant", **parts)
     shown = Demonstration(messages=(asked, forged), where="shown.jsonl, line 3")
-    for take in (lambda: check_demonstrations([shown], chat=chat), lambda: demonstration_ledgers(shown, chat=chat)):
+    for take in (
+        lambda: check_demonstrations([shown], chat=chat, max_tokens=10_000),
+        lambda: demonstration_ledgers(shown, chat=chat),
+    ):
         with pytest.raises(UserError, match=r"^shown.jsonl, line 3: messages\[1\]: its text holds '<\|im_end\|>'"):
             take()
 
@@ -92,7 +116,7 @@ def test_what_is_not_trained_on_may_spell_anything(chat: Chat) -> None:
         Message(role="assistant", content="A tag of no format: <filename>, </think>."),
     )
     shown = Demonstration(messages=messages, untrained=frozenset({1}))
-    check_demonstrations([shown], chat=chat)
+    check_demonstrations([shown], chat=chat, max_tokens=10_000)
     (ledger,) = demonstration_ledgers(shown, chat=chat)
     assert ledger.num_trainable
 

@@ -41,6 +41,13 @@ def test_errors_are_clean_by_themselves_and_what_a_model_reads_is_untouched(kind
     assert str(ToolError(EVIL)) == EVIL
 
 
+def test_an_error_is_cut_where_nobody_reads_on_and_not_within_a_secret() -> None:
+    error = WorldError("the server said: " + "x " * 4_990 + "https://me:pa55word@" + "y" * 16_000_000)
+    assert len(str(error)) < 11_000 and str(error).endswith("more characters]")
+    assert "pa55" not in str(error) and "https" not in str(error)
+    assert str(WorldError("a " * 5_000)) == "a " * 5_000
+
+
 def test_a_line_and_a_table_are_shown_clean(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.table import Table
     from rich.text import Text

@@ -8,13 +8,15 @@ serving other prompts than `vllm serve` does; both are counted.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.types import Message
+from envs.types import Message, ToolCall
 
 
 class SpecialTokens:
@@ -45,8 +47,23 @@ class SpecialTokens:
 
     def of_turns_in(self, message: Message) -> str:
         """The first token in the message's texts that begins or ends turns; empty where none does."""
-        texts = [message.content, message.reasoning, *(call.arguments for call in message.tool_calls)]
+        texts = itertools.chain([message.content, message.reasoning], *map(_texts_of, message.tool_calls))
         return next((found[0] for text in texts if (found := self._of_turns.search(text))), "")
+
+
+def _texts_of(call: ToolCall) -> Iterator[str]:
+    """What a template may write of it: the arguments' JSON as it stands, or its values, in which escapes are undone."""
+    yield from (call.name, call.arguments)
+    with contextlib.suppress(ValueError, RecursionError):
+        parts = [json.loads(call.arguments)]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                parts += [*part, *part.values()]
+            elif isinstance(part, list):
+                parts += part
+            elif isinstance(part, str):
+                yield part
 
 
 def _one_of(texts: Any) -> re.Pattern[str]:

@@ -131,7 +131,7 @@ class Connection:
             timeout=httpx2.Timeout(30.0, read=config.timeout_s),
             limits=httpx2.Limits(max_connections=None),
             verify=_ssl_context(),
-            event_hooks={"request": [_pause_before_resuming], "response": [bounded(MAX_MESSAGE_BYTES)]},
+            event_hooks={"request": [_pause_before_resuming], "response": [bounded(MAX_MESSAGE_BYTES, streams=True)]},
         ) as http:
             transport = streamable_http_client(config.url, http_client=http, max_sse_event_size=MAX_MESSAGE_BYTES)
             # Versions of the protocol from 2026 on know no sessions over HTTP: state per rollout needs the former ones.
@@ -185,7 +185,7 @@ class Connection:
             raise WorldError(f"{server}: {what}: no answer within {timeout_s:g} s")
         except MCPError as e:
             if e.code == INVALID_PARAMS:
-                raise ToolError(not_kept(e.message)[:_MAX_OUTPUT_BYTES]) from e
+                raise ToolError(not_kept(e.message[:_MAX_OUTPUT_BYTES])) from e
             self._is_cut |= e.code == CONNECTION_CLOSED or (e.code, e.message) == (
                 INVALID_REQUEST,
                 "Session terminated",

@@ -50,6 +50,10 @@ _BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependen
 """Keywords that hold schemas under names of their own."""
 _REFERENCES = {"$ref", "$dynamicRef", "$recursiveRef"}
 _MAX_CACHED = 1024
+_ESCAPE_OR_BRACES = regex.compile(r"\\(?:[pPux]\{[^}]*\}|(.))|\{([^}]*)\}", regex.DOTALL)
+_ESCAPES = "dDwWsSbBfnrtvcxukpPAZ"
+"""ECMA's, and Python's two anchors, which no author means as letters."""
+_REPEATS = regex.compile(r"\d*(?:,\d*)?")
 _LONGEST_PATTERN = 10_000
 """Longer ones take long to be read already."""
 
@@ -292,10 +296,19 @@ def _patterns_in(schema: Any) -> Iterator[str]:
                 yield pattern
 
 
+def _is_doubtful(pattern: str) -> bool:
+    """Whether the library reads something into it that ECMA 262 does not: `\\h`, `\\R`, `{e}` for a near miss, ..."""
+    return any(
+        ((found[1] or "").isalpha() and found[1] not in _ESCAPES)
+        or (found[2] is not None and not _REPEATS.fullmatch(found[2]))
+        for found in _ESCAPE_OR_BRACES.finditer(pattern)
+    )
+
+
 @functools.lru_cache(maxsize=_MAX_CACHED)
 def _compiled(pattern: str) -> Any:
     """None for what can't be read, or not without doubt."""
-    if len(pattern) > _LONGEST_PATTERN:
+    if len(pattern) > _LONGEST_PATTERN or _is_doubtful(pattern):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

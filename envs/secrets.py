@@ -49,7 +49,7 @@ _NO_VALUE = re.compile(
 )
 """Switches, schemes and paths."""
 _KNOWN = re.compile(
-    r"(?<![A-Za-z0-9])(?:(?:(?:sk|rk|pk|xox[a-z]|xapp|nvapi|tvly|pplx|xai|pypi|dapi|csk|GOCSPX|AGE-SECRET-KEY)[-_]"
+    r"(?<![A-Za-z0-9])(?:(?:(?:sk|rk|pk|xox[a-z]|xapp|nvapi|tvly|pplx|xai|pypi|dapi|csk|GOCSPX|glsa|sntry[su]|lsv2|AGE-SECRET-KEY)[-_]"
     r"|gl(?:pat|ptt|dt|rt|cbt|ft|soat|agent)-|gh[opsur]_|github_pat_|hf_|npm_|gsk_|r8_|fw_|whsec_|shpat_|lin_api_"
     r"|dop_v1_|dckr_pat_|sbp_|figd_|ntn_|hvs\.|ATATT|AIza|ya29\.|SG\.)(?=[\w.-]{0,99}\d)[\w.-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{12,}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?)"

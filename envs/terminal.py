@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 _CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-    r"|[\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"|[\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
-"""Sequences that begin with an escape, all other control characters, and those that turn the direction of writing or
-are half of a character. Tab and newline stay."""
+"""Sequences that begin with an escape, all other control characters, and those that turn the direction of writing,
+break lines, take no room or are half of a character. Tab, newline and what joins letters stay."""
 
 
 def clean(text: str) -> str:

@@ -38,7 +38,8 @@ from typing import Any
 import psutil
 
 from envs.errors import UserError
-from trainer.run_files import read_lines, write_atomically
+from trainer.processes import end_on_signals
+from trainer.run_files import read_lines, read_object, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -128,7 +129,7 @@ class Piece:
 def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
     """In their order; their limits add up to 25 minutes on a GPU, and to four times that on a CPU."""
     model, own = out / "model", ["scripts/rehearse_gpu.py", "--out", str(out), *(["--cpu"] if on_cpu else [])]
-    on_random = [f"model.name={model}", *_COMMON, *_RANDOM[on_cpu]]
+    on_random = [f"model.name={json.dumps(str(model))}", *_COMMON, *_RANDOM[on_cpu]]
     rows = ["--repeats", "1" if on_cpu else "2"]
 
     def bench(name: str, limit_s: int, script: str, *options: str) -> Piece:
@@ -138,7 +139,13 @@ def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
 
     def training_run(name: str, limit_s: int, overrides: Sequence[str]) -> Piece:
         run = out / name
-        command = ["scripts/train.py", "--config", "configs/quickstart.yaml", f"output_dir={run}", *overrides]
+        command = [
+            "scripts/train.py",
+            "--config",
+            "configs/quickstart.yaml",
+            f"output_dir={json.dumps(str(run))}",
+            *overrides,
+        ]
         return Piece(name=name, limit_s=limit_s, command=command, figures=lambda: run_figures(run))
 
     def of_this_script(name: str, limit_s: int) -> Piece:
@@ -327,14 +334,26 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def kept_result(path: Path) -> dict[str, Any] | None:
+    """What an earlier call left of a piece; None where it left nothing, or something damaged: it is done again."""
+    with contextlib.suppress(UserError):
+        result = read_object(path)
+        if result is not None and {"ok", "seconds", "memory_gib", "figures", "command"} <= set(result):
+            return result
+    return None
+
+
 def rehearse(out: Path, *, on_cpu: bool) -> list[dict[str, Any]]:
     """All pieces, those that were finished before as they were."""
     for name in ("pieces", "logs"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+        try:
+            (out / name).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"--out {out}: {e.strerror or e}; expected a folder that can be written") from None
     done = []
     for piece in pieces(out, on_cpu=on_cpu):
         path = out / "pieces" / f"{piece.name}.json"
-        result = json.loads(path.read_text()) if path.exists() else None
+        result = kept_result(path)
         if result is not None and result["command"] != list(piece.command):
             raise UserError(f"--out {out}: holds another rehearsal's {piece.name}; choose another folder")
         if result is None:
@@ -368,8 +387,8 @@ def main() -> int:
     parser.add_argument("--only", choices=("environment", "model"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     out = given.out.resolve()
-    # As Ctrl-C: the piece at work is of another session and would outlive this one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The piece at work is of another session and would outlive this one.
+    end_on_signals()
     try:
         if given.only is None:
             done = rehearse(out, on_cpu=given.cpu)

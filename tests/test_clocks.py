@@ -389,7 +389,7 @@ async def test_what_only_watches_may_hang_and_a_rollout_passed_over_is_not_tried
     assert graded.is_unscored and judge.num_asked == 1
 
 
-@pytest.mark.parametrize("odd", [1e13, -1e155, 1.7e308, math.inf, math.nan])
+@pytest.mark.parametrize("odd", [1e13, -1e155, 1.7e308, math.inf, math.nan, 10**4000])
 async def test_a_number_that_no_gradient_could_hold_is_the_graders_fault_and_names_it(odd):
     class Odd:
         async def grade(self, task: Task, episode: Episode) -> Grade:
@@ -397,7 +397,8 @@ async def test_a_number_that_no_gradient_could_hold_is_the_graders_fault_and_nam
 
     graded = await Grading(Odd(), None, timeout_s=30, retries=0).grade(TASK, EPISODE)
     assert graded.grade is None
-    assert graded.error == f"grader: reward is {odd:g}; expected a number from -1e+12 to 1e+12"
+    shown = "a whole number of 13288 bits" if isinstance(odd, int) else f"{odd:g}"
+    assert graded.error == f"grader: reward is {shown}; expected a number from -1e+12 to 1e+12"
 
 
 async def test_a_bug_in_a_grader_is_not_taken_for_a_fault():

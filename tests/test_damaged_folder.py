@@ -210,6 +210,10 @@ def test_stray_names_are_passed_over(server, ran, undisturbed):
         (folder / kind / "step-last.jsonl").write_text("?")
         (folder / kind / "step-000003.jsonl.bak").write_text("?")
         (folder / kind / "notes").mkdir()
+        (folder / kind / "step-000009.jsonl").mkdir()
+    (folder / "evals" / "step-000003.jsonl").mkdir()
+    (folder / "checkpoints" / "step-000003").symlink_to("nowhere")
+    (folder / ".unfinished-run.json").mkdir()
     assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
 
 

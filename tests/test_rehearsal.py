@@ -60,6 +60,7 @@ def test_what_failed_is_done_again_and_what_is_done_is_not(
     table = rehearsal.table(done)
     assert "| first | made, things | 3 |" in table and "| second | failed | exit code 1 |" in table
     (tmp_path / "card").touch()
+    (tmp_path / "out" / "pieces" / "second.json").write_text("[]")
     again = rehearsal.rehearse(tmp_path / "out", on_cpu=True)
     assert again[0] == done[0] and again[1]["ok"]
     assert (tmp_path / "count").read_text() == "x", "the first was done once"
@@ -67,6 +68,24 @@ def test_what_failed_is_done_again_and_what_is_done_is_not(
     monkeypatch.setattr(rehearsal, "pieces", lambda out, on_cpu: pieces_of(rehearsal, first="pass"))
     with pytest.raises(UserError, match="holds another rehearsal's first"):
         rehearsal.rehearse(tmp_path / "out", on_cpu=True)
+
+
+def test_a_folder_of_any_name_is_the_one_that_is_used_and_a_file_in_its_place_is_told(
+    rehearsal: Any, tmp_path: Path
+) -> None:
+    from trainer.config import load_config
+
+    out = tmp_path / "a: b #1"
+    for piece in rehearsal.pieces(out, on_cpu=True):
+        overrides = [word for word in piece.command if "=" in word]
+        config = load_config(REPOSITORY / "configs/quickstart.yaml", overrides)
+        if piece.name in ("quickstart", "together"):
+            assert config.output_dir == out / piece.name
+        if piece.name == "together":
+            assert config.model.name == str(out / "model")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*file: .* expected a folder"):
+        rehearsal.rehearse(tmp_path / "file", on_cpu=True)
 
 
 def test_a_piece_past_its_limit_ends_with_all_that_it_started(

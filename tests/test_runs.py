@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import itertools
 import json
 import os
 import platform
@@ -237,8 +238,13 @@ def test_a_key_that_an_older_version_did_not_know_stands_for_its_default_whereve
         RunFolder.check(config)
 
 
+ALIASES = "a: &a [x]\n" + "".join(
+    f"{c}: &{c} [{', '.join([f'*{b}'] * 9)}]\n" for b, c in itertools.pairwise("abcdefghij")
+)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "a: [", "{" * 5000, "? [1]: 2\n: {}", "a: 2024-13-45", "- 1", "a: !!python/name:os.system"]
+    "text", ["", "a: [", "{" * 5000, "? [1]: 2\n: {}", "a: 2024-13-45", "- 1", "a: !!python/name:os.system", ALIASES]
 )
 def test_a_config_that_cannot_be_read_is_named(config, run, text):
     (config.output_dir / "config.yaml").write_text(text)

@@ -27,6 +27,7 @@ def is_harmless(text: str) -> bool:
         ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
         ("\x1bPq\x1b\\", "Pq\\"),
         ("\x1b[" + "0" * 100_000, "[" + "0" * 100_000),
+        ("a\u200eb\u2028c\u200bd\U000e0041 \u200d", "abcd \u200d"),
         ("tab\tand\nline, größer 雪 שלום", "tab\tand\nline, größer 雪 שלום"),
         ("key sk-abcdefghijklmnop1234", "key ${SECRET}"),
     ],

@@ -15,7 +15,7 @@ from trainer.adapter import adapter_state
 from trainer.manifest import OLD_STATE, STATE, checkpoints, write_manifest
 from trainer.policy import Policy
 from trainer.resuming import refusal_of
-from trainer.run_files import UNFINISHED, open_to_read
+from trainer.run_files import UNFINISHED, clear, open_to_read
 from trainer.runs import RunFolder
 
 _COUNTERS = ("num_updates", "num_steps")
@@ -33,8 +33,7 @@ def write_checkpoint(run: RunFolder, policy: Policy, *, step: int) -> Path:
     in `rollouts/`; so the policy's own state (adapter, optimizer, schedule, random states) is all there is to save.
     """
     written = run.path / "checkpoints" / f"{UNFINISHED}step-{step:06d}"
-    if written.exists():
-        shutil.rmtree(written)
+    clear(written)
     policy.save_adapter(written / "adapter")
     save_file(_flat(policy.state_dict()), written / STATE)
     return written
@@ -47,8 +46,7 @@ def keep_checkpoint(run: RunFolder, written: Path, *, keep: int) -> None:
     """
     folder = written.with_name(written.name.removeprefix(UNFINISHED))
     write_manifest(written, run.path, step=int(folder.name.removeprefix("step-")), run_id=run.run_id)
-    if folder.exists():
-        shutil.rmtree(folder)
+    clear(folder)
     written.replace(folder)
     for _, old in checkpoints(run.path)[keep:]:
         shutil.rmtree(old)

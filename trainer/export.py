@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from trainer.family import weights_dtype
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.resuming import export_digests
-from trainer.run_files import UNFINISHED
+from trainer.run_files import UNFINISHED, clear
 from trainer.runs import RunFolder
 
 
@@ -26,8 +25,7 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     folder = run.path / "adapter"
     written = folder.with_name(f"{UNFINISHED}{folder.name}")
     for old in (written, folder):
-        if old.exists():
-            shutil.rmtree(old)
+        clear(old)
     policy.save_adapter(written)
     template = job.chat.save_template(written)
     written.replace(folder)

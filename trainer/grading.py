@@ -82,4 +82,5 @@ def _refuse_huge(grade: Grade) -> None:
     numbers = {"reward": grade.reward, **grade.parts, **grade.scores}
     for name, number in numbers.items():
         if not abs(number) <= MOST_REWARD:
-            raise WorldError(f"{name} is {number:g}; expected a number from {-MOST_REWARD:g} to {MOST_REWARD:g}")
+            shown = f"{number:g}" if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
+            raise WorldError(f"{name} is {shown}; expected a number from {-MOST_REWARD:g} to {MOST_REWARD:g}")

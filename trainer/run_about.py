@@ -29,7 +29,11 @@ def saved_config(path: Path) -> dict[str, Any]:
     """The config of the run that the folder holds. Raises `UserError`."""
     hint = "restore it from a copy, or choose another output_dir"
     try:
-        config = yaml.safe_load(read_document(path, ours=True))
+        text = read_document(path, ours=True)
+        # A run writes none, and a few lines of them unfold to gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"{path}: is damaged: holds an alias, which no run writes; {hint}")
+        config = yaml.safe_load(text)
     except OSError as e:
         raise refusal(e, path) from e
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):

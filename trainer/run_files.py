@@ -212,12 +212,14 @@ def write_atomically(path: Path, text: str | bytes) -> None:
     What has no UTF-8 (lone surrogates) is written as a question mark.
     """
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    temporary.unlink(missing_ok=True)
+    clear(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     with os.fdopen(fd, "wb") as file:
         file.write(text.encode("utf-8", errors="replace") if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
+    if path.is_dir() and not path.is_symlink():
+        raise UserError(f"{path}: is a folder, where the run has to write a file; move it away")
     temporary.replace(path)
 
 
@@ -239,13 +241,18 @@ def keep_beginning(path: Path, num_bytes: int) -> None:
         return
 
 
+def clear(path: Path) -> None:
+    """Delete what has this name in a run folder: a file, a folder, or a link, of which what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def clear_unfinished(run: Path, folders: Sequence[str]) -> None:
     """Delete what a kill left half written in the run folder and in its `folders`."""
     for path in [path for folder in (run, *(run / name for name in folders)) for path in folder.glob(f"{UNFINISHED}*")]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        clear(path)
 
 
 # ---- lines of the steps

@@ -47,6 +47,7 @@ from trainer.run_files import (
     append_line,
     append_text,
     check_place,
+    clear,
     clear_unfinished,
     drop_damaged,
     is_intact,
@@ -176,7 +177,9 @@ class RunFolder:
         cls.check(config)
         path = config.output_dir
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.yaml", yaml.safe_dump(plain_config(config), sort_keys=False))
+        # Without the aliases that YAML writes for what stands in it twice.
+        written_out = json.loads(json.dumps(plain_config(config)))
+        write_atomically(path / "config.yaml", yaml.safe_dump(written_out, sort_keys=False))
         for name in ("rollouts", "evals", "checkpoints"):
             (path / name).mkdir(exist_ok=True)
         clear_unfinished(path, _FOLDERS)
@@ -335,7 +338,7 @@ class RunFolder:
         for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
             for path in sorted(step_files(self.path / kind)):
                 if int(path.name[5:].partition(".")[0]) > last:
-                    path.unlink()
+                    clear(path)
             for path in [] if kind == "tokens" else sorted(step_files(self.path / kind, last)):
                 if num_damaged := drop_damaged(path, intact=intact):
                     told.append(f"{path}: {num_damaged} damaged lines are left out; their rollouts are made again")

@@ -43,6 +43,9 @@ class Tool:
     for what the model should see and `WorldError` where the tool's server failed for good."""
     definition: Mapping[str, Any] | None = None
     """Somebody else's, which the model is shown as it stands."""
+    is_read_aside: bool = False
+    """Somebody else's schema may take its time over what a model writes: arguments are read in a thread. Those of other
+    tools are read at once, so that a turn's calls begin in their order."""
 
     def schema(self) -> dict[str, Any]:
         """The tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
@@ -165,6 +168,7 @@ def schema_tool(
         read_arguments=functools.partial(_read_checked, argument_check(parameters, max_faults=_MAX_FAULTS)),
         is_remote=is_remote,
         definition=definition,
+        is_read_aside=True,
     )
 
 
@@ -249,8 +253,8 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
 
 
 async def _read(tool: Tool, arguments: Any) -> dict[str, Any]:
-    """The function's arguments. Somebody else's schema may take its time over what a model writes: not the loop's."""
-    if tool.definition is None:
+    """The function's arguments."""
+    if not tool.is_read_aside:
         return tool.read_arguments(arguments)
     read: dict[str, Any] = await THREADS.run(f"the check of {tool.name}'s arguments", tool.read_arguments, arguments)
     return read

@@ -318,7 +318,7 @@ class RawServer:
         await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 length = int(head.partition("content-length:")[2].split("\r\n")[0])
@@ -328,7 +328,6 @@ class RawServer:
                     await asyncio.sleep(self.late_s)
                     writer.write(answer)
                 await writer.drain()
-        writer.close()
 
 
 def raw(body: Any, status: str = "200 OK") -> bytes:

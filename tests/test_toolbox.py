@@ -212,7 +212,7 @@ async def test_rows_choose_among_environments_by_name():
     await other.open(Task(task_id="t", messages=TASK.messages, item={"environment": "guess"}), "r")
     assert not other.tools
     await other.close(None)
-    with pytest.raises(UserError, match="t: environment: expected one of 'count', 'guess', got 'gone'"):
+    with pytest.raises(UserError, match="task 't': environment: expected one of 'count', 'guess', got 'gone'"):
         await kinds.make_env().open(Task(task_id="t", messages=TASK.messages, item={"environment": "gone"}), "r")
     with pytest.raises(UserError, match="expected a data section"):
         kinds.tasks("train")

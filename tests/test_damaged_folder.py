@@ -228,6 +228,16 @@ def test_a_line_of_rollouts_that_reads_well_but_was_changed_is_rolled_out_again_
     assert "step-000003.jsonl: 1 damaged lines are left out" in (folder / "run.log").read_text()
 
 
+def test_a_damaged_line_of_an_evaluation_that_is_over_is_left_out_and_told_as_that(server, ran, undisturbed):
+    folder = ran.restore("killed")
+    shutil.rmtree(folder / "checkpoints" / "step-000002")
+    path = folder / "evals" / "step-000000.jsonl"
+    path.write_bytes(garbled(path.read_bytes(), 1))
+    assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
+    said = (folder / "run.log").read_text()
+    assert "step-000000.jsonl: 1 damaged lines are left out; what the metrics say of them stays" in said
+
+
 # --- run folders of other versions and of other people
 
 

@@ -334,6 +334,7 @@ class RunFolder:
                 visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
                 write_atomically(self._visits_path, "".join(json.dumps(v) + "\n" for v in visits))
         told = []
+        is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
         intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)
         for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
             for path in sorted(step_files(self.path / kind)):
@@ -341,7 +342,9 @@ class RunFolder:
                     clear(path)
             for path in [] if kind == "tokens" else sorted(step_files(self.path / kind, last)):
                 if num_damaged := drop_damaged(path, intact=intact):
-                    told.append(f"{path}: {num_damaged} damaged lines are left out; their rollouts are made again")
+                    is_over = kind == "evals" and is_evaluated
+                    then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
+                    told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
         return told
 
 

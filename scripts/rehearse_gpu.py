@@ -38,6 +38,7 @@ from typing import Any
 import psutil
 
 from envs.errors import UserError
+from envs.terminal import run, say
 from trainer.processes import end_on_signals
 from trainer.run_files import read_lines, read_object, write_atomically
 
@@ -357,12 +358,12 @@ def rehearse(out: Path, *, on_cpu: bool) -> list[dict[str, Any]]:
         if result is not None and result["command"] != list(piece.command):
             raise UserError(f"--out {out}: holds another rehearsal's {piece.name}; choose another folder")
         if result is None:
-            print(f"{piece.name}: at most {piece.limit_s} s", file=sys.stderr, flush=True)
+            say(f"{piece.name}: at most {piece.limit_s} s", file=sys.stderr)
             result = run_piece(piece, out, on_cpu=on_cpu)
             if result["ok"]:
                 write_atomically(path, json.dumps(result, indent=1))
             else:
-                print(f"{piece.name}: {result['why']}, see {result['log']}", file=sys.stderr, flush=True)
+                say(f"{piece.name}: {result['why']}, see {result['log']}", file=sys.stderr)
         done.append(result)
     write_atomically(out / "rehearsal.json", json.dumps({"on_cpu": on_cpu, "pieces": done}, indent=1))
     return done
@@ -392,7 +393,7 @@ def main() -> int:
     try:
         if given.only is None:
             done = rehearse(out, on_cpu=given.cpu)
-            print(table(done))
+            say(table(done))
             return 0 if all(piece["ok"] for piece in done) else 1
         made = (
             look_at_environment(on_cpu=given.cpu)
@@ -401,13 +402,15 @@ def main() -> int:
         )
         write_atomically(out / "logs" / f"{given.only}.figures.json", json.dumps(made))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        say(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        # A terminal that was closed takes no more words.
+        with contextlib.suppress(OSError):
+            say("interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

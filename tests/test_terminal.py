@@ -63,7 +63,7 @@ def test_a_line_and_a_table_are_shown_clean(capsys: pytest.CaptureFixture[str]) 
     assert "ared2Jbc 3" in out and "[bold]head[/bold]" in out and "[/no markup]" in out
 
 
-@pytest.mark.parametrize("script", ["train", "preflight", "grade", "compare", "report", "sweep"])
+@pytest.mark.parametrize("script", ["train", "preflight", "grade", "compare", "report", "sweep", "rehearse_gpu"])
 def test_every_script_prints_by_the_one_rule(script: str) -> None:
     text = (REPOSITORY / "scripts" / f"{script}.py").read_text()
     assert "Console()" not in text and "    run(main)" in text

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from envs.secrets import hidden_in
+from envs.tools import Tool
 from graders.config import GraderConfig, MultiConfig
 from trainer.config import RunConfig
 from trainer.job import Job, prepare
@@ -34,8 +35,9 @@ def _found(job: Job) -> Iterator[tuple[str, str]]:
     config = job.config
     yield "run folder", _folder(config)
     yield "tasks", f"{len(job.train_tasks)} to train on, {_held_out(job)}"
-    yield "prompts", _prompts(job)
-    yield "tools", _tools(job)
+    offered = job.world.make_env().tools
+    yield "prompts", _prompts(job, offered)
+    yield "tools", _tools(job, offered)
     if job.users is not None:
         yield "user", type(job.users).__name__
     yield "grader", _grader(config.grader)
@@ -67,9 +69,9 @@ def _held_out(job: Job) -> str:
     return f"{told}; {same} of those have the prompt of a training task" if same else told
 
 
-def _prompts(job: Job) -> str:
+def _prompts(job: Job, offered: Mapping[str, Tool]) -> str:
     """How long they are. Some suffice: a run may have many."""
-    limits, offered = job.config.rollout, job.world.make_env().tools
+    limits = job.config.rollout
     tasks = [*job.train_tasks, *job.eval_tasks][:: max(1, (len(job.train_tasks) + len(job.eval_tasks)) // 200)]
     lengths = []
     for task in tasks:
@@ -79,8 +81,8 @@ def _prompts(job: Job) -> str:
     return f"{middle:,.0f} tokens in the middle, {most:,} at most, of an episode's {limits.max_episode_tokens:,}"
 
 
-def _tools(job: Job) -> str:
-    offered, rollout = job.world.make_env().tools, job.config.rollout
+def _tools(job: Job, offered: Mapping[str, Tool]) -> str:
+    rollout = job.config.rollout
     names = list(dict.fromkeys(name for task in job.train_tasks for name in tools_offered(task, offered, rollout)))
     shown = ", ".join(names[:_MOST_NAMES])
     return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown or "none"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.base import Responds, World
+from envs.base import Env, Responds, World
 from envs.clocks import time_limit
 from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, told_of
@@ -119,13 +119,13 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     _check_trackers(config)
     _check_engine(config)
     world = build_world(config.world)
-    _check_env(world)
+    env = _checked_env(world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
     _check_strata(config, train_tasks)
     tasks = [*train_tasks, *eval_tasks]
-    _check_rows(config, world, tasks)
-    _check_response_format(config, world, tasks)
-    users = _users(config, world, tasks)
+    _check_rows(config, world, env.tools, tasks)
+    _check_response_format(config, env.tools, tasks)
+    users = _users(config, env, tasks)
     demonstrations = load_demonstrations(config)
     _check_expert(config, world, users, train_tasks, demonstrations)
     preflight = load_preflight(config.curriculum)
@@ -147,7 +147,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         chat_template=config.model.chat_template,
         template_kwargs=config.model.chat_template_kwargs,
     )
-    _check_prompts(config, world, chat, tasks)
+    _check_prompts(config, env.tools, chat, tasks)
     check_demonstrations(demonstrations, chat=chat, max_tokens=config.rollout.max_episode_tokens)
     return Job(
         config=config,
@@ -181,14 +181,13 @@ def build_world(config: WorldConfig) -> World:
             return CustomWorld(config)
 
 
-def _check_response_format(config: RunConfig, world: World, tasks: Sequence[Task]) -> None:
+def _check_response_format(config: RunConfig, offered: Mapping[str, Tool], tasks: Sequence[Task]) -> None:
     schema = schema_text(config.rollout.response_format)
     if schema is None:
         return
-    in_world = world.make_env().tools
     for task in tasks:
         with told_of(task.where):
-            tools_offered(task, in_world, config.rollout)
+            tools_offered(task, offered, config.rollout)
     check_schema(schema)
 
 
@@ -206,11 +205,11 @@ def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: 
         raise UserError(f"rollout.response_format: xgrammar does not take this schema: {in_words(e)}") from e
 
 
-def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | None:
+def _users(config: RunConfig, env: Env, tasks: Sequence[Task]) -> Users | None:
     users = build_users(config.world)
     if users is None:
         return None
-    if isinstance(world.make_env(), Responds):
+    if isinstance(env, Responds):
         raise UserError("world.user: the environment has a user of its own (respond); leave one of the two out")
     if check := getattr(users, "check", None):
         for task in tasks:
@@ -219,8 +218,8 @@ def _users(config: RunConfig, world: World, tasks: Sequence[Task]) -> Users | No
     return users
 
 
-def _check_env(world: World) -> None:
-    """Whether the first environment is one at all; those of our own worlds are."""
+def _checked_env(world: World) -> Env:
+    """One that tells what the world offers, and is never opened. Raises `UserError` for what is none at all."""
     with looked_at("world: make_env()"):
         env = world.make_env()
         lacks = [name for name in ("tools", "open", "close") if not hasattr(env, name)]
@@ -235,11 +234,11 @@ def _check_env(world: World) -> None:
                 f"world: {type(env).__name__}.tools[{name!r}]: expected a Tool, as envs.tools.tool makes it of a "
                 f"function, got {type(tool).__name__}"
             )
+    return env
 
 
-def _check_rows(config: RunConfig, world: World, tasks: Sequence[Task]) -> None:
+def _check_rows(config: RunConfig, world: World, offered: Mapping[str, Tool], tasks: Sequence[Task]) -> None:
     """Whether the world can open them, as far as it can tell, and offers what it was given to offer."""
-    offered = world.make_env().tools
     if check := getattr(world, "check", None):
         for task in tasks:
             with told_of(task.where), looked_at("world: check()"):
@@ -290,9 +289,9 @@ def _check_trackers(config: RunConfig) -> None:
             raise UserError(f"trackers: the package {name} is not installed; install it, or leave {name} out")
 
 
-def _check_prompts(config: RunConfig, world: World, chat: Chat, tasks: Sequence[Task]) -> None:
+def _check_prompts(config: RunConfig, offered: Mapping[str, Tool], chat: Chat, tasks: Sequence[Task]) -> None:
     """Every task's prompt goes through the chat template, and leaves room for a turn."""
-    offered, limit = world.make_env().tools, config.rollout.max_episode_tokens
+    limit = config.rollout.max_episode_tokens
     for task in tasks:
         with told_of(task.where):
             schemas = [tool.schema() for tool in tools_offered(task, offered, config.rollout).values()]

@@ -5,11 +5,11 @@ What waits for the engine is on no episode's clock, so nothing else would end th
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from envs.clocks import Clock, stopped_clocks, time_limit
+from envs.clocks import Clock, time_limit
 from envs.errors import EngineHungError
 from trainer.engine import Completion, Engine, Sampling
 from trainer.engine_judge import BaseEngine
@@ -50,19 +50,9 @@ class WatchedEngine:
     async def wake_up(self) -> None:
         await self._answered("its awakening", self.engine.wake_up())
 
-    async def generate_base(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        schema: Mapping[str, Any] | None,
-    ) -> list[int]:
-        answer = cast(BaseEngine, self.engine).generate_base(
-            prompt_ids, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, schema=schema
-        )
+    async def generate_base(self, prompt_ids: Sequence[int], **how: Any) -> list[int]:
+        """As `BaseEngine` has it."""
+        answer = cast(BaseEngine, self.engine).generate_base(prompt_ids, **how)
         return await self._answered("the base model's words", answer)
 
     def shutdown(self) -> None:
@@ -70,13 +60,12 @@ class WatchedEngine:
 
     async def _answered(self, what: str, answer: Awaitable[_T]) -> _T:
         try:
-            with stopped_clocks():
-                async with time_limit(self._limit_s) as clock:
-                    self._open.add(clock)
-                    try:
-                        answered = await answer
-                    finally:
-                        self._open.discard(clock)
+            async with time_limit(self._limit_s) as clock:
+                self._open.add(clock)
+                try:
+                    answered = await answer
+                finally:
+                    self._open.discard(clock)
         except TimeoutError:
             if not clock.expired():
                 raise

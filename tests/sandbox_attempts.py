@@ -47,6 +47,25 @@ def attempt(it):
         return 1.0
     return 0.0
 """
+# A folder that holds the packages in its depth is there as the mounts' way and may be opened: it must show nothing else.
+_READS = """
+import os
+def attempt(it):
+    def leads(path):
+        return any((kept + '/').startswith(path + '/') for kept in it['packages'])
+    def is_read(path):
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError:
+            return False
+        if not leads(path):
+            return True
+        if path in it['packages']:
+            return False
+        inner = [os.path.join(path, name) for name in os.listdir(path)]
+        return any(not leads(path) or is_read(path) for path in inner)
+    return float(any(map(is_read, (PATHS))))
+"""
 
 
 def _connect(kind: str, action: str) -> str:
@@ -59,6 +78,10 @@ def _calls(*functions: str) -> str:
 
 def _opens(*paths: str) -> str:
     return _OPENS.replace("PATHS", f"[{', '.join(paths)}]")
+
+
+def _reads(*paths: str) -> str:
+    return _READS.replace("PATHS", " ".join(f"{path}," for path in paths))
 
 
 _NET = "network namespace; seccomp (no `socket`)"
@@ -161,8 +184,8 @@ ATTEMPTS = [
     Attempt(name="change kernel settings", contained_by=_NO_PROC, code=_opens("('/proc/sys/kernel/core_pattern', 1)", "('/sys/kernel', 0)")),
     Attempt(name="read the trainer's files", contained_by=_FILES, code=_opens("(it['secret'], 0)", "(os.path.dirname(it['secret']), 0)")),
     Attempt(name="write the trainer's files", contained_by=_FILES, code=_opens("(it['secret'], 1)", "(it['secret'], 0o1001)")),
-    Attempt(name="read the repository", contained_by=_FILES, code=_opens("(it['repository'] + '/README.md', 0)", "(it['repository'], 0)")),
-    Attempt(name="read /etc/shadow and home folders", contained_by=_FILES, code=_opens("('/etc/shadow', 0)", "('/etc/passwd', 0)", "('/home', 0)", "('/root/.bashrc', 0)")),
+    Attempt(name="read the repository", contained_by=_FILES, code=_reads("it['repository']", "*it['beside the packages']")),
+    Attempt(name="read /etc/shadow and home folders", contained_by=_FILES, code=_reads("'/etc/shadow'", "'/etc/passwd'", "'/home'", "'/root'", "'/root/.bashrc'")),
     Attempt(
         name="read the trainer's environment variables",
         contained_by="a clean environment",

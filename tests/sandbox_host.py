@@ -11,6 +11,8 @@ import platform
 import re
 import signal
 import socket
+import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,11 @@ from graders.sandbox.isolation import Isolation, try_out
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 
+# What gradings may read, whatever the sandbox shows.
+PACKAGES = [
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *(sys.base_prefix, sys.base_exec_prefix, "/usr"),
+]
 EVERY_ATTEMPT = [*ATTEMPTS, *DEEP_ATTEMPTS]
 SECRET = "the trainer's secret"
 WALLS = (Isolation.NAMESPACES, Isolation.BUBBLEWRAP, Isolation.LANDLOCK)
@@ -34,10 +41,17 @@ _MIB = 1 << 20
 _LIMITS = {"memory_bytes": 384 * _MIB, "scratch_bytes": 16 * _MIB, "scratch_inodes": 500}
 
 
-class Host:
-    """The bait."""
+def beside(repository: Path, packages: list[str]) -> list[str]:
+    """What lies in the repository, and in its folders on the way to the packages."""
+    way = {path for kept in packages for path in (Path(kept), *Path(kept).parents)}
+    folders = {repository, *(path for path in way if path.is_relative_to(repository) and str(path) not in packages)}
+    return sorted(str(path) for folder in folders for path in folder.iterdir() if path not in way)
 
-    def __init__(self) -> None:
+
+class Host:
+    """The bait. `repository` is the one of these tests, `packages` what gradings may read."""
+
+    def __init__(self, repository: Path = Path(__file__).parents[1], packages: list[str] = PACKAGES) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="sandbox-host-"))
         self.secret = self.folder / "secret"
         self.secret.write_text(SECRET)
@@ -46,7 +60,9 @@ class Host:
         self.it: dict[str, object] = {
             "secret": str(self.secret),
             "witness": str(self.folder / "witness"),
-            "repository": str(Path(__file__).parents[1]),
+            "repository": str(repository),
+            "packages": packages,
+            "beside the packages": beside(repository, packages),
             "trainer": os.getpid(),
             "clone": 56 if platform.machine() == "x86_64" else 220,
         }

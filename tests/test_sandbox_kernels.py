@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from sandbox_host import EVERY_ATTEMPT, Cell, Host, runs_here
+from sandbox_host import EVERY_ATTEMPT, PACKAGES, Cell, Host, runs_here
 
 from graders.sandbox import isolation, landlock
 from graders.sandbox.isolation import Isolation, try_out
@@ -144,6 +144,31 @@ async def test_every_attempt_is_contained_on_the_oldest_kernel(monkeypatch, way,
         await cell.close()
         host.close()
     assert {name: problems for name, problems in tried.items() if problems} == {}
+
+
+@pytest.mark.parametrize(
+    ("way", "abi"), [(Isolation.LANDLOCK, 1), (Isolation.NAMESPACES, 0), (Isolation.BUBBLEWRAP, 0)]
+)
+async def test_packages_in_a_repository_show_nothing_else_of_it(monkeypatch, tmp_path, way, abi):
+    """As in a checkout that holds its own `.venv`: by mounts alone, the folders on the way to it are there."""
+    needs(way)
+    as_old_as(monkeypatch, abi)
+    inside = tmp_path / "repository" / ".venv" / "lib" / "packages"
+    inside.mkdir(parents=True)
+    for folder in (tmp_path / "repository", *inside.parents[:2], inside):
+        (folder / "file").write_text("of the project")
+    attempt = next(a for a in EVERY_ATTEMPT if a.name == "read the repository")
+    paths = isolation.import_paths()
+    host = Host(tmp_path / "repository", [*PACKAGES, str(inside)])
+    try:
+        for shown, escapes in ((inside, False), (inside.parent, True), (tmp_path / "repository", True)):
+            monkeypatch.setattr(isolation, "import_paths", lambda shown=shown: [*paths, str(shown)])
+            cell = Cell(way, host)
+            problems = await cell.problems(attempt)
+            await cell.close()
+            assert [problem.split(":")[0] for problem in problems] == ["escaped"] * escapes, shown
+    finally:
+        host.close()
 
 
 @pytest.mark.parametrize("abi", [1, 2, 3])

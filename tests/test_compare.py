@@ -284,6 +284,8 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
         file.write('{"episode": {"rol')
     policies = read_policies([f"a={run}", f"b={run}"])
     assert [len(p.rollouts) for p in policies] == [len(BEFORE)] * 2
+    shown = render_markdown(compare(policies), demo=False)
+    assert f"- a: evals/step-000000.jsonl, line {len(BEFORE) + 1}: cut off, passed over" in shown
 
 
 def test_the_script_compares_before_and_after(tmp_path):

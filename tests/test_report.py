@@ -187,6 +187,27 @@ def test_terminal_and_markdown_tables_say_the_same_as_the_page(run: Path) -> Non
         assert re.search(r"\s+".join(map(re.escape, texts)), screen.getvalue())
 
 
+def test_the_rollouts_of_every_process_count(run: Path) -> None:
+    for step, rewards in ((0, (0.0, 0.5)), (NUM_STEPS, (1.0, 1.0))):
+        rows = [_rollout(name, reward, "42", "of rank 1") for name, reward in zip(("t3", "t4"), rewards, strict=True)]
+        _write_lines(run / "evals" / f"step-{step:06d}.rank1.jsonl", rows)
+        _write_lines(run / "evals" / f"step-{step:06d}.rank10.jsonl", [_rollout("t5", 0.25, "42", "of rank 10")])
+    page = _parse(write_report(run))
+    assert [e["text"].split()[0] for e in page.all("h3")] == ["t3", "t1", "t4", "t2"]
+    assert "over 5 tasks" in " ".join(e["text"] for e in page.all("p"))
+    assert page.by_id("notes") is None or "rank" not in (page.by_id("notes") or {})["text"]
+
+
+def test_what_another_process_wrote_and_cannot_be_read_is_named(run: Path) -> None:
+    whole = json.dumps(_rollout("t3", 1.0, "42", "right"))
+    (run / "evals" / "step-000000.rank1.jsonl").write_text(f"{whole}\n[]\n{{}}x\n{whole[:30]}")
+    (run / "evals" / f"step-{NUM_STEPS:06d}.rank1.jsonl").mkdir()
+    notes = (_parse(write_report(run)).by_id("notes") or {})["text"]
+    assert "evals/step-000000.rank1.jsonl, line 4: cut off, passed over" in notes
+    assert "evals/step-000000.rank1.jsonl, line 2: not a rollout of this project, passed over (2 such lines)" in notes
+    assert f"evals/step-{NUM_STEPS:06d}.rank1.jsonl: is not a plain file" in notes
+
+
 def test_text_of_a_model_is_shown_and_never_becomes_markup(run: Path) -> None:
     (run / "config.yaml").write_text(f'model:\n  name: "{HOSTILE}"\n')
     page = _parse(write_report(run, serve_command=HOSTILE))
@@ -302,7 +323,7 @@ def test_an_interrupted_run_shows_what_it_has(run: Path) -> None:
     notes = (page.by_id("notes") or {})["text"]
     assert "2 of 3 steps are done" in notes
     assert "one evaluation only" in notes
-    assert "unreadable lines passed over in metrics.jsonl: 1" in notes
+    assert "metrics.jsonl, line 4: cut off, passed over" in notes
     assert _cells(page)["reward"] == ["0.125", "–", "–", "–"]
     assert page.by_id("adapter") is None
 

@@ -290,8 +290,9 @@ def test_a_damaged_run_is_shown_as_far_as_it_goes(tmp_path):
     (run / "tokens" / "step-000001.jsonl").write_text('{"rollout_id": "r-0", "row": 0, "logprobs": [-1, nonsense')
     page = Page.of(run)
     assert [line["id"] for line in page.lines] == ["r-0", "r-1"]
-    assert "rollouts/step-000001.jsonl: 2 unreadable lines are passed over" in page.notes
-    assert "tokens/step-000001.jsonl: 1 unreadable lines are passed over" in page.notes
+    assert "rollouts/step-000001.jsonl, line 2: not a rollout of this project, passed over" in page.notes
+    assert "rollouts/step-000001.jsonl, line 5: cut off, passed over" in page.notes
+    assert "tokens/step-000001.jsonl, line 1: cut off, passed over" in page.notes
     line = page.lines[1]
     assert (line["task"], line["reward"], line["latency_s"], line["tokens"]) == ("5", None, None, 0)
     assert page.record("r-1")["messages"][0]["text"] == "{'a': 1}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
@@ -95,10 +95,7 @@ def compare(policies: Sequence[Policy], *, by: str | None = None, seed: int = 0)
             f"--by {by}: no task's item has this key; it has {', '.join(graded[0][shared[0]][0].task.item)}"
         )
     kinds = sorted({kind for kind in kind_of.values() if kind})
-    mine = [
-        Policy(name=p.name, source=p.source, rollouts=[r for t in shared for r in g[t]])
-        for p, g in zip(policies, graded, strict=True)
-    ]
+    mine = [replace(p, rollouts=[r for t in shared for r in g[t]]) for p, g in zip(policies, graded, strict=True)]
     return Comparison(
         policies=mine,
         num_tasks=len(shared),

@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from envs.errors import UserError
+from trainer.reports.run_reader import records_in, records_of_step, steps_in
 from trainer.rollout import Rollout
-from trainer.run_files import is_intact, lines_in, object_in, refusal
 from trainer.runs import rollout_from_json
-
-_EVAL_FILE = re.compile(r"step-(\d+)(?:\.rank\d+)?\.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +23,8 @@ class Policy:
     """Folder and step or preflight, for the reader."""
     rollouts: Sequence[Rollout]
     """Without their tokens, which are not compared."""
+    notes: Sequence[str] = ()
+    """What of them could not be read."""
 
     def graded(self) -> dict[str, list[Rollout]]:
         """The graded rollouts by task."""
@@ -68,39 +69,29 @@ def _with_step(text: str) -> tuple[Path, int | None]:
 
 
 def _read(name: str, folder: Path, step: int | None) -> Policy:
+    notes: list[str] = []
     if (folder / "preflight.json").is_file() and step is None:
-        rollouts = _read_file(folder / "rollouts.jsonl")
-        return Policy(name=name or folder.resolve().name, source=f"{folder}, preflight", rollouts=rollouts)
-    by_step: dict[int, list[Path]] = {}
-    for path in sorted((folder / "evals").glob("step-*.jsonl")):
-        if found := _EVAL_FILE.fullmatch(path.name):
-            by_step.setdefault(int(found[1]), []).append(path)
-    if not by_step:
-        raise UserError(
-            f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run or of a preflight"
-        )
-    step = max(by_step) if step is None else step
-    if step not in by_step:
-        raise UserError(f"{folder}: holds no evaluation at step {step}; it has {', '.join(map(str, sorted(by_step)))}")
-    rollouts = [rollout for path in by_step[step] for rollout in _read_file(path)]
-    return Policy(name=name or f"{folder.resolve().name}@{step}", source=f"{folder}, step {step}", rollouts=rollouts)
+        path = folder / "rollouts.jsonl"
+        if not path.exists():
+            raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
+        name, source = name or folder.resolve().name, f"{folder}, preflight"
+        rollouts = list(records_in(path, notes, rollout_of, what="rollout"))
+    else:
+        steps = steps_in(folder / "evals")
+        if not steps:
+            raise UserError(
+                f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run or of a preflight"
+            )
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise UserError(f"{folder}: holds no evaluation at step {step}; it has {', '.join(map(str, steps))}")
+        name, source = name or f"{folder.resolve().name}@{step}", f"{folder}, step {step}"
+        rollouts = list(records_of_step(folder / "evals", step, notes, rollout_of, what="rollout"))
+    if not rollouts:
+        raise UserError(f"{source}: holds no rollout; {'; '.join(notes) or 'its files are empty'}")
+    return Policy(name=name, source=source, rollouts=rollouts, notes=notes)
 
 
-def _read_file(path: Path) -> list[Rollout]:
-    rollouts = []
-    try:
-        for number, line in enumerate(lines_in(path), start=1):
-            if not line.endswith(b"\n"):
-                # A kill cut the last line off.
-                continue
-            try:
-                if is_intact(line) is False or (record := object_in(line)) is None:
-                    raise ValueError("the line is damaged")
-                rollouts.append(rollout_from_json({**record, "ledgers": []}))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-                raise UserError(f"{path}, line {number}: not a rollout of this project: {e!r}") from e
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight") from None
-    except OSError as e:
-        raise refusal(e, path) from e
-    return rollouts
+def rollout_of(record: dict[str, Any]) -> Rollout:
+    """Without its tokens. Raises whatever a record that is none makes of it."""
+    return rollout_from_json({**record, "ledgers": []})

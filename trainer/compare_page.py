@@ -81,7 +81,8 @@ def render_terminal(c: Comparison, *, demo: bool) -> RenderableType:
         for row in grid.rows:
             table.add_row(*map(Text, row))
         parts += [table, Text("")]
-    return Group(*parts, Text(_left_out(c)), Text(METHOD, style="dim"), Text(LATENCY, style="dim"))
+    parts += [Text(note, style="yellow") for note in _left_out(c)]
+    return Group(*parts, Text(METHOD, style="dim"), Text(LATENCY, style="dim"))
 
 
 def render_markdown(c: Comparison, *, demo: bool) -> str:
@@ -91,7 +92,7 @@ def render_markdown(c: Comparison, *, demo: bool) -> str:
         out += [f"**{_escaped(grid.title)}**", "", _markdown_row(grid.headers)]
         out.append("|---|" + "---:|" * (len(grid.headers) - 1))
         out += [*map(_markdown_row, grid.rows), ""]
-    return "\n".join([*out, " ".join(filter(None, [_left_out(c), METHOD, LATENCY])), ""])
+    return "\n".join([*out, *(f"- {_escaped(note)}" for note in [*_left_out(c), METHOD, LATENCY]), ""])
 
 
 def write_compare_page(c: Comparison, path: Path, *, demo: bool) -> Path:
@@ -103,7 +104,7 @@ def write_compare_page(c: Comparison, path: Path, *, demo: bool) -> Path:
         policies=[(p.name, p.source) for p in c.policies],
         tables=grids(c, demo=demo),
         sections=[(name, [p for p in pictures if p]) for name, pictures in _sections(c)],
-        notes=list(filter(None, [_left_out(c), METHOD, LATENCY])),
+        notes=[*_left_out(c), METHOD, LATENCY],
         pairs=[
             {
                 "task_id": pair.task_id,
@@ -190,8 +191,12 @@ def _demo_grid(c: Comparison) -> Grid:
     return Grid(id="demo", title="The published demo's columns", headers=headers, rows=rows)
 
 
-def _left_out(c: Comparison) -> str:
-    return f"{c.num_left_out} tasks without a graded rollout of every policy are left out." if c.num_left_out else ""
+def _left_out(c: Comparison) -> list[str]:
+    """What the figures do not rest on: files that could not be read, tasks that not all policies have."""
+    told = [f"{p.name}: {note}" for p in c.policies for note in p.notes]
+    if c.num_left_out:
+        told.append(f"{c.num_left_out} tasks without a graded rollout of every policy are left out.")
+    return told
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

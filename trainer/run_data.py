@@ -1,23 +1,18 @@
-"""What lies in a run folder, read for the report.
-
-A run may be young, interrupted or damaged: every piece is optional, and what could not be read is named in
-`RunData.notes`.
-"""
+"""What lies in a run folder, for the report; what could not be read is named in `RunData.notes`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.run_files import is_intact, lines_in, object_in, read_document
-
-METRICS = "metrics.jsonl"
+from trainer.reports.run_reader import METRICS, read_text, records_in, records_of_step
+from trainer.run_files import object_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,26 +65,25 @@ def read_run(run_folder: Path) -> RunData:
     if not run_folder.is_dir():
         raise FileNotFoundError(f"no run folder at {run_folder}")
     notes: list[str] = []
-    config_text = _text(run_folder / "config.yaml", notes)
+    config_text = read_text(run_folder / "config.yaml", notes)
     try:
         config = yaml.safe_load(config_text) or {}
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
         config = {}
         notes.append("config.yaml is not valid YAML")
-    about = _text(run_folder / "run.json", notes)
+    about = read_text(run_folder / "run.json", notes)
     info = object_in(about.encode())
     if about and info is None:
         notes.append("run.json is not valid JSON")
     steps = _read_steps(run_folder / METRICS, notes)
     evals = _steps_with(steps, "eval/")
-    files = [run_folder / "evals" / f"step-{step:06d}.jsonl" for step in evals]
     return RunData(
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
         info=info or {},
         steps=steps,
-        before=_read_samples(files[0], notes) if files else [],
-        after=_read_samples(files[-1], notes) if len(files) > 1 else [],
+        before=_read_samples(run_folder, evals[0], notes) if evals else [],
+        after=_read_samples(run_folder, evals[-1], notes) if len(evals) > 1 else [],
         notes=notes,
     )
 
@@ -98,41 +92,10 @@ def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[i
     return [step for step, row in steps.items() if any(key.startswith(prefix) for key in row)]
 
 
-def _text(path: Path, notes: list[str]) -> str:
-    try:
-        return read_document(path).decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing")
-    except OSError as e:
-        notes.append(f"{path.name}: {e.strerror or e}")
-    return ""
-
-
-def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """One object a line, line by line: files of rollouts are large. A line cut short by a kill is passed over."""
-    bad = 0
-    name = path.name if path.name == METRICS else f"evals/{path.name}"
-    try:
-        for line in lines_in(path):
-            if not line.strip():
-                continue
-            row = object_in(line) if is_intact(line) is not False else None
-            if row is None:
-                bad += 1
-            else:
-                yield row
-    except FileNotFoundError:
-        notes.append(f"{name} is missing")
-    except OSError as e:
-        notes.append(f"{name}: {e.strerror or e}")
-    if bad:
-        notes.append(f"unreadable lines passed over in {path.name}: {bad}")
-
-
 def _read_steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     """Rows of one step are merged; of a step done twice (after a resume) the later figures count."""
     steps: dict[int, dict[str, float]] = {}
-    for row in _json_lines(path, notes):
+    for row in records_in(path, notes, dict, what="step's figures"):
         step = row.get("step")
         if isinstance(step, int):
             numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
@@ -140,10 +103,10 @@ def _read_steps(path: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     return dict(sorted(steps.items()))
 
 
-def _read_samples(path: Path, notes: list[str]) -> list[Sample]:
-    """Graded rollouts only; a masked one has no reward to compare."""
+def _read_samples(run_folder: Path, step: int, notes: list[str]) -> list[Sample]:
+    """Graded rollouts only, of all processes; a masked one has no reward to compare."""
     samples = []
-    for row in _json_lines(path, notes):
+    for row in records_of_step(run_folder / "evals", step, notes, dict, what="rollout"):
         episode, grade, task = _mapping(row, "episode"), _mapping(row, "grade"), _mapping(row, "task")
         reward = _number(grade.get("reward"))
         if reward is None:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from markupsafe import Markup
 from envs.errors import UserError
 from trainer.model_cache import resolve_model
 from trainer.page import render_page
+from trainer.reports.run_reader import records_of_step, steps_in
 from trainer.run_data import read_run
-from trainer.run_files import is_intact, lines_in, object_in, write_atomically
+from trainer.run_files import step_files, write_atomically
 from trainer.samples import Sample
 from trainer.transcript_records import TokenFigures, index_line, number, record, text
 
@@ -79,7 +80,7 @@ def write_transcripts(
     """
     data = read_run(run_folder)
     notes: list[str] = []
-    steps = [(kind, step) for kind in _SETS for step in _steps(run_folder / kind)]
+    steps = [(kind, step) for kind in _SETS for step in steps_in(run_folder / kind)]
     packed: dict[tuple[str, int], _Packed] = {}
     size = 0
     for kind, step in _by_importance(steps):
@@ -139,11 +140,10 @@ class _Packed:
 
 def _pack_step(run_folder: Path, kind: str, step: int, notes: list[str]) -> _Packed:
     rows: dict[str, dict[str, Any]] = {}
-    for path in _files(run_folder / kind, step):
-        for row in _json_lines(path, notes):
-            episode = row.get("episode")
-            if isinstance(episode, dict) and episode.get("rollout_id"):
-                rows[text(episode["rollout_id"])] = row
+    for row in records_of_step(run_folder / kind, step, notes, dict, what="rollout"):
+        episode = row.get("episode")
+        if isinstance(episode, dict) and episode.get("rollout_id"):
+            rows[text(episode["rollout_id"])] = row
     figures = _read_figures(run_folder, step, notes) if kind == "rollouts" else {}
     packed = _Packed()
     chunk: list[str] = []
@@ -182,15 +182,6 @@ def _note_missing_figures(packed: Mapping[tuple[str, int], _Packed], notes: list
 # ---- reading the run folder
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted({int(m[1]) for path in folder.glob("step-*.jsonl") if (m := re.match(r"step-(\d+)\.", path.name))})
-
-
-def _files(folder: Path, step: int) -> list[Path]:
-    """Each process of a run wrote a file of its own."""
-    return sorted(path for path in folder.glob(f"step-{step:06d}.*") if path.suffix == ".jsonl")
-
-
 def _by_importance(steps: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
     """Evaluations first, then training steps so that any number of the first ones is spread evenly."""
     training = [key for key in steps if key[0] == "rollouts"]
@@ -205,30 +196,16 @@ def _bits_reversed(i: int) -> int:
 
 
 def _read_figures(run_folder: Path, step: int, notes: list[str]) -> dict[str, TokenFigures]:
-    path = run_folder / TOKEN_FIGURES / f"step-{step:06d}.jsonl"
+    folder = run_folder / TOKEN_FIGURES
     advantages: dict[str, float | None] = {}
     logprobs: dict[str, dict[int, list[float]]] = {}
-    for row in _json_lines(path, notes) if path.is_file() else ():
+    rows = records_of_step(folder, step, notes, dict, what="training row") if step_files(folder, step) else ()
+    for row in rows:
         rollout_id = text(row.get("rollout_id"))
         advantages[rollout_id] = number(row.get("advantage"))
         if isinstance(row.get("row"), int) and isinstance(row.get("logprobs"), list):
             logprobs.setdefault(rollout_id, {})[row["row"]] = row["logprobs"]
     return {k: TokenFigures(advantage=a, logprobs=logprobs.get(k, {})) for k, a in advantages.items()}
-
-
-def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """One object a line. A line cut short by a kill is passed over and counted."""
-    bad = 0
-    try:
-        for line in lines_in(path):
-            if (row := object_in(line)) is not None and is_intact(line) is not False:
-                yield row
-            elif line.strip():
-                bad += 1
-    except OSError as e:
-        notes.append(f"{path.parent.name}/{path.name}: {e.strerror or e}")
-    if bad:
-        notes.append(f"{path.parent.name}/{path.name}: {bad} unreadable lines are passed over")
 
 
 def _natural(rollout_id: str) -> list[tuple[int, str]]:

@@ -1,0 +1,1 @@
+"""What people read of a run, of a comparison and of a preflight."""

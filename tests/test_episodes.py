@@ -20,8 +20,8 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import Tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
-from graders.custom import conversation
-from graders.sample import episode_from_sample, sample_of
+from graders.hosted.sample import episode_from_sample, sample_of
+from graders.user.custom import conversation
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert

@@ -24,8 +24,8 @@ from envs.finance.program import execute, expression, parse, read_number
 from envs.finance.tables import rows_of
 from envs.finance.world import FinanceWorld
 from envs.types import Task, ToolErrorKind
-from graders.build import build_grader
 from graders.config import ExactConfig, PenaltiesConfig
+from graders.registry import build_grader
 
 SHIPPED = yaml.safe_load((Path(__file__).resolve().parents[1] / "configs" / "finance.yaml").read_text())
 MOST_CALLS = 10

@@ -21,8 +21,8 @@ from envs.finance.corpus import TABLE_METRICS, Corpus, generate_corpus
 from envs.finance.expert import MAX_CALLS
 from envs.finance.world import FinanceWorld, task_row
 from envs.types import ToolErrorKind
-from graders.build import build_grader
 from graders.config import PenaltiesConfig
+from graders.registry import build_grader
 
 ALL_KINDS = {"value": 1.0, "change": 1.0, "percentage": 1.0, "comparison": 1.0}
 

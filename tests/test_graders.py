@@ -13,11 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.build import build_grader
 from graders.config import GraderConfig, PenaltiesConfig, PenaltyConfig, check_penalties
-from graders.numbers import find_numbers
 from graders.penalties import PenalisedGrader, penalty
-from graders.plain_text import plain
+from graders.registry import build_grader
+from graders.rules.numbers import find_numbers
+from graders.rules.plain_text import plain
 from graders.types import Grade, Grader
 
 

@@ -13,9 +13,9 @@ from faulty_server import FaultyServer
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
-from graders.judge import CachedJudge, build_judge
-from graders.judge_answers import answer_of, label_of, score_of
-from graders.model_graders import LabelModelGrader, ScoreModelGrader
+from graders.judges.answers import answer_of, label_of, score_of
+from graders.judges.model_graders import LabelModelGrader, ScoreModelGrader
+from graders.judges.openai_judge import CachedJudge, build_judge
 from graders.types import Grade, GraderErrorKind
 
 PARSE = (GraderErrorKind.MODEL_GRADER_PARSE,)

@@ -1,4 +1,4 @@
-"""Numbers as models write them: each form that `graders.numbers` lists, and what must not be taken for one."""
+"""Numbers as models write them: each form that `graders.rules.numbers` lists, and what must not be taken for one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import NumericConfig
-from graders.numbers import find_numbers
-from graders.numeric import NumericGrader
+from graders.rules.numbers import find_numbers
+from graders.rules.numeric import NumericGrader
 
 
 async def score(answer: str, gold: str) -> float:

@@ -15,12 +15,12 @@ from test_sandbox import pool_of
 
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import PythonConfig
-from graders.python import PythonGrader
 from graders.sandbox import isolation, worker
 from graders.sandbox.isolation import Isolation, try_out
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 from graders.types import GraderErrorKind
+from graders.user.python import PythonGrader
 
 ALL_WAYS = (*WALLS, Isolation.NONE)
 # All memory that lies near to what a process has: pages that are not there are refused by `write`, without a crash.
@@ -180,14 +180,14 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     tmp_path.chmod(0o777)
     paths = [*isolation.import_paths(), str(tmp_path)]
     monkeypatch.setattr(isolation, "import_paths", lambda: paths)
-    monkeypatch.setattr("graders.python.import_paths", lambda: paths)
+    monkeypatch.setattr("graders.user.python.import_paths", lambda: paths)
     return tmp_path
 
 
 async def grade_of(source: str, way: Isolation, monkeypatch: pytest.MonkeyPatch, **limits: float):
     if (fault := try_out(way)) is not None:
         pytest.skip(f"{way} does not work here: {fault}")
-    monkeypatch.setattr("graders.python.choose", lambda or_none: way)
+    monkeypatch.setattr("graders.user.python.choose", lambda or_none: way)
     config = PythonConfig.model_validate({"type": "python", "name": "g", "source": source})
     grader = PythonGrader(config, limits=Limits(**{"wall_s": 30, **limits}), num_workers=1)
     task = Task(task_id="t", messages=(Message(role="user", content="?"),), item={})

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import TextSimilarityConfig
-from graders.similarity import _METRICS, TextSimilarityGrader
+from graders.rules.similarity import _METRICS, TextSimilarityGrader
 from graders.types import GraderErrorKind
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +140,7 @@ def run(code: str, **environment: str) -> str:
 
 
 METEOR = """
-from graders.similarity import _meteor
+from graders.rules.similarity import _meteor
 print(_meteor()("fast car", "fast auto"))
 """
 
@@ -168,7 +168,7 @@ def test_a_metric_whose_library_is_missing_is_refused_by_name():
 import sys
 sys.modules["rapidfuzz"] = None
 from graders.config import TextSimilarityConfig
-from graders.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityGrader
 try:
     TextSimilarityGrader(TextSimilarityConfig(
         type="text_similarity", input="x", reference="y", evaluation_metric="fuzzy_match"))
@@ -182,7 +182,7 @@ except ValueError as e:
 def test_libraries_are_loaded_by_the_metric_that_needs_them():
     code = """
 import sys
-import graders.similarity
+import graders.rules.similarity
 print([name for name in ("rapidfuzz", "sacrebleu", "nltk", "rouge_score", "torch") if name in sys.modules])
 """
     assert run(code) == "[]"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Message, Task
-from graders import templates
-from graders.templates import MissingVariable, Template
+from graders.hosted import templates
+from graders.hosted.templates import MissingVariable, Template
 from graders.types import GraderErrorKind
 
 ITEM: dict[str, Any] = {

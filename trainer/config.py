@@ -23,8 +23,8 @@ from envs.finance.config import FinanceConfig
 from envs.problems import on_one_screen
 from envs.remote.config import RemoteConfig
 from envs.rows import FileOrDataset
-from graders.build import check_grader
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
+from graders.registry import check_grader
 from trainer.response_format import JsonObject, ResponseFormat
 
 

@@ -21,9 +21,9 @@ from envs.threads import thread_metrics
 from envs.tools import Tool
 from envs.types import Task
 from envs.users import Users
-from graders.build import build_grader
 from graders.config import PenaltiesConfig
-from graders.judge import CachedJudge, Judge, build_judge
+from graders.judges.openai_judge import CachedJudge, Judge, build_judge
+from graders.registry import build_grader
 from graders.types import Grader, taken_metrics
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, WorldConfig

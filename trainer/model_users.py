@@ -19,9 +19,9 @@ from envs.users import (
     Users,
 )
 from graders.config import JudgeConfig, JudgeSampling
-from graders.judge import Judge, JudgeRequest, OpenAIJudge, check_judge
-from graders.sample import item_of
-from graders.templates import Template
+from graders.hosted.sample import item_of
+from graders.hosted.templates import Template
+from graders.judges.openai_judge import Judge, JudgeRequest, OpenAIJudge, check_judge
 from graders.types import taken_metrics
 from trainer.config import WorldConfig
 from trainer.engine_judge import EngineJudge

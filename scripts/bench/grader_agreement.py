@@ -39,9 +39,9 @@ from envs.finance.config import FinanceConfig
 from envs.finance.library import load_library
 from envs.problems import on_one_screen
 from envs.types import Episode, Message, StopReason, Turn
-from graders.build import build_grader
 from graders.config import JudgeConfig, NumericConfig, PenaltiesConfig, ScoreModelConfig
-from graders.judge import CachedJudge, build_judge
+from graders.judges.openai_judge import CachedJudge, build_judge
+from graders.registry import build_grader
 from graders.types import Grade, Grader, GraderErrorKind
 
 CLASSES = (1.0, 0.5, 0.0)

@@ -23,8 +23,8 @@ from envs.finance.world import FinanceWorld, task_row
 from envs.tools import call_tool
 from envs.types import Task, ToolCall
 from graders.config import NumericConfig
-from graders.numeric import NumericGrader
-from graders.sample import episode_from_sample
+from graders.hosted.sample import episode_from_sample
+from graders.rules.numeric import NumericGrader
 from trainer.config import load_config
 
 NUM_DEMONSTRATIONS = 128

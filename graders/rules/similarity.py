@@ -26,8 +26,8 @@ from envs.errors import UserError
 from envs.loading import call_user
 from envs.types import Episode, Task
 from graders.config import TextSimilarityConfig
-from graders.sample import item_of, sample_of
-from graders.templates import MissingVariable, Template
+from graders.hosted.sample import item_of, sample_of
+from graders.hosted.templates import MissingVariable, Template
 from graders.types import Grade
 
 Metric = Callable[[str, str], float]

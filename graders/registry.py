@@ -24,10 +24,10 @@ from graders.config import (
     has_continuous_scores,
     pass_threshold,
 )
-from graders.exact import ExactGrader
-from graders.judge import Judge, JudgeReply, JudgeRequest
-from graders.numeric import NumericGrader
+from graders.judges.openai_judge import Judge, JudgeReply, JudgeRequest
 from graders.penalties import PenalisedGrader
+from graders.rules.exact import ExactGrader
+from graders.rules.numeric import NumericGrader
 from graders.types import Grader
 
 
@@ -65,11 +65,11 @@ def check_grader(config: GraderConfig | SingleGraderConfig) -> None:
                 with told_of(f"graders.{name}"):
                     check_grader(inner)
         case PythonConfig():
-            from graders.python import check_source
+            from graders.user.python import check_source
 
             check_source(config.source)
         case TextSimilarityConfig():
-            from graders.templates import Template
+            from graders.hosted.templates import Template
 
             for key in ("input", "reference"):
                 Template(getattr(config, key), where=f"grader {config.name!r}: {key}")
@@ -94,31 +94,31 @@ def build_scorer(config: GraderConfig | SingleGraderConfig, *, judge: Judge | No
         case NumericConfig():
             return NumericGrader(config)
         case StringCheckConfig():
-            from graders.string_check import StringCheckGrader
+            from graders.rules.string_check import StringCheckGrader
 
             return StringCheckGrader(config)
         case TextSimilarityConfig():
-            from graders.similarity import TextSimilarityGrader
+            from graders.rules.similarity import TextSimilarityGrader
 
             return TextSimilarityGrader(config)
         case ScoreModelConfig():
-            from graders.model_graders import ScoreModelGrader
+            from graders.judges.model_graders import ScoreModelGrader
 
             return ScoreModelGrader(config, _needed(judge))
         case LabelModelConfig():
-            from graders.model_graders import LabelModelGrader
+            from graders.judges.model_graders import LabelModelGrader
 
             return LabelModelGrader(config, _needed(judge))
         case PythonConfig():
-            from graders.python import PythonGrader
+            from graders.user.python import PythonGrader
 
             return PythonGrader(config)
         case EndpointConfig():
-            from graders.endpoint import EndpointGrader
+            from graders.user.endpoint import EndpointGrader
 
             return EndpointGrader(config)
         case CustomConfig():
-            from graders.custom import load_custom_grader
+            from graders.user.custom import load_custom_grader
 
             return load_custom_grader(config)
         case MultiConfig():

@@ -11,7 +11,7 @@ from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolv
 from envs.types import Episode, Task
 from envs.variables import expand
 from graders.config import EndpointConfig
-from graders.sample import item_of, sample_of
+from graders.hosted.sample import item_of, sample_of
 from graders.types import Grade, GraderErrorKind
 
 _MAX_ECHO = 200

@@ -12,8 +12,8 @@ from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.answers import final_answer, gold_text
 from graders.config import NumericConfig
-from graders.numbers import Number, find_numbers
-from graders.plain_text import marked
+from graders.rules.numbers import Number, find_numbers
+from graders.rules.plain_text import marked
 from graders.types import Grade
 
 MAX_NUMBERS = 3

@@ -7,10 +7,10 @@ from typing import Any
 
 from envs.types import Episode, Task
 from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
-from graders.judge import Judge, JudgeReply, JudgeRequest, check_judge
-from graders.judge_answers import answer_of, label_of, score_of
-from graders.sample import item_of, sample_of
-from graders.templates import MissingVariable, Template
+from graders.hosted.sample import item_of, sample_of
+from graders.hosted.templates import MissingVariable, Template
+from graders.judges.answers import answer_of, label_of, score_of
+from graders.judges.openai_judge import Judge, JudgeReply, JudgeRequest, check_judge
 from graders.types import Grade, GraderErrorKind
 
 _MAX_WORDS = 300
@@ -24,7 +24,7 @@ _STEP = {
 
 
 class ScoreModelGrader:
-    """The judge's number, clamped to the range; how it may be written: `graders.judge_answers`.
+    """The judge's number, clamped to the range; how it may be written: `graders.judges.answers`.
 
     Covered, each scored 0 and named in `errors`: a judge that refuses (MODEL_GRADER_REFUSAL), whose answer is cut off
     or holds no finite number (MODEL_GRADER_PARSE), a variable that this sample does not have (INVALID_VARIABLE, or

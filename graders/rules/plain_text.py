@@ -1,6 +1,6 @@
 """Numbers as models typeset them, rewritten as plain English text has them; the rest of the text stays as it is.
 
-Each rule says what it turns into what; the order matters. `graders.numbers` reads what comes out.
+Each rule says what it turns into what; the order matters. `graders.rules.numbers` reads what comes out.
 """
 
 from __future__ import annotations

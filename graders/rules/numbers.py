@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-from graders.plain_text import CODES, plain
+from graders.rules.plain_text import CODES, plain
 
 _EXPONENTS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _ABBREVIATIONS = {

@@ -1,0 +1,1 @@
+"""Graders that ask a model, and the models that they ask."""

@@ -18,7 +18,7 @@ from envs.errors import UserError
 from envs.toolbox import read_toolbox
 from envs.tools import call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult
-from graders.user.custom import EnvReward
+from graders.custom import EnvReward
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="Go."),), item={"environment": "count", "start": 3})
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from envs.finance.config import FinanceConfig
-from envs.finance.search import BM25Index, HybridIndex, words_of
-from envs.finance.semantic import Batched, SemanticIndex, embed_once
-from envs.finance.shelf import Shelf, paginate
+from envs.finance.documents.search import BM25Index, HybridIndex, words_of
+from envs.finance.documents.semantic import Batched, SemanticIndex, embed_once
+from envs.finance.documents.shelf import Shelf, paginate
 from envs.finance.world import FinanceWorld
 
 TEXTS = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from envs.finance.brief.questions import make_tasks
+from envs.finance.brief.reports import Corpus, Report, generate_corpus
 from envs.finance.config import FinanceConfig
-from envs.finance.corpus import Corpus, Report, generate_corpus
+from envs.finance.documents.shelf import Shelf
 from envs.finance.expert import Reading
-from envs.finance.full import generate_full
-from envs.finance.full_tasks import make_full_tasks
-from envs.finance.questions import make_tasks
-from envs.finance.real import load_real
-from envs.finance.shelf import Shelf
+from envs.finance.full.corpus import generate_full
+from envs.finance.full.tasks import make_full_tasks
+from envs.finance.real.kept import load_real
 from envs.types import Task
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from envs.base import ExpertTurn
 from envs.embedding import PACKAGE, default_embedder
 from envs.finance.config import FinanceConfig
-from envs.finance.env import FinanceEnv, make_tools
+from envs.finance.documents.search import BM25Index, HybridIndex, SearchIndex
+from envs.finance.documents.semantic import SemanticIndex
+from envs.finance.documents.shelf import Shelf
 from envs.finance.expert import expert_turns
 from envs.finance.library import load_library
-from envs.finance.search import BM25Index, HybridIndex, SearchIndex
-from envs.finance.semantic import SemanticIndex
-from envs.finance.shelf import Shelf
+from envs.finance.tools import FinanceEnv, make_tools
 from envs.tools import Tool
 from envs.types import Task
 

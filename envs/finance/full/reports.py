@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from envs.finance import prose
-from envs.finance.books import Lines
-from envs.finance.corpus import Company
-from envs.finance.tables import Row, Section, Table, amount, cents, per_mille, split
+from envs.finance.companies import Company
+from envs.finance.full import prose
+from envs.finance.full.books import Lines
+from envs.finance.full.tables import Row, Section, Table, amount, cents, per_mille, split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

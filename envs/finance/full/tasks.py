@@ -6,13 +6,13 @@ import random
 from decimal import Decimal
 
 from envs.errors import UserError
-from envs.finance.asking import ASK, Asker
 from envs.finance.calculate import format_number
+from envs.finance.companies import share_out
 from envs.finance.config import FinanceConfig
-from envs.finance.facts import Question
-from envs.finance.full import FullCorpus
+from envs.finance.full.corpus import FullCorpus
+from envs.finance.full.facts import Question
+from envs.finance.full.questions import ASK, Asker
 from envs.finance.program import execute, expression
-from envs.finance.questions import share_out
 from envs.types import Message, Task
 
 FULL_PROMPT = (

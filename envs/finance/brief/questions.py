@@ -8,9 +8,10 @@ from decimal import Decimal
 from typing import Any
 
 from envs.errors import UserError
+from envs.finance.brief.reports import TABLE_METRICS, TEXT_METRIC, Corpus, Report
 from envs.finance.calculate import calculate
+from envs.finance.companies import share_out
 from envs.finance.config import FinanceConfig, Kind
-from envs.finance.corpus import TABLE_METRICS, TEXT_METRIC, Corpus, Report
 from envs.types import Message, Task
 
 SYSTEM_PROMPT = (
@@ -39,16 +40,6 @@ def make_tasks(config: FinanceConfig, corpus: Corpus, split: str) -> tuple[Task,
         tasks += rng.sample(candidates, num)
     rng.shuffle(tasks)
     return tuple(tasks)
-
-
-def share_out(mix: dict[Kind, float], total: int) -> dict[Kind, int]:
-    """Whole numbers in proportion to the weights that sum to the total (largest remainder)."""
-    exact = {kind: total * weight / sum(mix.values()) for kind, weight in mix.items()}
-    shares = {kind: int(share) for kind, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda kind: shares[kind] - exact[kind])
-    for kind in by_remainder[: total - sum(shares.values())]:
-        shares[kind] += 1
-    return shares
 
 
 def _values(reports: list[Report], rng: random.Random) -> Iterator[Task]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
-from envs.finance.search import words_of
+from envs.finance.documents.search import words_of
 
 _MAX_OCCURRENCES = 60
 """Of one word in one document that are looked at; a word that stands more often tells lines apart no better."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from envs.errors import ToolError
 from envs.finance import calculate as arithmetic
 from envs.finance.config import FinanceConfig
-from envs.finance.search import SearchIndex
-from envs.finance.shelf import Shelf
+from envs.finance.documents.search import SearchIndex
+from envs.finance.documents.shelf import Shelf
 from envs.tools import Tool, tool
 from envs.types import Episode, Task
 

@@ -6,11 +6,11 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from envs.finance.books import RESTATABLE, Lines, complete, keep_books, restate
+from envs.finance.companies import Company, choose_eval_families, make_companies
 from envs.finance.config import FinanceConfig
-from envs.finance.corpus import Company, choose_eval_families, make_companies
-from envs.finance.reports import FIVE_YEARS, NOTES, FullReport
-from envs.finance.tables import amount, cents
+from envs.finance.full.books import RESTATABLE, Lines, complete, keep_books, restate
+from envs.finance.full.reports import FIVE_YEARS, NOTES, FullReport
+from envs.finance.full.tables import amount, cents
 
 _NOTE_SHARE = 0.75
 """Probability that a company has a certain note."""

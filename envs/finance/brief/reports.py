@@ -1,14 +1,14 @@
-"""The generated corpus: companies, their yearly reports, and the distractors among them."""
+"""Short generated reports, year by year, and the distractors among them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
+from envs.finance.companies import Company, choose_eval_families, make_companies
 from envs.finance.config import FinanceConfig
-from envs.finance.names import SECTORS, SISTER_SUFFIXES, STEMS
 
 TABLE_METRICS = ("revenue", "profit", "debt")
 TEXT_METRIC = "employees"
@@ -17,18 +17,6 @@ TEXT_METRIC = "employees"
 # no profit exceeds its revenue, and of one metric any amount in thousands is below any amount in millions.
 _STEP = {"million": Decimal("0.1"), "thousand": Decimal(1)}
 _STEPS = {"revenue": (2200, 9999), "profit": (200, 1899), "debt": (2200, 9999)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Company:
-    """One company. Sisters share a `family` and are always in the same split."""
-
-    name: str
-    folder: str
-    """Its folder in the corpus; the name in lower case with hyphens."""
-    family: str
-    unit: str
-    """`million` or `thousand`: what its reports count in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,36 +72,6 @@ def generate_corpus(config: FinanceConfig) -> Corpus:
     companies = make_companies(config)
     reports = {report.path: report for company in companies for report in _reports(company, config)}
     return Corpus(companies=companies, reports=reports, eval_families=choose_eval_families(config, companies))
-
-
-def make_companies(config: FinanceConfig) -> tuple[Company, ...]:
-    """The companies of this config, sisters behind each other."""
-    return tuple(_companies(config))
-
-
-def choose_eval_families(config: FinanceConfig, companies: Sequence[Company]) -> frozenset[str]:
-    """The families that only eval tasks ask about: at least one, and never all."""
-    families = list(dict.fromkeys(company.family for company in companies))
-    random.Random(f"{config.seed}/split").shuffle(families)
-    num_eval = min(max(1, round(config.eval_share * len(families))), len(families) - 1)
-    return frozenset(families[:num_eval])
-
-
-def _companies(config: FinanceConfig) -> Iterator[Company]:
-    rng = random.Random(f"{config.seed}/companies")
-    families = [f"{stem} {sector}" for stem in STEMS for sector in SECTORS]
-    rng.shuffle(families)
-    room = config.num_companies
-    for family in families:
-        names = [family]
-        if rng.random() < config.sister_share:
-            names.append(f"{family} {rng.choice(SISTER_SUFFIXES)}")
-        for name in names[:room]:
-            unit = "thousand" if rng.random() < config.thousands_share else "million"
-            yield Company(name=name, folder=name.lower().replace(" ", "-"), family=family, unit=unit)
-        room -= len(names)
-        if room <= 0:
-            return
 
 
 def _reports(company: Company, config: FinanceConfig) -> Iterator[Report]:

@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 
-from envs.finance.facts import Fact, OpenReport, Question
+from envs.finance.full.facts import Fact, OpenReport, Question
+from envs.finance.full.reports import QUARTERS, FullReport
+from envs.finance.full.tables import rows_of
 from envs.finance.program import read_number
-from envs.finance.reports import QUARTERS, FullReport
-from envs.finance.tables import rows_of
 
 YES_NO_RULE = "Answer with one digit: one for yes, zero for no."
 """In words: an answer that repeats the question must not hold the gold number."""

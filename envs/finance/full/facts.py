@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
+from envs.finance.full.reports import FullReport
+from envs.finance.full.tables import Row, rows_of
 from envs.finance.program import read_number
-from envs.finance.reports import FullReport
-from envs.finance.tables import Row, rows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

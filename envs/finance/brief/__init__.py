@@ -1,0 +1,1 @@
+"""The style `brief`: short generated reports, and questions about them."""

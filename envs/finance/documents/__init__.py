@@ -1,0 +1,1 @@
+"""Documents as the tools show them, and the searches over them."""

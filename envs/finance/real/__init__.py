@@ -1,0 +1,1 @@
+"""Real reports: TAT-QA and FinQA."""

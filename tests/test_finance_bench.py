@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from envs.finance.config import FinanceConfig
-from envs.finance.tools import make_tools
-from envs.finance.library import load_library
 from envs.finance.documents.search import BM25Index
 from envs.finance.documents.shelf import Shelf
+from envs.finance.library import load_library
+from envs.finance.tools import make_tools
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 

@@ -13,15 +13,15 @@ import yaml
 from finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score, use
 
 from envs.errors import UserError
-from envs.finance.full.questions import YES_NO_RULE
-from envs.finance.full.books import RESTATABLE
 from envs.finance.calculate import calculate
 from envs.finance.config import KINDS, FinanceConfig
-from envs.finance.full.facts import OpenReport
+from envs.finance.full.books import RESTATABLE
 from envs.finance.full.corpus import FullCorpus, generate_full
+from envs.finance.full.facts import OpenReport
+from envs.finance.full.questions import YES_NO_RULE
+from envs.finance.full.tables import rows_of
 from envs.finance.full.tasks import gold_text
 from envs.finance.program import execute, expression, parse, read_number
-from envs.finance.full.tables import rows_of
 from envs.finance.world import FinanceWorld
 from envs.types import Task, ToolErrorKind
 from graders.config import ExactConfig, PenaltiesConfig

@@ -30,7 +30,7 @@ def exact_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("exact") / "model")
     weights = load_file(folder / "model.safetensors")
     draws = torch.Generator().manual_seed(1)
-    for name, weight in sorted(weights.items()):
+    for _, weight in sorted(weights.items()):
         if weight.ndim == 2:
             weight.copy_(torch.randint(-256, 257, weight.shape, generator=draws) / 512)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

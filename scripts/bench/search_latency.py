@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from envs.embedding import PACKAGE, default_embedder
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
-from envs.finance.tools import make_tools
-from envs.finance.library import Library, load_library
 from envs.finance.documents.search import SearchIndex
 from envs.finance.documents.semantic import SemanticIndex
 from envs.finance.documents.shelf import Shelf
+from envs.finance.library import Library, load_library
+from envs.finance.tools import make_tools
 from envs.finance.world import make_index
 from envs.tools import Tool, call_tool
 from envs.types import ToolCall

@@ -51,7 +51,7 @@ _FILE = TypeAdapter(list[_FinContext])
 
 
 def read_finqa(source: FileOrDataset) -> tuple[dict[str, str], list[Candidate]]:
-    """Documents by path, and the questions that rules 1 and 2 of `kept` leave. Raises `UserError` naming file and key."""
+    """Documents by path, and the questions that rules 1 and 2 of `kept` leave. Raises `UserError` naming the place."""
     texts: dict[str, str] = {}
     candidates = []
     for context in parse_rows(source, _FILE):

@@ -45,7 +45,7 @@ _FILE = TypeAdapter(list[_TatContext])
 
 
 def read_tatqa(source: FileOrDataset) -> tuple[dict[str, str], list[Candidate]]:
-    """Documents by path, and the questions that rules 1 and 2 of `kept` leave. Raises `UserError` naming file and key."""
+    """Documents by path, and the questions that rules 1 and 2 of `kept` leave. Raises `UserError` naming the place."""
     texts, candidates = {}, []
     for context in parse_rows(source, _FILE):
         path = f"tatqa/{context.table.uid}.txt"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from envs.errors import UserError
-from envs.json_text import read_strict_json
+from envs.reading.json_text import read_strict_json
 from envs.types import Message, Role, ToolCall
 
 _MAX_NUMBER = 1e15

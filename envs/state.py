@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from envs.base import Env, HasState
-from envs.clocks import time_limit
 from envs.errors import WorldError
+from envs.limits.clocks import time_limit
 
 
 async def read_state(env: Env, *, timeout_s: float) -> dict[str, Any]:

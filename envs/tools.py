@@ -14,12 +14,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
-from envs.clocks import time_limit
-from envs.docstrings import read_docstring, split_choices
 from envs.errors import ToolError, UserError
-from envs.json_text import read_json
-from envs.schemas import Check, argument_check, schema_error, without_nulls
-from envs.threads import THREADS
+from envs.limits.clocks import time_limit
+from envs.limits.threads import THREADS
+from envs.reading.json_text import read_json
+from envs.schemas.checks import Check, argument_check, schema_error, without_nulls
+from envs.schemas.docstrings import read_docstring, split_choices
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
 
 _MAX_ECHO = 60
@@ -61,11 +61,11 @@ def tool(function: Callable[..., Any]) -> Tool:
     """Make a `Tool` of a function: types from its signature, texts from its docstring.
 
     What stands before the docstring's first section describes the tool; the parameters' texts come from its section on
-    arguments (Google's, NumPy's or reST's; see `envs.docstrings`), from `Annotated[..., Field(description=...)]` or
-    from `Annotated[..., "text"]`. `(choices: [...])` at the end of a text is what the parameter may be. Raises
-    `TypeError` for a missing docstring, for a parameter without an annotation or text (the model reads both), for a
-    type that has no JSON schema, and for `*args`, `**kwargs` and positional-only parameters (a call names its
-    arguments).
+    arguments (Google's, NumPy's or reST's; see `envs.schemas.docstrings`), from
+    `Annotated[..., Field(description=...)]` or from `Annotated[..., "text"]`. `(choices: [...])` at the end of a text
+    is what the parameter may be. Raises `TypeError` for a missing docstring, for a parameter without an annotation or
+    text (the model reads both), for a type that has no JSON schema, and for `*args`, `**kwargs` and positional-only
+    parameters (a call names its arguments).
     """
     name = getattr(function, "__name__", repr(function))
     signature = inspect.signature(function).parameters
@@ -151,8 +151,8 @@ def schema_tool(
     """Make a `Tool` of a Chat Completions definition: `{"type": "function", "function": {...}}`.
 
     The model is shown the definition as it stands. Arguments are checked against its `parameters` as far as they can be
-    (see `envs.schemas`); without `parameters`, or with null, any object will do. Raises `UserError` where they are no
-    JSON schema of an object and `is_strict`; else what is no JSON schema in them is left unchecked.
+    (see `envs.schemas.checks`); without `parameters`, or with null, any object will do. Raises `UserError` where they
+    are no JSON schema of an object and `is_strict`; else what is no JSON schema in them is left unchecked.
     """
     about = definition["function"]
     name, parameters = about["name"], without_nulls(about.get("parameters"))
@@ -213,7 +213,7 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
     does. A tool that raises anything but `ToolError` (a `TimeoutError` of its own included) is the world's or our
     fault: the exception passes through to the caller, as does `WorldError` where calls that hang have left no thread.
     Not covered: a sync function that exceeds its time is given up, not stopped; its thread goes on and is counted
-    (`envs.threads`). An async one that swallows its cancellation, or blocks the event loop, can't be given up.
+    (`envs.limits.threads`). An async one that swallows its cancellation, or blocks the event loop, can't be given up.
     """
     start = time.perf_counter()
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Env, Responds
+from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
-from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
-from envs.loading import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
+from envs.reading.variables import NAME, expand
 from envs.types import Message, Task, Turn
-from envs.variables import NAME, expand
+from envs.user_code import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
 
 _MAX_REPLY_CHARS = 100_000
 """More would fill the episode, whose end would be booked on the model."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from envs.errors import UserError
-from envs.loading import TARGET_PATTERN
-from envs.variables import NAME
+from envs.reading.variables import NAME
+from envs.user_code import TARGET_PATTERN
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
 _MARGIN = 1e-6

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from envs.custom.trl_env import live_environment
 from envs.errors import UserError
-from envs.loading import call_user
-from envs.trl_env import live_environment
 from envs.types import Episode, Task
+from envs.user_code import call_user
 
 
 class EnvReward:

@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from envs.documents import check_writable
 from envs.errors import UserError
+from envs.reading.documents import check_writable
 from envs.terminal import console, run, say
 
 

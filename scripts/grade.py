@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from envs.documents import check_writable, from_file, read_document
 from envs.errors import Unscored, UserError, WorldError
-from envs.problems import on_one_screen
+from envs.reading.documents import check_writable, from_file, read_document
 from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
+from envs.validation import on_one_screen
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
 from graders.hosted.sample_file import Row, read_samples
 from graders.judges.openai_judge import CachedJudge, build_judge

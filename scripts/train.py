@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from envs.documents import check_writable
 from envs.errors import UserError
+from envs.reading.documents import check_writable
 from envs.terminal import console, run, say
 from trainer.config import RunConfig, load_config
 from trainer.processes import end_on_signals

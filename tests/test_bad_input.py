@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import scripted_config
 
-from envs.documents import read_document
+from envs.reading.documents import read_document
 
 ROOT = Path(__file__).parents[1]
 ROW = {"messages": [{"role": "user", "content": "How much?"}], "answer": "1 million"}

@@ -13,8 +13,8 @@ from servers import REPOSITORY
 from test_rollout import STOP, Writer
 
 from envs.base import HasState, OrdersCalls, Responds
-from envs.loading import load_target
 from envs.types import StopReason, Task
+from envs.user_code import load_target
 from graders.config import CustomConfig
 from graders.user.custom import load_custom_grader
 from trainer.chat import Chat

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from envs import threads
-from envs.clocks import blocking_limit, place_in, stopped_clocks, time_limit
 from envs.errors import EngineHungError, Unscored, WorldError
-from envs.loading import call_user
-from envs.threads import Threads
+from envs.limits import threads
+from envs.limits.clocks import blocking_limit, place_in, stopped_clocks, time_limit
+from envs.limits.threads import Threads
 from envs.tools import call_tool, tool
 from envs.types import Episode, StopReason, Task, ToolCall, ToolErrorKind
+from envs.user_code import call_user
 from graders.types import Grade
 from trainer.admission import Place, Places
 from trainer.engine import Sampling
@@ -207,7 +207,7 @@ async def test_a_tool_that_hangs_is_answered_with_its_time_out_and_counted(monke
 def test_a_process_ends_though_a_tool_hangs_for_ever(how):
     code = """
 import asyncio, sys, threading
-from envs.threads import let_loop_end
+from envs.limits.threads import let_loop_end
 from envs.tools import call_tool, tool
 from envs.types import ToolCall
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from envs.base import Env, ExpertTurn
-from envs.custom import CustomEnvConfig, CustomWorld
+from envs.custom.trl_env import live_environment
+from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, WorldError
-from envs.loading import load_target
 from envs.tools import Tool, call_tool, tool
-from envs.trl_env import live_environment
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult
+from envs.user_code import load_target
 
 TASK = Task(
     task_id="t", messages=(Message(role="user", content="Open the drawer."),), item={"code": 7, "answer": "gold"}

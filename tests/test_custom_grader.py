@@ -16,10 +16,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from envs.custom import CustomEnvConfig, CustomWorld
+from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import Unscored, UserError, WorldError
-from envs.loading import load_target
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.user_code import load_target
 from graders.config import CustomConfig, PenaltiesConfig, PenaltyConfig
 from graders.registry import build_grader
 from graders.types import Grade, GraderErrorKind

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from transformers.utils import get_json_schema
 
-from envs.docstrings import read_docstring
+from envs.custom.trl_schema import trl_schema
+from envs.schemas.docstrings import read_docstring
 from envs.tools import call_tool, tool
-from envs.trl_schema import trl_schema
 from envs.types import ToolCall, ToolErrorKind
 
 GOOGLE = """Book a table.
@@ -282,7 +282,7 @@ def test_what_a_function_returns_leaves_its_parameters_to_trl():
 
 def test_torch_is_not_loaded_for_a_docstring():
     code = (
-        "import sys; import envs.custom, envs.docstrings, envs.trl_schema as s\n"
+        "import sys; import envs.custom.world, envs.schemas.docstrings, envs.custom.trl_schema as s\n"
         "def f(x: int) -> int:\n    'F.\\n\\nArgs:\\n    x: x'\n"
         "assert s.trl_schema(f); assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     )

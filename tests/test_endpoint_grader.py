@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from faulty_server import Call, FaultyServer
 
+from envs.clients.http import HttpLimits
 from envs.errors import UserError, WorldError
-from envs.http import HttpLimits
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.config import EndpointConfig
 from graders.hosted.sample import SAMPLE_KEYS, item_of, sample_of

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from envs.clients.http import HttpCaller, HttpLimits
 from envs.errors import WorldError
-from envs.http import HttpCaller, HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
 from envs.remote.world import RemoteWorld

@@ -17,8 +17,8 @@ from openai.types.fine_tuning.alpha import GraderRunResponse
 from pydantic import TypeAdapter
 from servers import completion, scripted_judge
 
-from envs.loading import load_target
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
+from envs.user_code import load_target
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "grade.py"
 EXACT = {

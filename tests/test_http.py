@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 from faulty_server import HUGE_BYTES, Call, FaultyServer
 
+from envs.clients.http import HttpCaller, HttpLimits, HttpReply, HttpServer, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
-from envs.http import HttpCaller, HttpLimits, HttpReply, HttpServer, RequestTooLarge, resolve_headers
 
 QUICK: dict[str, Any] = {"timeout_s": 5.0, "backoff_s": 0.005, "breaker_probe_s": 0.02, "breaker_wait_s": 2.0}
 

@@ -18,8 +18,8 @@ import pytest
 from pydantic import ValidationError
 
 from envs.errors import ToolError, UserError, WorldError
-from envs.remote.mcp import McpServer, McpSession
 from envs.remote.mcp_config import McpServerConfig
+from envs.remote.mcp_server import McpServer, McpSession
 
 SERVER = Path(__file__).with_name("mcp_server.py")
 TOOLS = ["count", "add", "traces", "refuse", "protest", "slow", "hang", "pid", "picture", "data", "large", "die"]
@@ -260,7 +260,7 @@ async def test_a_rollout_cancelled_while_its_server_starts_takes_it_with_it(tmp_
 def test_a_killed_run_leaves_no_server_behind() -> None:
     run = textwrap.dedent(f"""
         import asyncio, sys
-        from envs.remote.mcp import McpServer
+        from envs.remote.mcp_server import McpServer
         from envs.remote.mcp_config import McpServerConfig
 
         async def main():

@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from envs.errors import WorldError
-from envs.remote.mcp import McpServer, McpSession
 from envs.remote.mcp_config import McpServerConfig
+from envs.remote.mcp_server import McpServer, McpSession
 
 Answer = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 HUGE = 40_000_000

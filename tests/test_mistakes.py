@@ -14,8 +14,8 @@ import pytest
 import yaml
 from servers import free_port
 
-from envs.documents import check_writable
 from envs.errors import UserError
+from envs.reading.documents import check_writable
 from trainer.compare_data import read_policies
 from trainer.config import load_config
 from trainer.job import prepare

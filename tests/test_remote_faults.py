@@ -24,7 +24,7 @@ from faulty_server import Behaviour, Call, FaultyServer
 from scripted_engine import call
 from test_rollout import Writer
 
-from envs.http import HttpLimits
+from envs.clients.http import HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.types import Message, StopReason, Task

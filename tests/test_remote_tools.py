@@ -15,8 +15,8 @@ from aiohttp import web
 from faulty_server import Call, FaultyServer
 from pydantic import ValidationError
 
+from envs.clients.http import HttpLimits
 from envs.errors import UserError, WorldError
-from envs.http import HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
 from envs.remote.world import RemoteWorld

@@ -14,7 +14,7 @@ from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld, task_row
 from envs.messages import Reader, read_tools
-from envs.rows import DatasetSource, read_dataset
+from envs.reading.rows import DatasetSource, read_dataset
 from envs.types import Message, Task
 from graders.hosted.sample import item_of
 from trainer.config import RunConfig

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.errors import UserError
-from envs.schemas import argument_check, schema_error
+from envs.schemas.checks import argument_check, schema_error
 from envs.tools import Tool, call_tool, offered_tools, schema_tool
 from envs.types import Task, ToolCall, ToolErrorKind
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import REPOSITORY
 
+from envs.clients.http import HttpCaller, HttpLimits, resolve_headers
 from envs.errors import ToolError, UserError, WorldError
-from envs.http import HttpCaller, HttpLimits, resolve_headers
+from envs.reading.variables import expand
 from envs.secrets import hidden_in, without_secrets
-from envs.variables import expand
 from trainer.config import load_config, validate_config
 from trainer.log_file import LogFile
 from trainer.runs import RunFolder

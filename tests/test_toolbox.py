@@ -13,9 +13,9 @@ from smolagents import Tool, tool
 from transformers.utils import get_json_schema
 
 from envs.base import Env
-from envs.custom import CustomEnvConfig, CustomWorld
+from envs.custom.toolbox import read_toolbox
+from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError
-from envs.toolbox import read_toolbox
 from envs.tools import call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult
 from graders.custom import EnvReward

@@ -17,9 +17,9 @@ from test_episodes import Talks, note
 from test_rollout import TASK, LengthGrader, Writer
 from test_rollout import World as PlainWorld
 
-from envs.custom import CustomEnvConfig, CustomWorld
+from envs.clients.http import HttpLimits
+from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, WorldError
-from envs.http import HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
 from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear

@@ -7,7 +7,7 @@ import heapq
 import itertools
 from collections.abc import Iterator
 
-from envs.clocks import stopped_clocks
+from envs.limits.clocks import stopped_clocks
 
 
 class Places:

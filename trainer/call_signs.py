@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from envs.json_text import read_json
+from envs.reading.json_text import read_json
 
 _TAG = re.compile(r"\s*(<[^<>\s{}]+>|\[[A-Z_]{3,}\])")
 # <tool_call>, <|tool_call..., <seed:tool_call>, <start_function_call>, also cut off or misspelt; the opening tags and

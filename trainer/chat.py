@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from envs.json_text import read_json
+from envs.reading.json_text import read_json
 from envs.types import NOT_RUN, Message
 from trainer.call_signs import opening_tag, tag_after
 from trainer.chat_parsing import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from envs.errors import UserError
-from envs.json_text import read_json
+from envs.reading.json_text import read_json
 from envs.types import Message
 from trainer.chat_parsing import content_is_a_list
 

@@ -16,13 +16,13 @@ from pydantic import (
     model_validator,
 )
 
-from envs.custom import CustomEnvConfig
-from envs.documents import apply_override, from_file, read_document
+from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, told_of
 from envs.finance.config import FinanceConfig
-from envs.problems import on_one_screen
+from envs.reading.documents import apply_override, from_file, read_document
+from envs.reading.rows import FileOrDataset
 from envs.remote.config import RemoteConfig
-from envs.rows import FileOrDataset
+from envs.validation import on_one_screen
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
 from graders.registry import check_grader
 from trainer.response_format import JsonObject, ResponseFormat
@@ -241,7 +241,7 @@ class EvalConfig(Section):
 class DataConfig(Section):
     """Tasks as rows in the hosted format; without this section the world's own tasks are used."""
 
-    train: FileOrDataset = Field(description="training rows: a JSONL file, or a data set (see `envs.rows`)")
+    train: FileOrDataset = Field(description="training rows: a JSONL file, or a data set (see `envs.reading.rows`)")
     eval: FileOrDataset = Field(description="held-out rows, likewise")
 
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from envs.clocks import stopped_clocks
 from envs.errors import UserError, WorldError
+from envs.limits.clocks import stopped_clocks
 from envs.types import Message, Role
 from graders.config import JudgeSampling
 from graders.judges.openai_judge import JudgeMeter, JudgeReply, JudgeRequest

@@ -7,8 +7,8 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 
-from envs.clocks import time_limit
 from envs.errors import Unscored, WorldError
+from envs.limits.clocks import time_limit
 from envs.types import Episode, Task
 from graders.types import Grade, Grader
 from trainer.advantages import MOST_REWARD

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from envs.schema_words import schema_fault
-from envs.schemas import fault_of
+from envs.schemas.checks import fault_of
+from envs.schemas.words import schema_fault
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,10 +20,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.problems import on_one_screen
+from envs.reading.rows import FileOrDataset, read_rows
 from envs.remote.config import RemoteToolConfig
-from envs.rows import FileOrDataset, read_rows
 from envs.secrets import hidden_in, without_secrets
+from envs.validation import on_one_screen
 from trainer.config import OptimConfig, RolloutConfig, RunConfig, read_sections, validate_config
 from trainer.hosted_remarks import HYPER, METHOD, MISSING, find, is_open, left_open, not_taken
 from trainer.hosted_schema import HostedJob, Hyperparameters, Reinforcement, read_job

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from envs.documents import read_document
 from envs.errors import UserError
-from envs.problems import on_one_screen
+from envs.reading.documents import read_document
 from envs.remote.config import RemoteToolConfig
+from envs.validation import on_one_screen
 from graders.config import GraderConfig
 
 

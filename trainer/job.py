@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envs.base import Env, Responds, World
-from envs.clocks import time_limit
-from envs.custom import CustomEnvConfig, CustomWorld
+from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, told_of
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
-from envs.loading import looked_at
+from envs.limits.clocks import time_limit
+from envs.limits.threads import thread_metrics
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
-from envs.threads import thread_metrics
 from envs.tools import Tool
 from envs.types import Task
+from envs.user_code import looked_at
 from envs.users import Users
 from graders.config import PenaltiesConfig
 from graders.judges.openai_judge import CachedJudge, Judge, build_judge

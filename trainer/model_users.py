@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from envs.custom import CustomEnvConfig
+from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.types import Task

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from envs.documents import check_writable
 from envs.errors import UserError
+from envs.reading.documents import check_writable
 from envs.secrets import without_secrets
 from envs.types import Task
 from trainer import processes

@@ -22,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
-from envs.custom import CustomEnvConfig
+from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError
+from envs.reading.variables import expand
 from envs.remote.config import RemoteConfig
 from envs.secrets import hidden_in
 from envs.terminal import say
 from envs.users import ModelUserConfig, UrlUserConfig
-from envs.variables import expand
 from graders.config import EndpointConfig, GraderConfig, LabelModelConfig, MultiConfig, ScoreModelConfig
 from trainer.config import RunConfig
 

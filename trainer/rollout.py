@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from envs.base import Ends, Env, Observes, OrdersCalls, World
-from envs.clocks import blocking_limit, stopped_clocks, time_limit
 from envs.errors import WorldError, first_error
+from envs.limits.clocks import blocking_limit, stopped_clocks, time_limit
+from envs.limits.threads import let_loop_end
 from envs.secrets import hidden_in
 from envs.state import read_state
-from envs.threads import let_loop_end
 from envs.tools import Tool, call_tool
 from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from envs.users import Exchange, Users, hear

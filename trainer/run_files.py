@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from envs.errors import UserError
-from envs.json_text import read_json
+from envs.reading.json_text import read_json
 
 UNFINISHED = ".unfinished-"
 MOST_DOCUMENT_BYTES = 64 * 2**20

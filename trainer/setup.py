@@ -7,8 +7,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from envs.clocks import time_limit
 from envs.errors import UserError
+from envs.limits.clocks import time_limit
 from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from envs.base import World
 from envs.errors import UserError
 from envs.messages import Reader, read_messages, read_task_id, read_tools, read_weight
-from envs.rows import read_rows
-from envs.schema_words import schema_fault
-from envs.schemas import without_nulls
+from envs.reading.rows import read_rows
+from envs.schemas.checks import without_nulls
+from envs.schemas.words import schema_fault
 from envs.tools import Tool
 from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from envs.clocks import Clock, time_limit
 from envs.errors import EngineHungError
+from envs.limits.clocks import Clock, time_limit
 from trainer.engine import Completion, Engine, Sampling
 from trainer.engine_judge import BaseEngine
 

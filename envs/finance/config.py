@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from envs.rows import FileOrDataset
+from envs.reading.rows import FileOrDataset
 
 Style = Literal["brief", "full"]
 Source = Literal["generated", "tatqa", "finqa"]
@@ -65,7 +65,7 @@ class FinanceConfig(BaseModel):
         description="generated: from the seed; tatqa, finqa: real reports from `path`.",
     )
     path: FileOrDataset | None = Field(
-        default=None, description="The JSON file of a real source, or a data set (see `envs.rows`)."
+        default=None, description="The JSON file of a real source, or a data set (see `envs.reading.rows`)."
     )
     style: Style = Field(
         default="brief",

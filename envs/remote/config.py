@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from envs.documents import from_file
+from envs.reading.documents import from_file
 from envs.remote.mcp_config import McpServerConfig
 from envs.users import UserConfig
 

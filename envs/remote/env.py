@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from envs.clients.http import HttpCaller
 from envs.errors import WorldError
-from envs.http import HttpCaller
 from envs.remote.hooks import Hooks
-from envs.remote.mcp import McpServer, McpSession
+from envs.remote.mcp_server import McpServer, McpSession
 from envs.remote.tools import call_remote, remote_tool
 from envs.tools import Tool
 from envs.types import Episode, Task, ToolCall

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from envs.clients.http import HttpCaller, RequestTooLarge
 from envs.errors import WorldError
-from envs.http import HttpCaller, RequestTooLarge
 from envs.types import Episode
 
 

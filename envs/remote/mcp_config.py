@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from envs.http import resolve_headers
-from envs.variables import expand, fill, uses
+from envs.clients.http import resolve_headers
+from envs.reading.variables import expand, fill, uses
 
 TRACE_ID, ROLLOUT_DIR = "TRACE_ID", "ROLLOUT_DIR"
 

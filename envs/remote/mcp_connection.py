@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from pydantic import ValidationError
 
-from envs.bounded import PLAIN, bounded
+from envs.clients.bounded import PLAIN, bounded
 from envs.errors import ToolError, WorldError
 from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, readable, text_of
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig

@@ -8,8 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from envs.clients.http import HttpCaller, HttpReply, RequestTooLarge
 from envs.errors import ToolError
-from envs.http import HttpCaller, HttpReply, RequestTooLarge
 from envs.secrets import not_kept
 from envs.tools import Tool
 from envs.types import ToolCall

@@ -10,15 +10,15 @@ from dataclasses import replace
 from yarl import URL
 
 from envs.base import ExpertTurn
+from envs.clients.http import HttpCaller, HttpLimits, HttpServer, resolve_headers
 from envs.errors import UserError, told_of
-from envs.http import HttpCaller, HttpLimits, HttpServer, resolve_headers
+from envs.reading.variables import expand
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
 from envs.remote.hooks import Hooks
-from envs.remote.mcp import McpServer
+from envs.remote.mcp_server import McpServer
 from envs.tools import Tool, schema_tool
 from envs.types import Task, ToolCall
-from envs.variables import expand
 
 _HOOK_BREAKER_WAIT_S = 15.0
 """Shorter than a call's: a hook holds up a rollout that is over."""

@@ -21,8 +21,8 @@ from dataclasses import replace
 from typing import Any
 
 from envs.errors import UserError
-from envs.json_text import read_json
 from envs.messages import Reader, read_call, read_message
+from envs.reading.json_text import read_json
 from envs.types import MALFORMED_NOTES, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.answers import final_answer
 

@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.messages import Reader, in_words, read_messages, read_task_id
-from envs.problems import on_one_screen
-from envs.rows import read_rows
+from envs.reading.rows import read_rows
 from envs.types import Episode, Task
+from envs.validation import on_one_screen
 from graders.hosted.sample import episode_from_sample
 
 _EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)

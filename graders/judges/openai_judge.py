@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from envs.bounded import PLAIN, bounded
-from envs.clocks import place_in
+from envs.clients.bounded import PLAIN, bounded
 from envs.errors import UserError, WorldError
+from envs.limits.clocks import place_in
+from envs.reading.variables import expand
 from envs.secrets import keep_secret
-from envs.variables import expand
 from graders.config import JudgeConfig, JudgeSampling
 
 _OPENAI_HOST = "api.openai.com"

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from typing import Any
 
 from envs.errors import UserError
-from envs.loading import call_user
 from envs.types import Episode, Task
+from envs.user_code import call_user
 from graders.config import TextSimilarityConfig
 from graders.hosted.sample import item_of, sample_of
 from graders.hosted.templates import MissingVariable, Template

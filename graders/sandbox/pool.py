@@ -18,8 +18,8 @@ from asyncio.subprocess import PIPE, Process
 from dataclasses import dataclass
 from typing import IO
 
-from envs.clocks import place_in
 from envs.errors import WorldError
+from envs.limits.clocks import place_in
 from graders.sandbox.isolation import Imports, Isolation, boot_frame, command, environment
 from graders.sandbox.limits import Limits
 from graders.sandbox.protocol import FAILED, HEADER, MARK_BYTES, MAX_REPLY_BYTES, READY, REPLY, frame

@@ -26,10 +26,10 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from envs.custom.trl_env import live_environment
 from envs.errors import Unscored, UserError, first_error, nearest
-from envs.loading import accepted, call_user, check_order, load_target, looked_at, make, required, required_by_name
-from envs.trl_env import live_environment
 from envs.types import Episode, Message, Task
+from envs.user_code import accepted, call_user, check_order, load_target, looked_at, make, required, required_by_name
 from graders.config import CustomConfig
 from graders.sandbox.scores import score_of
 from graders.types import Grade, Grader, taken_metrics

@@ -6,10 +6,10 @@ import json
 import math
 from typing import Any
 
+from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
-from envs.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
+from envs.reading.variables import expand
 from envs.types import Episode, Task
-from envs.variables import expand
 from graders.config import EndpointConfig
 from graders.hosted.sample import item_of, sample_of
 from graders.types import Grade, GraderErrorKind

@@ -37,8 +37,8 @@ from rich.table import Table
 from envs.errors import UserError, WorldError
 from envs.finance.config import FinanceConfig
 from envs.finance.library import load_library
-from envs.problems import on_one_screen
 from envs.types import Episode, Message, StopReason, Turn
+from envs.validation import on_one_screen
 from graders.config import JudgeConfig, NumericConfig, PenaltiesConfig, ScoreModelConfig
 from graders.judges.openai_judge import CachedJudge, build_judge
 from graders.registry import build_grader

@@ -13,7 +13,7 @@ from envs.finance.calculate import format_number
 from envs.finance.full.questions import YES_NO_RULE
 from envs.finance.program import ProgramError, execute, expression, parse, read_number, unnested
 from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to
-from envs.rows import FileOrDataset
+from envs.reading.rows import FileOrDataset
 
 
 class _FinQA(Row):

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.rows import DatasetSource, FileOrDataset, read_dataset
+from envs.reading.rows import DatasetSource, FileOrDataset, read_dataset
 
 YEAR = re.compile(r"(?:19|20)[0-9]{2}")
 

@@ -11,7 +11,7 @@ from envs.errors import ToolError
 from envs.finance.calculate import calculate
 from envs.finance.program import read_number
 from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to
-from envs.rows import FileOrDataset
+from envs.reading.rows import FileOrDataset
 
 _SCALES = ("", "thousand", "million", "billion", "percent")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from envs.docstrings import split_choices, trl_docs
+from envs.schemas.docstrings import split_choices, trl_docs
 
 _BASIC: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 

@@ -30,7 +30,7 @@ import jsonschema
 import jsonschema_specifications
 import regex
 
-from envs.references import all_in, broken_reference
+from envs.schemas.references import all_in, broken_reference
 
 _DRAFTS = (jsonschema.Draft202012Validator, jsonschema.Draft7Validator, jsonschema.Draft4Validator)
 """Tried in turn where a schema does not name its own: each forbids some of what the earlier ones allowed."""

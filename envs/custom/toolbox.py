@@ -18,11 +18,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from envs.custom.trl_schema import trl_schema
 from envs.errors import ToolError, UserError, WorldError
-from envs.loading import call_user
 from envs.tools import Tool, output_text, parameters_of, schema_tool, tool
-from envs.trl_schema import trl_schema
 from envs.types import Episode, Task
+from envs.user_code import call_user
 
 _SCHEMAS = (
     "params_json_schema",

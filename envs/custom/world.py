@@ -1,9 +1,8 @@
-"""The user's own environments and tools, as they are.
+"""The world that the user's target makes.
 
 What `target` gives decides: an object with `make_env` is a world; one with `tools`, `open` and `close` an environment
-of ours; one with `reset` a TRL-style environment (see `envs.trl_env`); a dict names several of these, chosen by the
-row's key `environment`; a list holds functions or an agent framework's tools (see `envs.toolbox`), as one of them alone
-does.
+of ours; one with `reset` a TRL-style environment (see `trl_env`); a dict names several of these, chosen by the row's
+key `environment`; a list holds functions or an agent framework's tools (see `toolbox`), as one of them alone does.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.base import Env, ExpertTurn, World
+from envs.custom.toolbox import ToolboxEnv, is_toolbox, read_toolbox
+from envs.custom.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.errors import UserError, told_of
-from envs.loading import TARGET_PATTERN, check_order, load_target, looked_at, make
-from envs.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.tools import Tool
-from envs.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.types import Message, Task
+from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, make
 from envs.users import UserConfig
 
 _OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep", "check")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from envs.errors import UserError
-from envs.json_text import read_strict_json
+from envs.reading.json_text import read_strict_json
 
 _YAML = (".yaml", ".yml")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")

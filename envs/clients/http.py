@@ -19,10 +19,10 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from envs.clocks import stopped_clocks
 from envs.errors import UserError, WorldError
+from envs.limits.clocks import stopped_clocks
+from envs.reading.variables import expand, uses
 from envs.secrets import keep_header
-from envs.variables import expand, uses
 
 _RETRIED_STATUSES = (408, 425, 429)
 """The server says "later"; what to do about that is not the model's to learn."""
@@ -87,7 +87,7 @@ class HttpReply:
 
 
 def resolve_headers(headers: Mapping[str, str], where: str, own: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The headers with each ${NAME} replaced (see `envs.variables`); `where` names their place in the config.
+    """The headers with each ${NAME} replaced (see `envs.reading.variables`); `where` names their place in the config.
 
     Raises `UserError` for a variable that is not set and for a value that can't stand in a header.
     """

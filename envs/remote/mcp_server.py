@@ -21,11 +21,11 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from envs.clocks import place_in
 from envs.errors import ToolError, UserError, WorldError
+from envs.limits.clocks import place_in
+from envs.reading.variables import fill
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 from envs.remote.mcp_connection import Connection
-from envs.variables import fill
 
 
 class McpServer:

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from envs.errors import nearest
-from envs.loading import TARGET_PATTERN
+from envs.reading.variables import NAME
 from envs.secrets import without_secrets
-from envs.variables import NAME
+from envs.user_code import TARGET_PATTERN
 
 _MOST_LINES = 20
 _MAX_VALUE_CHARS = 200

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from envs.errors import AgentRFTError, UserError, nearest
-from envs.threads import THREADS
+from envs.limits.threads import THREADS
 
 TARGET_PATTERN = r"^[^:]+:[A-Za-z_][\w.]*$"
 _EXPECTED = "expected `package.module:Name` or `path/to/file.py:name`"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from envs.errors import UserError, nearest
-from envs.json_text import read_strict_json
+from envs.reading.json_text import read_strict_json
 
 
 class DatasetSource(BaseModel):
@@ -30,7 +30,7 @@ class DatasetSource(BaseModel):
         return f"{self.dataset} ({self.split})"
 
 
-# In brackets, so that `envs.problems` leaves the names of the union's members out of a key.
+# In brackets, so that `envs.validation` leaves the names of the union's members out of a key.
 FileOrDataset = Annotated[
     Annotated[Path, Tag("[file]")] | Annotated[DatasetSource, Tag("[dataset]")],
     Discriminator(lambda value: "[dataset]" if isinstance(value, dict | DatasetSource) else "[file]"),

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from envs.clocks import stopped_clocks
 from envs.errors import WorldError
+from envs.limits.clocks import stopped_clocks
 
 
 def _uncancellable() -> Future[Any]:

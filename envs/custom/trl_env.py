@@ -27,11 +27,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from envs.custom.trl_schema import trl_schema
 from envs.errors import ToolError, UserError, WorldError, nearest
-from envs.loading import accepted, call_user, is_async, required, required_by_name
 from envs.tools import Tool, tool
-from envs.trl_schema import trl_schema
 from envs.types import Episode, Message, Task
+from envs.user_code import accepted, call_user, is_async, required, required_by_name
 
 _live: dict[str, Any] = {}
 """TRL-style environments by rollout id, from open to close: graders read the reward of their own."""

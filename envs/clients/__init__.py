@@ -1,0 +1,1 @@
+"""How servers of others are asked."""

@@ -1,0 +1,1 @@
+"""The user's own environments and tools, as they are."""

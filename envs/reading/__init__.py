@@ -1,0 +1,1 @@
+"""What a user wrote, read: files, rows, JSON, and the variables in it."""

@@ -72,6 +72,17 @@ async def test_the_engine_leaves_to_the_trainer_what_is_asked_and_no_more(
     assert llm.calls == expected
 
 
+def test_a_vllm_that_can_only_give_all_away_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+    for it_or_its_base in AsyncLLM.__mro__:
+        monkeypatch.delattr(it_or_its_base, "release_kv_cache_memory", raising=False)
+    check_engine(EngineConfig(sleep="weights"), on_cpu=False)
+    with pytest.raises(UserError, match=r"^engine\.sleep: kv needs vLLM 0\.31 or newer, .* set it to weights$"):
+        check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+
+
 def test_vllm_is_started_so_that_it_can_sleep_only_where_it_will(tiny_model: Path) -> None:
     for sleep, expected in (("none", False), ("kv", True), ("weights", True)):
         arguments = engine_arguments(

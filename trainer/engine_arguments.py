@@ -23,6 +23,9 @@ _SHARED = Path("/dev/shm")
 _SHARED_MIB = 240
 """The larger of vLLM's two rings of messages between its engine and its worker, which a GPU's engine does without."""
 
+_RELEASES_THE_CACHE = "release_kv_cache_memory"
+"""Of vLLM's AsyncLLM since 0.31: the cache's memory goes and the weights stay where they are."""
+
 
 def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
     """Whether new weights reach the engine merged into the base, not as an adapter beside it."""
@@ -50,6 +53,14 @@ def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
         raise UserError(
             f"engine.sleep: {engine.sleep} gives a GPU's memory to the trainer, and this machine has none; leave it out"
         )
+    if engine.sleep == "kv":
+        import vllm
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if not hasattr(AsyncLLM, _RELEASES_THE_CACHE):
+            raise UserError(
+                f"engine.sleep: kv needs vLLM 0.31 or newer, and vLLM {vllm.__version__} is installed; set it to weights"
+            )
     if engine.quantization and publishes_merged(engine, on_cpu=on_cpu):
         raise UserError(
             f"engine.quantization: {engine.quantization} can't take merged weights, and engine.publish: "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
+from envs.arithmetic import Formula, FormulaError
 from envs.errors import UserError, first_error
 from envs.types import Episode, Task
 from graders.config import MultiConfig
-from graders.formula import Formula, FormulaError
 from graders.types import Grade, Grader, GraderErrorKind, taken_metrics
 
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score, use
 
+from envs.arithmetic import calculate
 from envs.errors import UserError
-from envs.finance.calculate import calculate
 from envs.finance.config import KINDS, FinanceConfig
 from envs.finance.full.books import RESTATABLE
 from envs.finance.full.corpus import FullCorpus, generate_full

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.finance.calculate import calculate, format_number
+from envs.arithmetic import calculate, format_number
 from envs.finance.program import ProgramError, execute, expression, read_number
 
 ROWS = {

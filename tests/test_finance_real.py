@@ -13,8 +13,8 @@ import datasets
 import pytest
 from finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score
 
+from envs.arithmetic import calculate
 from envs.errors import UserError
-from envs.finance.calculate import calculate
 from envs.finance.config import FinanceConfig
 from envs.finance.full.questions import YES_NO_RULE
 from envs.finance.program import execute, unnested

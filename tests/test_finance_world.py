@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from envs.arithmetic import calculate, format_number
 from envs.errors import ToolError, UserError
 from envs.finance.brief.reports import TABLE_METRICS, Corpus, generate_corpus
-from envs.finance.calculate import calculate, format_number
 from envs.finance.config import FinanceConfig
 from envs.finance.expert import MAX_CALLS
 from envs.finance.world import FinanceWorld, task_row

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from envs.arithmetic import MAX_CHARS, MAX_DEPTH, Formula, FormulaError
 from envs.errors import UserError
-from graders.formula import MAX_CHARS, MAX_DEPTH, Formula, FormulaError
 
 SCORES = {"a": 0.5, "b": 2.0, "zero": 0.0, "less": -1.5, "größe_2": 3.0}
 

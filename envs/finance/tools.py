@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from envs import arithmetic
 from envs.errors import ToolError
-from envs.finance import calculate as arithmetic
 from envs.finance.config import FinanceConfig
 from envs.finance.documents.search import SearchIndex
 from envs.finance.documents.shelf import Shelf

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
+from envs.arithmetic import calculate
 from envs.errors import UserError
 from envs.finance.brief.reports import TABLE_METRICS, TEXT_METRIC, Corpus, Report
-from envs.finance.calculate import calculate
 from envs.finance.companies import share_out
 from envs.finance.config import FinanceConfig, Kind
 from envs.types import Message, Task

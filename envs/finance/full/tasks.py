@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from decimal import Decimal
 
+from envs.arithmetic import format_number
 from envs.errors import UserError
-from envs.finance.calculate import format_number
 from envs.finance.companies import share_out
 from envs.finance.config import FinanceConfig
 from envs.finance.full.corpus import FullCorpus

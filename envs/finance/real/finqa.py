@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from envs.finance.calculate import format_number
+from envs.arithmetic import format_number
 from envs.finance.full.questions import YES_NO_RULE
 from envs.finance.program import ProgramError, execute, expression, parse, read_number, unnested
 from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to

@@ -7,8 +7,8 @@ from decimal import Decimal
 
 from pydantic import Field, TypeAdapter
 
+from envs.arithmetic import calculate
 from envs.errors import ToolError
-from envs.finance.calculate import calculate
 from envs.finance.program import read_number
 from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to
 from envs.reading.rows import FileOrDataset

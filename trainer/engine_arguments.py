@@ -59,7 +59,8 @@ def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
 
         if not hasattr(AsyncLLM, _RELEASES_THE_CACHE):
             raise UserError(
-                f"engine.sleep: kv needs vLLM 0.31 or newer, and vLLM {vllm.__version__} is installed; set it to weights"
+                f"engine.sleep: kv needs vLLM 0.31 or newer, and vLLM {vllm.__version__} is installed; set it to "
+                "weights"
             )
     if engine.quantization and publishes_merged(engine, on_cpu=on_cpu):
         raise UserError(

@@ -16,11 +16,12 @@ from pydantic_core import to_jsonable_python
 
 from envs.errors import ToolError, UserError
 from envs.limits.clocks import time_limit
-from envs.limits.threads import THREADS
 from envs.reading.json_text import read_json
 from envs.schemas.checks import Check, argument_check, schema_error, without_nulls
 from envs.schemas.docstrings import read_docstring, split_choices
+from envs.text import quoted, shown
 from envs.types import Task, ToolCall, ToolErrorKind, ToolResult
+from envs.user_code import call_as
 
 _MAX_ECHO = 60
 _MAX_FAULTS = 5
@@ -225,7 +226,8 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
     offered = tools.get(call.name)
     if offered is None:
         return result(
-            f"Error: no tool named {_echo(call.name)}; use one of {', '.join(tools)}", ToolErrorKind.UNKNOWN_TOOL
+            f"Error: no tool named {quoted(call.name, _MAX_ECHO)}; use one of {', '.join(tools)}",
+            ToolErrorKind.UNKNOWN_TOOL,
         )
     try:
         arguments = read_json(call.arguments)
@@ -239,7 +241,10 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
         return result("Error: arguments are nested too deep", ToolErrorKind.BAD_ARGUMENTS)
     try:
         async with time_limit(None if offered.is_remote else timeout_s) as limit:
-            value = await (offered.function(call) if offered.is_remote else _run(offered, kwargs))
+            if offered.is_remote:
+                value = await offered.function(call)
+            else:
+                value = await call_as(offered.name, offered.function, **kwargs)
     except ToolError as e:
         return result(f"Error: {e}", ToolErrorKind.REFUSED)
     except TimeoutError:
@@ -256,7 +261,7 @@ async def _read(tool: Tool, arguments: Any) -> dict[str, Any]:
     """The function's arguments."""
     if not tool.is_read_aside:
         return tool.read_arguments(arguments)
-    read: dict[str, Any] = await THREADS.run(f"the check of {tool.name}'s arguments", tool.read_arguments, arguments)
+    read: dict[str, Any] = await call_as(f"the check of {tool.name}'s arguments", tool.read_arguments, arguments)
     return read
 
 
@@ -286,14 +291,6 @@ def _listed(value: Any) -> Any:
     return tolist(value)
 
 
-async def _run(tool: Tool, kwargs: dict[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(tool.function):
-        return await tool.function(**kwargs)
-    value = await THREADS.run(tool.name, tool.function, **kwargs)
-    # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the event loop.
-    return await value if inspect.isawaitable(value) else value
-
-
 def _details(error: ValidationError) -> str:
     """Each fault with its place. Names that the model made up are echoed escaped and short."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
@@ -302,14 +299,9 @@ def _details(error: ValidationError) -> str:
 
 def _place(loc: tuple[int | str, ...]) -> str:
     path = ".".join(map(str, loc)) or "arguments"
-    return path if path.replace(".", "").isidentifier() and len(path) <= _MAX_ECHO else _echo(path)
-
-
-def _echo(text: str) -> str:
-    """The model's own text, quoted, cut, and safe to encode (`repr` escapes lone surrogates)."""
-    return repr(text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…")
+    return path if path.replace(".", "").isidentifier() and len(path) <= _MAX_ECHO else quoted(path, _MAX_ECHO)
 
 
 def _cut(text: str) -> str:
     """A message that holds the model's own text somewhere."""
-    return (text if len(text) <= 4 * _MAX_ECHO else text[: 4 * _MAX_ECHO] + "…").encode("utf-8", "replace").decode()
+    return shown(text, 4 * _MAX_ECHO).encode("utf-8", "replace").decode()

@@ -171,9 +171,15 @@ async def call_user(function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
 
     Raises `WorldError` where calls that never return have left no thread.
     """
+    return await call_as(_name_of(function), function, *args, **kwargs)
+
+
+async def call_as(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """As `call_user`; `name` is what a call that hangs is known by."""
     if is_async(function):
         return await function(*args, **kwargs)
-    value = await THREADS.run(_name_of(function), function, *args, **kwargs)
+    value = await THREADS.run(name, function, *args, **kwargs)
+    # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the event loop.
     return await value if inspect.isawaitable(value) else value
 
 

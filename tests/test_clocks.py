@@ -180,7 +180,7 @@ async def test_where_the_system_gives_no_thread_it_is_the_worlds_fault(monkeypat
 
 async def test_a_tool_that_hangs_is_answered_with_its_time_out_and_counted(monkeypatch):
     threads, end = Threads(most=1), threading.Event()
-    monkeypatch.setattr("envs.tools.THREADS", threads)
+    monkeypatch.setattr("envs.user_code.THREADS", threads)
 
     @tool
     def hang() -> str:

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from envs.cache import cache_dir
 from envs.errors import UserError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -66,11 +66,6 @@ def resolve_config(name: str) -> Path:
     Raises `UserError` as `resolve_model`.
     """
     return _resolve(name, _download_config)
-
-
-def cache_dir() -> Path:
-    """Where converted models lie: `$AGENT_RFT_CACHE`, or `~/.cache/agent-rft`."""
-    return Path(os.environ.get("AGENT_RFT_CACHE") or Path.home() / ".cache" / "agent-rft").expanduser()
 
 
 def install_command() -> str:

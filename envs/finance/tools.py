@@ -9,12 +9,15 @@ from envs.errors import ToolError
 from envs.finance.config import FinanceConfig
 from envs.finance.documents.search import SearchIndex
 from envs.finance.documents.shelf import Shelf
+from envs.text import quoted, shown
 from envs.tools import Tool, tool
 from envs.types import Episode, Task
 
 MAX_LISTED = 20
 """Names that one listing shows; the top folder of a large corpus would fill the context."""
 LISTED_A_PAGE = 50
+_MOST_OF_A_LINE = 200
+_MOST_OF_A_PATH = 60
 
 
 def make_tools(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> dict[str, Tool]:
@@ -42,7 +45,7 @@ def _search(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> Tool:
         number, line = shelf.best_line(path, query)
         pages = shelf.pages(path)
         head = f"{path} (page {number} of {len(pages)})"
-        return f"{head}\n{pages[number - 1]}" if shows == "document" else f"{head}: {_cut(line)}"
+        return f"{head}\n{pages[number - 1]}" if shows == "document" else f"{head}: {shown(line, _MOST_OF_A_LINE)}"
 
     @tool
     def search(query: str) -> str:
@@ -120,28 +123,20 @@ def _names(shelf: Shelf, path: str) -> list[str]:
     folder = path.strip().strip("/")
     names = shelf.names("" if folder == "." else folder)
     if names is None:
-        raise ToolError(f"no folder {_short(path)}")
+        raise ToolError(f"no folder {quoted(path, _MOST_OF_A_PATH)}")
     return [*names]
 
 
 def _known(shelf: Shelf, path: str) -> str:
     known = path.strip().lstrip("/")
     if known not in shelf.texts:
-        raise ToolError(f"no report {_short(path)}")
+        raise ToolError(f"no report {quoted(path, _MOST_OF_A_PATH)}")
     return known
 
 
 def _check_page(path: str, page: int, num_pages: int) -> None:
     if not 1 <= page <= num_pages:
-        raise ToolError(f"{_short(path)} has no page {page}, only 1 to {num_pages}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "…"
+        raise ToolError(f"{quoted(path, _MOST_OF_A_PATH)} has no page {page}, only 1 to {num_pages}")
 
 
 class FinanceEnv:

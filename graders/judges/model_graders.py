@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from envs.text import one_line
 from envs.types import Episode, Task
 from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
 from graders.hosted.sample import item_of, sample_of
@@ -51,9 +52,9 @@ class ScoreModelGrader:
         low, high = self._config.range
         number = score_of(result, (low, high))
         if number is None:
-            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is no number")
+            raise _NoResult(f"result {one_line(repr(result), _MAX_ECHO)} is no number")
         score = min(max(number, low), high)
-        clamped = "" if score == number else f", clamped from {_cut(str(result), _MAX_ECHO)}"
+        clamped = "" if score == number else f", clamped from {one_line(str(result), _MAX_ECHO)}"
         return score, f"gives {score:g}{clamped}"
 
     def check(self, task: Task) -> None:
@@ -80,7 +81,7 @@ class LabelModelGrader:
     def _read(self, result: Any) -> tuple[float, str]:
         label = label_of(result, self._config.labels)
         if label is None:
-            raise _NoResult(f"result {_cut(repr(result), _MAX_ECHO)} is none of the labels")
+            raise _NoResult(f"result {one_line(repr(result), _MAX_ECHO)} is none of the labels")
         return float(label in self._config.passing_labels), f"chooses {label!r}"
 
     def check(self, task: Task) -> None:
@@ -171,10 +172,12 @@ def _answer_schema(result: Mapping[str, Any]) -> dict[str, Any]:
 def _read_answer(reply: JudgeReply) -> Mapping[str, Any]:
     """The answer as an object, which has a `result`. Raises `_NoResult`."""
     if reply.refusal:
-        raise _NoResult(f"the judge refused: {_cut(reply.refusal, _MAX_ECHO)}", GraderErrorKind.MODEL_GRADER_REFUSAL)
+        raise _NoResult(
+            f"the judge refused: {one_line(reply.refusal, _MAX_ECHO)}", GraderErrorKind.MODEL_GRADER_REFUSAL
+        )
     answer = answer_of(reply.text)
     if "result" not in answer:
-        raise _NoResult(f"the judge's answer has no result: {_cut(reply.text, _MAX_ECHO)}")
+        raise _NoResult(f"the judge's answer has no result: {one_line(reply.text, _MAX_ECHO)}")
     return answer
 
 
@@ -183,13 +186,8 @@ def _reasons(answer: Mapping[str, Any]) -> str:
     steps = answer.get("steps")
     said = [step.get("conclusion") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     words = "; ".join(text.strip() for text in said if isinstance(text, str) and text.strip())
-    return f": {_cut(words, _MAX_WORDS)}" if words else ""
+    return f": {one_line(words, _MAX_WORDS)}" if words else ""
 
 
 def _failed(name: str, kind: GraderErrorKind, cause: str, judge_tokens: Mapping[str, int] | None = None) -> Grade:
     return Grade(reward=0.0, parts={name: 0.0}, explanation=cause, errors=(kind,), judge_tokens=judge_tokens or {})
-
-
-def _cut(text: str, length: int) -> str:
-    joined = " ".join(text.split())
-    return joined if len(joined) <= length else joined[:length] + "…"

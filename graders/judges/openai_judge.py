@@ -21,6 +21,7 @@ from envs.errors import UserError, WorldError
 from envs.limits.clocks import place_in
 from envs.reading.variables import expand
 from envs.secrets import keep_secret
+from envs.text import one_line
 from graders.config import JudgeConfig, JudgeSampling
 
 _OPENAI_HOST = "api.openai.com"
@@ -372,5 +373,5 @@ def _read_reply(completion: Any) -> JudgeReply:
 
 def _words(*causes: BaseException | str | None) -> str:
     """What the causes say, on one line and not too long."""
-    text = " ".join(" ".join(str(cause) or type(cause).__name__ for cause in causes if cause is not None).split())
-    return text if len(text) <= _MAX_ECHO else text[:_MAX_ECHO] + "…"
+    text = " ".join(str(cause) or type(cause).__name__ for cause in causes if cause is not None)
+    return one_line(text, _MAX_ECHO)

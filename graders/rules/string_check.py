@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from envs.text import quoted
 from envs.types import Episode, Task
 from graders.config import StringCheckConfig
 from graders.hosted.sample import item_of, sample_of
@@ -39,14 +40,10 @@ class StringCheckGrader:
         except MissingVariable as e:
             return Grade(reward=0.0, parts={self._config.name: 0.0}, explanation=str(e), errors=(e.kind,))
         holds = _OPERATIONS[self._config.operation](text, reference)
-        words = f"{_cut(text)} {_WORDS[self._config.operation]} {_cut(reference)}"
+        words = f"{quoted(text, _MAX_SHOWN)} {_WORDS[self._config.operation]} {quoted(reference, _MAX_SHOWN)}"
         why = words if holds else f"not so: {words}"
         return Grade(reward=float(holds), parts={self._config.name: float(holds)}, explanation=why)
 
     def check(self, task: Task) -> None:
         self._input.check(task)
         self._reference.check(task)
-
-
-def _cut(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from envs.cache import cache_dir
 
 HEAD_CHARS = 1000
 """Of a document that are embedded, its path before them: the title, the contents and the opening. The model reads about
@@ -28,12 +29,6 @@ class TextEmbedder(Protocol):
     """Turns texts into vectors of length 1."""
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
-
-
-def cache_dir() -> Path:
-    """Where embeddings lie: `$AGENT_RFT_CACHE`, or `~/.cache/agent-rft`, in the folder `embeddings`."""
-    root = Path(os.environ.get("AGENT_RFT_CACHE") or Path.home() / ".cache" / "agent-rft").expanduser()
-    return root / "embeddings"
 
 
 def embed_once(texts: Sequence[str], embedder: TextEmbedder, *, model: str, folder: Path) -> NDArray[np.float32]:
@@ -71,7 +66,7 @@ class SemanticIndex:
     ) -> None:
         self._paths = sorted(texts)
         heads = [f"{path}\n{texts[path][:HEAD_CHARS]}" for path in self._paths]
-        self._vectors_ND = embed_once(heads, embedder, model=model, folder=folder or cache_dir())
+        self._vectors_ND = embed_once(heads, embedder, model=model, folder=folder or cache_dir() / "embeddings")
         self._embedder = embedder
         self._rank = Batched(self._rank_all)
 

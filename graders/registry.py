@@ -24,7 +24,7 @@ from graders.config import (
     has_continuous_scores,
     pass_threshold,
 )
-from graders.judges.openai_judge import Judge, JudgeReply, JudgeRequest
+from graders.judges.base import Judge, JudgeReply, JudgeRequest
 from graders.penalties import PenalisedGrader
 from graders.rules.exact import ExactGrader
 from graders.rules.numeric import NumericGrader

@@ -35,7 +35,8 @@ from envs.types import StopReason, Task
 from envs.validation import on_one_screen
 from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
 from graders.hosted.sample_file import Row, read_samples
-from graders.judges.openai_judge import CachedJudge, build_judge
+from graders.judges.cache import CachedJudge
+from graders.judges.openai_judge import build_judge
 from graders.registry import NobodyAsked, build_grader
 from graders.types import Grade, Grader, GraderErrorKind
 

@@ -18,8 +18,10 @@ import pytest
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
+from graders.judges.base import Judge, JudgeReply, JudgeRequest
+from graders.judges.cache import CachedJudge
 from graders.judges.model_graders import LabelModelGrader, ScoreModelGrader
-from graders.judges.openai_judge import CachedJudge, Judge, JudgeReply, JudgeRequest, build_judge
+from graders.judges.openai_judge import build_judge
 from graders.types import Grade, Grader, GraderErrorKind
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]

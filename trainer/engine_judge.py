@@ -10,7 +10,7 @@ from envs.errors import UserError, WorldError
 from envs.limits.clocks import stopped_clocks
 from envs.types import Message, Role
 from graders.config import JudgeSampling
-from graders.judges.openai_judge import JudgeMeter, JudgeReply, JudgeRequest
+from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest
 from trainer.chat import Chat
 
 DEFAULT_MAX_TOKENS = 1024
@@ -40,7 +40,7 @@ class BaseEngine(Protocol):
 
 
 class EngineJudge:
-    """Answers as `graders.judges.openai_judge.Judge`, from the moment it is bound to the engine.
+    """Answers as `graders.judges.base.Judge`, from the moment it is bound to the engine.
 
     The grader's `model` is not looked at: there is one model. Temperature 0 where the grader names none, so that one
     question has one answer.

@@ -21,7 +21,8 @@ from envs.users import (
 from graders.config import JudgeConfig, JudgeSampling
 from graders.hosted.sample import item_of
 from graders.hosted.templates import Template
-from graders.judges.openai_judge import Judge, JudgeRequest, OpenAIJudge, check_judge
+from graders.judges.base import Judge, JudgeRequest, check_judge
+from graders.judges.openai_judge import OpenAIJudge
 from graders.types import taken_metrics
 from trainer.config import WorldConfig
 from trainer.engine_judge import EngineJudge

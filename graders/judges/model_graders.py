@@ -11,7 +11,7 @@ from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreM
 from graders.hosted.sample import item_of, sample_of
 from graders.hosted.templates import MissingVariable, Template
 from graders.judges.answers import answer_of, label_of, score_of
-from graders.judges.openai_judge import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.judges.base import Judge, JudgeReply, JudgeRequest, check_judge
 from graders.types import Grade, GraderErrorKind
 
 _MAX_WORDS = 300

@@ -1,19 +1,14 @@
-"""Judges: models that `score_model` and `label_model` ask."""
+"""The judge behind a server that speaks Chat Completions."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib
 import json
 import os
 import re
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from envs.clients.bounded import PLAIN, bounded
@@ -23,6 +18,7 @@ from envs.reading.variables import expand
 from envs.secrets import keep_secret
 from envs.text import one_line
 from graders.config import JudgeConfig, JudgeSampling
+from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest
 
 _OPENAI_HOST = "api.openai.com"
 _CONNECT_TIMEOUT_S = 10.0
@@ -38,75 +34,10 @@ _TOO_LONG = re.compile(
 _CONTENT_FILTER = "content_filter"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeRequest:
-    """One question to a judge."""
-
-    model: str
-    messages: tuple[Mapping[str, str], ...]
-    """Chat Completions messages, `role` and `content`, rendered."""
-    schema: Mapping[str, Any] | None
-    """JSON schema that the answer must fit; the server enforces it. None asks for plain text."""
-    sampling: JudgeSampling
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeReply:
-    """What the judge answered."""
-
-    text: str
-    """JSON text, as a rule; cut off where the judge ran out of tokens."""
-    refusal: str = ""
-    num_tokens: int = 0
-    """Prompt and completion tokens; 0 where the answer came out of the cache."""
-
-
-class Judge(Protocol):
-    """Answers one request. Raises `WorldError` when it can't be reached after its retries.
-
-    A judge may also have `check(sampling)`, which raises `UserError` where it can't be asked at all or not so, and is
-    called by each grader that will ask it; and `take_metrics()`, its figures since the last call.
-    """
-
-    async def ask(self, request: JudgeRequest) -> JudgeReply: ...
-
-    async def aclose(self) -> None: ...
-
-
 def build_judge(config: JudgeConfig) -> OpenAIJudge:
     """The judge behind an HTTP server. The run's own engine (`engine`) is `trainer.engine_judge`'s."""
     assert config.base_url != "engine", "the engine's judge is bound to the run's engine"
     return OpenAIJudge(config)
-
-
-def check_judge(judge: Judge, sampling: JudgeSampling) -> None:
-    """Raise `UserError` where `judge` can't be asked so."""
-    if check := getattr(judge, "check", None):
-        check(sampling)
-
-
-class JudgeMeter:
-    """Counts what a judge was asked, from one `take` to the next."""
-
-    def __init__(self) -> None:
-        self._latencies_s: list[float] = []
-        self._counts: Counter[str] = Counter()
-
-    def answered(self, *, latency_s: float, num_tokens: int, num_retries: int = 0) -> None:
-        self._latencies_s.append(latency_s)
-        self._counts.update(requests=1, retries=num_retries, tokens=num_tokens)
-
-    def failed(self) -> None:
-        self._counts.update(requests=1, failures=1)
-
-    def take(self) -> dict[str, float]:
-        """Empty where nothing was asked. The latency is the mean of what was answered, retries included."""
-        counts, latencies_s = self._counts, self._latencies_s
-        self._counts, self._latencies_s = Counter(), []
-        if not counts:
-            return {}
-        taken: dict[str, float] = {f"judge/{n}": counts[n] for n in ("requests", "failures", "retries", "tokens")}
-        return taken | ({"judge/latency_s": fmean(latencies_s)} if latencies_s else {})
 
 
 class OpenAIJudge:
@@ -246,92 +177,6 @@ class OpenAIJudge:
         key = os.environ.get(self._config.api_key_env, "").strip()
         keep_secret("api_key", key)
         return key
-
-
-class CachedJudge:
-    """Keeps the answers of another judge by content: model, messages, schema and sampling. `size` 0 keeps none.
-
-    Covered: the least recently used go first; the same question asked again while the judge still works on it waits for
-    that one answer, also when the one who asked first is cancelled; the judge's work is cancelled when nobody waits any
-    more. Faults are not kept. Not covered: answers are kept in memory only, and by each process for itself.
-    """
-
-    def __init__(self, judge: Judge, size: int) -> None:
-        self._judge = judge
-        self._size = size
-        self._replies: OrderedDict[bytes, JudgeReply] = OrderedDict()
-        self._calls: dict[bytes, _Call] = {}
-        self._num_hits = 0
-
-    def check(self, sampling: JudgeSampling) -> None:
-        check_judge(self._judge, sampling)
-
-    async def ask(self, request: JudgeRequest) -> JudgeReply:
-        if not self._size:
-            return await self._judge.ask(request)
-        key = _content_key(request)
-        if (known := self._replies.get(key)) is not None:
-            self._replies.move_to_end(key)
-            self._num_hits += 1
-            return known
-        call = self._calls.get(key)
-        if call is None:
-            call = self._calls[key] = _Call(asyncio.create_task(self._fetch(key, request)))
-        call.num_waiting += 1
-        try:
-            reply = await asyncio.shield(call.task)
-        finally:
-            call.num_waiting -= 1
-            if not call.num_waiting:
-                call.task.cancel()
-                if self._calls.get(key) is call:
-                    del self._calls[key]
-        if not call.is_accounted:
-            call.is_accounted = True
-            return reply
-        self._num_hits += 1
-        return replace(reply, num_tokens=0)
-
-    def take_metrics(self) -> dict[str, float]:
-        """The judge's own figures, and how many questions it was spared."""
-        take = getattr(self._judge, "take_metrics", None)
-        taken: dict[str, float] = take() if take else {}
-        hits, self._num_hits = self._num_hits, 0
-        return taken | {"judge/cache_hits": hits} if taken or hits else {}
-
-    async def aclose(self) -> None:
-        running = [call.task for call in self._calls.values()]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await self._judge.aclose()
-
-    async def _fetch(self, key: bytes, request: JudgeRequest) -> JudgeReply:
-        reply = await self._judge.ask(request)
-        self._replies[key] = replace(reply, num_tokens=0)
-        if len(self._replies) > self._size:
-            self._replies.popitem(last=False)
-        return reply
-
-
-@dataclass(slots=True)
-class _Call:
-    """A question that the judge works on."""
-
-    task: asyncio.Task[JudgeReply]
-    num_waiting: int = 0
-    is_accounted: bool = False
-    """The tokens were told to one who asked."""
-
-
-def _content_key(request: JudgeRequest) -> bytes:
-    content = [
-        request.model,
-        [dict(m) for m in request.messages],
-        request.schema and dict(request.schema),
-        request.sampling.model_dump(),
-    ]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
 
 def _parameters(request: JudgeRequest) -> dict[str, Any]:

@@ -40,7 +40,8 @@ from envs.finance.library import load_library
 from envs.types import Episode, Message, StopReason, Turn
 from envs.validation import on_one_screen
 from graders.config import JudgeConfig, NumericConfig, PenaltiesConfig, ScoreModelConfig
-from graders.judges.openai_judge import CachedJudge, build_judge
+from graders.judges.cache import CachedJudge
+from graders.judges.openai_judge import build_judge
 from graders.registry import build_grader
 from graders.types import Grade, Grader, GraderErrorKind
 

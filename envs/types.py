@@ -137,7 +137,7 @@ class Task:
     """The file and line of the row; empty for a world's own task."""
     item: Mapping[str, Any] = field(default_factory=dict)
     """The whole row, `messages` and `tools` included; graders and environments read it (the gold answer, say). Of a
-    world's own task its data alone: `graders.hosted.sample.item_of` adds the two."""
+    world's own task its data alone: `graders.hosted.view.item_of` adds the two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from envs.clients.http import HttpLimits
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.config import EndpointConfig
-from graders.hosted.sample import SAMPLE_KEYS, item_of, sample_of
+from graders.hosted.view import SAMPLE_KEYS, item_of, sample_of
 from graders.types import Grade, GraderErrorKind
 from graders.user.endpoint import EndpointGrader
 

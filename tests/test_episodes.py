@@ -20,7 +20,8 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import Tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
-from graders.hosted.sample import episode_from_sample, sample_of
+from graders.hosted.reader import episode_from_sample
+from graders.hosted.view import sample_of
 from graders.user.custom import conversation
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig

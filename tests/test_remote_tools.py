@@ -22,7 +22,7 @@ from envs.remote.env import RemoteEnv
 from envs.remote.world import RemoteWorld
 from envs.tools import call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.hosted.sample import item_of
+from graders.hosted.view import item_of
 from trainer.config import RunConfig
 from trainer.tasks import load_tasks
 

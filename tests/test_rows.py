@@ -16,7 +16,7 @@ from envs.finance.world import FinanceWorld, task_row
 from envs.messages import Reader, read_tools
 from envs.reading.rows import DatasetSource, read_dataset
 from envs.types import Message, Task
-from graders.hosted.sample import item_of
+from graders.hosted.view import item_of
 from trainer.config import RunConfig
 from trainer.expert import Demonstration
 from trainer.tasks import load_demonstrations, load_tasks

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.hosted.sample import item_of
+from graders.hosted.view import item_of
 from graders.types import Grade, GraderErrorKind
 from trainer import processes
 from trainer.collect import Collector

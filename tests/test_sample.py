@@ -10,7 +10,8 @@ import pytest
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
-from graders.hosted.sample import SAMPLE_KEYS, episode_from_sample, item_of, own_data, sample_of
+from graders.hosted.reader import episode_from_sample
+from graders.hosted.view import SAMPLE_KEYS, item_of, own_data, sample_of
 
 SEARCH = ToolCall(call_id="c0", name="search", arguments='{"q": "revenue"}')
 CAT = ToolCall(call_id="c1", name="cat", arguments='{"path": 3}')

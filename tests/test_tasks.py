@@ -16,7 +16,7 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import offered_tools
 from envs.types import Message, Task, ToolCall
-from graders.hosted.sample import item_of
+from graders.hosted.view import item_of
 from trainer.config import RunConfig
 from trainer.tasks import load_tasks, tasks_of_step, train_requests
 

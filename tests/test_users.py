@@ -23,7 +23,7 @@ from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
 from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear
-from graders.hosted.sample import sample_of
+from graders.hosted.view import sample_of
 from trainer.chat import Chat
 from trainer.config import RolloutConfig, RunConfig
 from trainer.engine_judge import EngineJudge

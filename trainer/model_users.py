@@ -19,8 +19,8 @@ from envs.users import (
     Users,
 )
 from graders.config import JudgeConfig, JudgeSampling
-from graders.hosted.sample import item_of
 from graders.hosted.templates import Template
+from graders.hosted.view import item_of
 from graders.judges.base import Judge, JudgeRequest, check_judge
 from graders.judges.openai_judge import OpenAIJudge
 from graders.types import taken_metrics

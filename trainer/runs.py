@@ -34,7 +34,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
 from envs.types import Episode, Task
-from graders.hosted.sample import own_data
+from graders.hosted.view import own_data
 from graders.types import Grade
 from trainer import processes
 from trainer.config import RunConfig

@@ -14,7 +14,7 @@ from envs.messages import Reader, in_words, read_messages, read_task_id
 from envs.reading.rows import read_rows
 from envs.types import Episode, Task
 from envs.validation import on_one_screen
-from graders.hosted.sample import episode_from_sample
+from graders.hosted.reader import episode_from_sample
 
 _EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from envs.errors import UserError, nearest
 from envs.types import Task
-from graders.hosted.sample import SAMPLE_KEYS, item_of
+from graders.hosted.view import SAMPLE_KEYS, item_of
 from graders.types import GraderErrorKind
 
 _STEP = re.compile(

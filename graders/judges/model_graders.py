@@ -8,8 +8,8 @@ from typing import Any
 from envs.text import one_line
 from envs.types import Episode, Task
 from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
-from graders.hosted.sample import item_of, sample_of
 from graders.hosted.templates import MissingVariable, Template
+from graders.hosted.view import item_of, sample_of
 from graders.judges.answers import answer_of, label_of, score_of
 from graders.judges.base import Judge, JudgeReply, JudgeRequest, check_judge
 from graders.types import Grade, GraderErrorKind

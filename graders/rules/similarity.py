@@ -26,8 +26,8 @@ from envs.errors import UserError
 from envs.types import Episode, Task
 from envs.user_code import call_user
 from graders.config import TextSimilarityConfig
-from graders.hosted.sample import item_of, sample_of
 from graders.hosted.templates import MissingVariable, Template
+from graders.hosted.view import item_of, sample_of
 from graders.types import Grade
 
 Metric = Callable[[str, str], float]

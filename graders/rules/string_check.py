@@ -7,8 +7,8 @@ from collections.abc import Callable
 from envs.text import quoted
 from envs.types import Episode, Task
 from graders.config import StringCheckConfig
-from graders.hosted.sample import item_of, sample_of
 from graders.hosted.templates import MissingVariable, Template
+from graders.hosted.view import item_of, sample_of
 from graders.types import Grade
 
 _OPERATIONS: dict[str, Callable[[str, str], bool]] = {

@@ -11,7 +11,7 @@ from envs.errors import UserError, WorldError
 from envs.reading.variables import expand
 from envs.types import Episode, Task
 from graders.config import EndpointConfig
-from graders.hosted.sample import item_of, sample_of
+from graders.hosted.view import item_of, sample_of
 from graders.types import Grade, GraderErrorKind
 
 _MAX_ECHO = 200

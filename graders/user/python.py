@@ -13,7 +13,7 @@ from importlib.machinery import PathFinder
 from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.config import PythonConfig
-from graders.hosted.sample import item_of, sample_of
+from graders.hosted.view import item_of, sample_of
 from graders.sandbox.isolation import Imports, choose, import_paths
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool

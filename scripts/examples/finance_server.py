@@ -23,7 +23,7 @@ from envs.finance.world import FinanceWorld, task_row
 from envs.tools import call_tool
 from envs.types import Task, ToolCall
 from graders.config import NumericConfig
-from graders.hosted.sample import episode_from_sample
+from graders.hosted.reader import episode_from_sample
 from graders.rules.numeric import NumericGrader
 from trainer.config import load_config
 

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from envs.base import Env, Responds
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
 from envs.reading.variables import NAME, expand
+from envs.settings import Settings
 from envs.types import Message, Task, Turn
 from envs.user_code import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
 
@@ -27,34 +28,30 @@ _MAX_REPLY_CHARS = 100_000
 """More would fill the episode, whose end would be booked on the model."""
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ScriptUserConfig(_Settings):
+class ScriptUserConfig(Settings):
     """A Python function: text of the user's, or None at the end. It gets those of its arguments that it names."""
 
     type: Literal["script"]
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:name` or `path/to/file.py:name`.")
 
 
-class UrlUserConfig(_Settings):
+class UrlUserConfig(Settings):
     """The user's own server: POST {type: rollout.respond, trace_id, item, message, messages} → {content}."""
 
     type: Literal["url"]
-    url: str = Field(pattern=r"^(https?://|\$\{)")
+    url: str = Field(pattern=r"^(https?://|\$\{)", description="The server's address, to which is posted.")
     headers: dict[str, str] = Field(
         default={}, description="Sent with every request; ${NAME} here and in the URL is read from the environment."
     )
     timeout_s: float = Field(default=60.0, gt=0, description="Of one attempt; there are up to four.")
 
 
-class _Spoken(_Settings):
+class _Spoken(Settings):
     prompt: str = Field(
         min_length=1, description="Who the user is and what they want: the system message; {{ item.KEY }} is the row's."
     )
     stop: str = Field(default="###STOP###", min_length=1, description="Said by the user, it ends the episode.")
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, description="Of the sampling; 0 is greedy.")
     max_tokens: int = Field(default=256, ge=1, description="Of one reply.")
 
 
@@ -71,7 +68,7 @@ class ModelUserConfig(_Spoken):
     api_key_env: str = Field(default="OPENAI_API_KEY", pattern=NAME, description="The environment variable of the key.")
     max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
     timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")
-    max_retries: int = Field(default=3, ge=0)
+    max_retries: int = Field(default=3, ge=0, description="Further attempts at a request that failed.")
 
 
 class EngineUserConfig(_Spoken):

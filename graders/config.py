@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from envs.errors import UserError
 from envs.reading.variables import NAME
+from envs.settings import Settings
 from envs.user_code import TARGET_PATTERN
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
@@ -15,11 +16,10 @@ _MARGIN = 1e-6
 _MAX_SOURCE_BYTES = 256_000
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Name = Annotated[str, Field(min_length=1, description="Of the grader, in messages and metrics.")]
 
 
-class ExactConfig(_Settings):
+class ExactConfig(Settings):
     """1 for the gold text, 0 for any other."""
 
     type: Literal["exact"]
@@ -34,7 +34,7 @@ class ExactConfig(_Settings):
         return 1.0
 
 
-class NumericConfig(_Settings):
+class NumericConfig(Settings):
     """1 for the gold number in any unit or format, partial credit for a near miss, 0 for any other."""
 
     type: Literal["numeric"]
@@ -51,11 +51,11 @@ class NumericConfig(_Settings):
         return min(self.partial_credit, 1 - self.partial_credit) if self.partial_credit else 1.0
 
 
-class StringCheckConfig(_Settings):
+class StringCheckConfig(Settings):
     """1 where the comparison of two texts holds, 0 otherwise."""
 
     type: Literal["string_check"]
-    name: str = Field(default="string_check", min_length=1)
+    name: Name = "string_check"
     input: str = Field(description="Template of the text that is checked.")
     reference: str = Field(description="Template of the text that it is compared with.")
     operation: Literal["eq", "ne", "like", "ilike"] = Field(
@@ -73,7 +73,7 @@ class StringCheckConfig(_Settings):
         return 1.0
 
 
-class _Continuous(_Settings):
+class _Continuous(Settings):
     """A grader whose scores may lie anywhere."""
 
     pass_threshold: float | None = Field(
@@ -85,7 +85,7 @@ class TextSimilarityConfig(_Continuous):
     """How alike two texts are, from 0 to 1."""
 
     type: Literal["text_similarity"]
-    name: str = Field(default="text_similarity", min_length=1)
+    name: Name = "text_similarity"
     input: str = Field(description="Template of the text that is checked.")
     reference: str = Field(description="Template of the text that it is compared with.")
     evaluation_metric: Literal[
@@ -100,22 +100,22 @@ class TextSimilarityConfig(_Continuous):
         "rouge_4",
         "rouge_5",
         "rouge_l",
-    ]
+    ] = Field(description="The measure of likeness, in the hosted service's words.")
 
 
-class ContentPart(_Settings):
+class ContentPart(Settings):
     """A text part of a message; `input_text` is the hosted service's word for `text`."""
 
     type: Literal["text", "input_text", "output_text"]
-    text: str
+    text: str = Field(description="A template.")
 
 
-class JudgeMessage(_Settings):
+class JudgeMessage(Settings):
     """One message of a judge's prompt; the texts are templates."""
 
     type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | ContentPart | list[ContentPart]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Whose message it is.")
+    content: str | ContentPart | list[ContentPart] = Field(description="A text, a text part, or several.")
 
     @field_validator("content", mode="before")
     @classmethod
@@ -133,25 +133,28 @@ class JudgeMessage(_Settings):
         return "\n".join(part if isinstance(part, str) else part.text for part in parts)
 
 
-class JudgeSampling(_Settings):
+class JudgeSampling(Settings):
     """How a judge samples."""
 
-    seed: int | None = None
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    temperature: float | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, description="Passed on; null: none.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling; null: as the server has it.")
+    temperature: float | None = Field(default=None, ge=0, description="0 is greedy; null: as the server has it.")
     max_completions_tokens: int | None = Field(default=None, ge=1, description="The hosted service spells it so.")
-    reasoning_effort: str | None = None
+    reasoning_effort: str | None = Field(default=None, description="Of judges that have levels of it.")
+
+
+_Sampling = Annotated[JudgeSampling, Field(description="How the judge samples.")]
 
 
 class ScoreModelConfig(_Continuous):
     """A judge model gives a number."""
 
     type: Literal["score_model"]
-    name: str = Field(default="score_model", min_length=1)
+    name: Name = "score_model"
     model: str = Field(min_length=1, description="The judge's name at its server.")
-    input: list[JudgeMessage] = Field(min_length=1)
+    input: list[JudgeMessage] = Field(min_length=1, description="The judge's prompt.")
     range: tuple[float, float] = Field(default=(0.0, 1.0), description="The result is clamped to it.")
-    sampling_params: JudgeSampling = JudgeSampling()
+    sampling_params: _Sampling = JudgeSampling()
 
     @field_validator("range")
     @classmethod
@@ -161,16 +164,16 @@ class ScoreModelConfig(_Continuous):
         return value
 
 
-class LabelModelConfig(_Settings):
+class LabelModelConfig(Settings):
     """A judge model chooses a label: 1 for a passing one. Inside `multi` only."""
 
     type: Literal["label_model"]
-    name: str = Field(default="label_model", min_length=1)
-    model: str = Field(min_length=1)
-    input: list[JudgeMessage] = Field(min_length=1)
-    labels: list[str] = Field(min_length=1)
-    passing_labels: list[str] = Field(min_length=1)
-    sampling_params: JudgeSampling = JudgeSampling()
+    name: Name = "label_model"
+    model: str = Field(min_length=1, description="The judge's name at its server.")
+    input: list[JudgeMessage] = Field(min_length=1, description="The judge's prompt.")
+    labels: list[str] = Field(min_length=1, description="What the judge chooses from.")
+    passing_labels: list[str] = Field(min_length=1, description="Those that score 1.")
+    sampling_params: _Sampling = JudgeSampling()
 
     @field_validator("passing_labels")
     @classmethod
@@ -185,7 +188,7 @@ class PythonConfig(_Continuous):
     """The user's own `grade(sample, item) -> float`, in a sandbox."""
 
     type: Literal["python"]
-    name: str = Field(default="python", min_length=1)
+    name: Name = "python"
     source: str = Field(min_length=1, description="Python source that defines grade(sample, item).")
     image_tag: str | None = Field(default=None, description="Read and ignored: the environment is this machine's.")
     isolation: Literal["required", "none"] = Field(
@@ -204,14 +207,16 @@ class EndpointConfig(_Continuous):
     """The user's own HTTP server: POST {sample, item, trace_id} → {"score": number}."""
 
     type: Literal["endpoint"]
-    name: str = Field(default="endpoint", min_length=1)
-    url: str = Field(pattern=r"^(https?://|\$\{)")
-    headers: dict[str, str] = {}
+    name: Name = "endpoint"
+    url: str = Field(pattern=r"^(https?://|\$\{)", description="Samples are posted here.")
+    headers: dict[str, str] = Field(
+        default={}, description="Sent with every request; ${NAME} here and in the URL is read from the environment."
+    )
     rate_limit: float | None = Field(default=None, gt=0, description="Requests a second.")
     timeout_s: float = Field(default=600.0, gt=0, description="Of one request.")
 
 
-class CustomTarget(_Settings):
+class CustomTarget(Settings):
     """One of several graders of the user's own, whose rewards are summed."""
 
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
@@ -223,7 +228,7 @@ class CustomConfig(_Continuous):
     """The user's own Python: classes with `grade(task, episode)`, or TRL-style reward functions."""
 
     type: Literal["custom"]
-    name: str = Field(default="custom", min_length=1)
+    name: Name = "custom"
     target: str | None = Field(
         default=None, pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`."
     )
@@ -267,7 +272,7 @@ class MultiConfig(_Continuous):
     """A formula over the scores of several graders. They do not nest."""
 
     type: Literal["multi"]
-    name: str = Field(default="multi", min_length=1)
+    name: Name = "multi"
     graders: dict[str, SingleGraderConfig] = Field(
         min_length=1, description="By the name that the formula uses; a list or a single grader goes by its own names."
     )
@@ -308,7 +313,7 @@ GraderConfig = Annotated[
 ]
 
 
-class JudgeConfig(_Settings):
+class JudgeConfig(Settings):
     """Where `score_model` and `label_model` find their judges: any OpenAI-compatible server, or the run's engine."""
 
     base_url: str = Field(
@@ -321,7 +326,7 @@ class JudgeConfig(_Settings):
     model: str | None = Field(default=None, description="Asked in place of the model that the graders name.")
     max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
     timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")
-    max_retries: int = Field(default=3, ge=0)
+    max_retries: int = Field(default=3, ge=0, description="Further attempts at a request that failed.")
     cache_size: int = Field(default=100_000, ge=0, description="Answers kept, by content; 0 turns the cache off.")
 
     @field_validator("base_url")
@@ -333,7 +338,7 @@ class JudgeConfig(_Settings):
         return url
 
 
-class PenaltyConfig(_Settings):
+class PenaltyConfig(Settings):
     """A penalty of `slope` for each unit over the free allowance, never below `floor`."""
 
     free: int = Field(default=0, ge=0, description="Units that cost nothing.")
@@ -342,7 +347,7 @@ class PenaltyConfig(_Settings):
     only_passing: bool = Field(default=False, description="Only on right answers.")
 
 
-class PenaltiesConfig(_Settings):
+class PenaltiesConfig(Settings):
     """The penalties that are taken off the score; what is left out costs nothing."""
 
     reasoning_tokens: PenaltyConfig | None = Field(default=None, description="On each reasoning token.")

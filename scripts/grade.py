@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BeforeValidator, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from envs.errors import Unscored, UserError, WorldError
 from envs.reading.documents import check_writable, from_file, read_document
+from envs.settings import Settings
 from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
 from envs.validation import on_one_screen
@@ -48,10 +49,8 @@ _SERVER_KINDS = {
 }
 
 
-class _Settings(BaseModel):
+class _Settings(Settings, extra="ignore"):
     """What of a run config concerns grading."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     grader: Annotated[GraderConfig, BeforeValidator(from_file("grader"))]
     penalties: PenaltiesConfig = PenaltiesConfig()

@@ -1,6 +1,7 @@
 """Memory and time computed for a GPU that is not at hand: by hand in small, and for the shipped configs."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -226,8 +227,9 @@ def test_a_gpu_is_taken_by_name_or_by_its_own_numbers():
         find_gpu("B300", **nothing)
     with pytest.raises(UserError, match=r"--gpu-memory-gib: required"):
         find_gpu(None, **nothing | {"tflops": 100})
-    with pytest.raises(UserError, match=r"--gpu-bandwidth -1: expected a number above 0"):
-        find_gpu("H100", **nothing | {"bandwidth_gb_per_s": -1})
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(UserError, match=rf"--gpu-bandwidth {wrong:g}: expected a number above 0"):
+            find_gpu("H100", **nothing | {"bandwidth_gb_per_s": wrong})
 
 
 @pytest.mark.parametrize(
@@ -236,6 +238,9 @@ def test_a_gpu_is_taken_by_name_or_by_its_own_numbers():
         ({"gpus": 0}, "--gpus 0"),
         ({"generated_tokens": 0}, "--episode-generated 0"),
         ({"row_tokens": -1}, "--episode-r"),
+        ({"row_tokens": math.nan}, "--episode-row nan"),
+        ({"tool_calls": math.inf}, "--episode-calls inf"),
+        ({"gpu_hour_price": math.inf}, "--gpu-hour-price inf: expected a number of at least 0"),
     ],
 )
 def test_assumptions_that_mean_nothing_are_refused(wrong, expected):

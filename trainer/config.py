@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -22,16 +21,11 @@ from envs.finance.config import FinanceConfig
 from envs.reading.documents import apply_override, from_file, read_document
 from envs.reading.rows import FileOrDataset
 from envs.remote.config import RemoteConfig
+from envs.settings import JsonObject, Settings
 from envs.validation import on_one_screen
 from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
 from graders.registry import check_grader
-from trainer.response_format import JsonObject, ResponseFormat
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, values cannot change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+from trainer.response_format import ResponseFormat
 
 
 def _grader(value: Any) -> Any:
@@ -44,7 +38,7 @@ _GRADERS = tuple(get_args(member.model_fields["type"].annotation)[0] for member 
 GraderOrFile = Annotated[GraderConfig, BeforeValidator(_grader)]
 
 
-class LoraConfig(Section):
+class LoraConfig(Settings):
     """The trainable adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
     r: int = Field(16, ge=1, le=512, description="rank")
@@ -58,7 +52,7 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attenti
 Sleep = Literal["none", "kv", "weights"]
 
 
-class ModelConfig(Section):
+class ModelConfig(Settings):
     """The base model and how its text is rendered and parsed."""
 
     name: str = Field("smollm2-135m-instruct", description="embedded default, Hugging Face id or local folder")
@@ -67,7 +61,7 @@ class ModelConfig(Section):
         description="of the frozen base weights; auto: bfloat16, or float32 on a CPU that has no instructions for it, "
         "where bfloat16 took 25 times as long (measured on AVX2)",
     )
-    lora: LoraConfig = LoraConfig()
+    lora: LoraConfig = Field(LoraConfig(), description="the trainable adapter")
     chat_template: str = Field(
         "auto",
         description="auto: the model's own, or a fallback in its turn markers where it knows no tools; training: the "
@@ -85,7 +79,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
 
 
-class EngineConfig(Section):
+class EngineConfig(Settings):
     """The vLLM engine of the rollout worker."""
 
     publish: Literal["auto", "lora", "merged"] = Field(
@@ -125,7 +119,7 @@ class EngineConfig(Section):
 Answer = Literal["text", "tool_calls"]
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Settings):
     """How episodes are run."""
 
     tasks_per_step: int = Field(8, ge=1, description="groups in a step")
@@ -178,7 +172,7 @@ class RolloutConfig(Section):
     )
 
 
-class LossConfig(Section):
+class LossConfig(Settings):
     """The policy-gradient loss. See `trainer.losses` and `trainer.advantages` for the formulas."""
 
     advantage: Literal["grpo", "dr_grpo"] = Field(
@@ -202,21 +196,21 @@ class LossConfig(Section):
     )
 
 
-class OptimConfig(Section):
+class OptimConfig(Settings):
     """The optimizer (AdamW)."""
 
     num_steps: int = Field(100, ge=0, description="training steps of the run; one is num_epochs · minibatches updates")
     learning_rate: float = Field(2e-4, gt=0, description="peak")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up, steps")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled from the gradient")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to it")
     num_epochs: int = Field(1, ge=1, description="passes over a step's samples; above 1 the clip takes effect")
     minibatches: int = Field(1, ge=1, description="optimizer updates per pass; above 1 the clip takes effect")
     max_microbatch_tokens: int = Field(8192, ge=64, description="padded tokens of one forward and backward")
 
 
-class WarmstartConfig(Section):
+class WarmstartConfig(Settings):
     """Supervised fine-tuning on expert episodes before the first rollout."""
 
     data: FileOrDataset | None = Field(
@@ -224,28 +218,28 @@ class WarmstartConfig(Section):
         description="conversations (messages, tools) to imitate: a JSONL file, or a data set; without it the world's "
         "expert is imitated",
     )
-    num_steps: int = Field(16, ge=1)
-    episodes_per_step: int = Field(8, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    num_steps: int = Field(16, ge=1, description="supervised updates")
+    episodes_per_step: int = Field(8, ge=1, description="expert episodes of one update")
+    learning_rate: float = Field(1e-3, gt=0, description="constant")
 
 
-class EvalConfig(Section):
+class EvalConfig(Settings):
     """Held-out evaluation."""
 
     every_steps: int = Field(0, ge=0, description="steps between evaluations; 0: before and after training only")
     num_tasks: int = Field(32, ge=1, description="held-out tasks, the first of the eval split")
-    samples_per_task: int = Field(2, ge=1)
+    samples_per_task: int = Field(2, ge=1, description="rollouts of each")
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
 
 
-class DataConfig(Section):
+class DataConfig(Settings):
     """Tasks as rows in the hosted format; without this section the world's own tasks are used."""
 
     train: FileOrDataset = Field(description="training rows: a JSONL file, or a data set (see `envs.reading.rows`)")
     eval: FileOrDataset = Field(description="held-out rows, likewise")
 
 
-class CurriculumConfig(Section):
+class CurriculumConfig(Settings):
     """Tasks by measured difficulty: those whose rewards do not vary come more rarely (see `trainer.difficulty`)."""
 
     preflight: Path | None = Field(None, description="preflight.json with what is known of the tasks beforehand")
@@ -253,10 +247,10 @@ class CurriculumConfig(Section):
     min_rollouts: int = Field(4, ge=2, description="graded rollouts that it takes to call a task tied")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Settings):
     """What is kept to resume and to serve."""
 
-    every_steps: int = Field(1, ge=1)
+    every_steps: int = Field(1, ge=1, description="steps between checkpoints; the last step has one in any case")
     keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
 
 
@@ -278,33 +272,35 @@ WorldConfig = Annotated[
 ]
 
 
-class RunConfig(Section):
+class RunConfig(Settings):
     """One training run."""
 
     output_dir: Path = Field(description="the run folder; holds everything the run writes")
-    seed: int = 0
-    model: ModelConfig = ModelConfig()
-    engine: EngineConfig = EngineConfig()
+    seed: int = Field(0, description="of tasks' order, sampling and the adapter's beginning")
+    model: ModelConfig = Field(ModelConfig(), description="the base model and its adapter")
+    engine: EngineConfig = Field(EngineConfig(), description="what samples the tokens")
     world: Annotated[
         WorldConfig,
         BeforeValidator(_empty_where_null),
         Field(description="the environment; left out, null or {}: no tools, the rows of `data` are single answers"),
     ] = RemoteConfig()
-    data: DataConfig | None = None
+    data: DataConfig | None = Field(None, description="tasks as rows; null: the world's own")
     grader: Annotated[GraderOrFile, Field(description="the score: settings, or a file that holds them")]
-    penalties: PenaltiesConfig = PenaltiesConfig()
+    penalties: PenaltiesConfig = Field(PenaltiesConfig(), description="what is taken off the score")
     watch_grader: Annotated[
         GraderOrFile | None, Field(description="a second grader, never trained on: its divergence shows reward hacking")
     ] = None
-    judge: JudgeConfig = JudgeConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    warmstart: WarmstartConfig | None = None
-    curriculum: CurriculumConfig | None = None
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    judge: JudgeConfig = Field(JudgeConfig(), description="the model that judging graders ask")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are run")
+    loss: LossConfig = Field(LossConfig(), description="the policy-gradient loss")
+    optim: OptimConfig = Field(OptimConfig(), description="the optimizer")
+    warmstart: WarmstartConfig | None = Field(None, description="imitation before the first step; null: none")
+    curriculum: CurriculumConfig | None = Field(None, description="tasks by measured difficulty; null: all alike")
+    eval: EvalConfig = Field(EvalConfig(), description="held-out evaluation")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is kept to resume and to serve")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        ["tensorboard"], description="where the metrics go besides metrics.jsonl; each is a package of its own"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from envs.errors import UserError
 from trainer.config import RunConfig
 from trainer.preflight_figures import Figures
 
@@ -31,6 +32,14 @@ DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_ROWS = 1024
 """As `trainer.head.chunk_rows` has them."""
+
+
+def check_option(option: str, value: float | None, *, least: float | None = None) -> None:
+    """Raise `UserError` where an option's number is NaN, infinite, or under the `least`; without that, not above 0."""
+    if value is None or (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+        return
+    expected = "a number above 0" if least is None else f"a number of at least {least:g}"
+    raise UserError(f"{option} {value:g}: expected {expected}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

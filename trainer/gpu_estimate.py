@@ -37,6 +37,7 @@ from trainer.estimate import (
     MemoryRow,
     ModelShape,
     TimeEstimate,
+    check_option,
     engine_weight_bytes,
     kv_token_bytes,
     memory_rows,
@@ -146,8 +147,7 @@ def find_gpu(
         ("--gpu-tflops", tflops),
         ("--gpu-bandwidth", bandwidth_gb_per_s),
     ):
-        if value is not None and value <= 0:
-            raise UserError(f"{option} {value:g}: expected a number above 0")
+        check_option(option, value)
     gpu = None
     if name is not None:
         gpu = GPUS.get(name.upper())
@@ -334,5 +334,4 @@ def _check(assumptions: Assumptions) -> None:
         ("--episode-row", assumptions.row_tokens, 1.0),
         ("--gpu-hour-price", assumptions.gpu_hour_price, 0.0),
     ):
-        if value is not None and not value >= least:
-            raise UserError(f"{option} {value:g}: expected at least {least:g}")
+        check_option(option, value, least=least)

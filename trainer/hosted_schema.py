@@ -9,17 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from envs.errors import UserError
 from envs.reading.documents import read_document
 from envs.remote.config import RemoteToolConfig
+from envs.settings import JsonObject, Settings
 from envs.validation import on_one_screen
 from graders.config import GraderConfig
 
 
-class _Hosted(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+class _Hosted(Settings, extra="allow"):
+    """Unknown keys are kept."""
 
 
 def _auto(value: Any) -> Any:
@@ -46,27 +47,27 @@ class Hyperparameters(_Hosted):
     ] = Field(None, description="of models that have levels of it")
 
 
-class HostedTool(RemoteToolConfig):
+class HostedTool(RemoteToolConfig, extra="allow"):
     """A tool of the agent form: `{name, server_url, headers}`; our own settings of a tool may stand there too."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
 class Reinforcement(_Hosted):
     """`method.reinforcement`."""
 
-    grader: GraderConfig
+    grader: GraderConfig = Field(description="the score of an episode")
     tools: list[HostedTool] = Field([], description="tool servers; their schemas stand in the rows")
     max_episode_steps: _Count = Field(None, ge=1, strict=True, description="tool calls of an episode")
-    response_format: dict[str, Any] | None = Field(None, description="of the answer: JSON schema")
-    hyperparameters: Hyperparameters = Hyperparameters()
+    response_format: JsonObject | None = Field(None, description="of the answer: JSON schema")
+    hyperparameters: Hyperparameters = Field(Hyperparameters(), description="each may be auto")
 
 
 class Method(_Hosted):
     """How the model is trained. Only reinforcement is, here."""
 
-    type: Literal["reinforcement", "supervised", "dpo"] = "reinforcement"
-    reinforcement: Reinforcement | None = None
+    type: Literal["reinforcement", "supervised", "dpo"] = Field(
+        "reinforcement", description="only reinforcement is run here"
+    )
+    reinforcement: Reinforcement | None = Field(None, description="the method's own settings")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,30 +87,30 @@ class Method(_Hosted):
 class Wandb(_Hosted):
     """Where the hosted service would have logged."""
 
-    project: str
-    entity: str | None = None
-    name: str | None = None
-    tags: list[str] = []
+    project: str = Field(description="that the run is filed under")
+    entity: str | None = Field(None, description="user or team")
+    name: str | None = Field(None, description="of the run")
+    tags: list[str] = Field([], description="of the run")
 
 
 class Integration(_Hosted):
     """A tracker."""
 
     type: Literal["wandb"]
-    wandb: Wandb
+    wandb: Wandb = Field(description="its settings")
 
 
 class HostedJob(_Hosted):
     """One job, as it was created or as the API tells of it."""
 
-    model: str = Field(min_length=1)
-    training_file: str = Field(min_length=1)
-    validation_file: str | None = Field(None, min_length=1)
-    suffix: str | None = Field(None, min_length=1, max_length=64)
-    seed: int | None = Field(None, ge=0, strict=True)
-    metadata: dict[str, Any] = {}
-    integrations: list[Integration] = []
-    method: Method
+    model: str = Field(min_length=1, description="the base model, by the hosted service's name")
+    training_file: str = Field(min_length=1, description="id of an uploaded file, or a path")
+    validation_file: str | None = Field(None, min_length=1, description="held-out rows, likewise")
+    suffix: str | None = Field(None, min_length=1, max_length=64, description="of the trained model's name")
+    seed: int | None = Field(None, ge=0, strict=True, description="of the run")
+    metadata: dict[str, Any] = Field({}, description="the user's own notes, which change nothing")
+    integrations: list[Integration] = Field([], description="trackers of the run")
+    method: Method = Field(description="how the model is trained")
     hyperparameters: dict[str, Any] = Field({}, description="the older place of what `method` holds now")
 
 

@@ -35,6 +35,7 @@ from trainer.estimate import (
     MemoryRow,
     Speeds,
     TimeEstimate,
+    check_option,
     memory_rows,
     num_weights_of,
     read_shape,
@@ -331,6 +332,7 @@ def _checked(options: Options) -> Options:
         raise UserError(f"--samples {options.samples}: expected at least 2, or no task's rewards could vary")
     if options.gpus < 1:
         raise UserError(f"--gpus {options.gpus}: expected at least 1")
+    check_option("--gpu-hour-price", options.gpu_hour_price, least=0.0)
     if options.adapter is not None and not (options.adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"--adapter {options.adapter}: holds no adapter_model.safetensors")
     check_writable(options.out, "--out", is_folder=True)

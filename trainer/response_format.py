@@ -10,25 +10,15 @@ Loads neither torch nor vllm.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-def _is_json(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f"not JSON: {e} (YAML reads 2024-01-31 as a date; put such a text in quotes)") from None
-    return value
+from envs.settings import JsonObject, Settings
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
-"""What goes on as JSON, though YAML has more than that: dates, sets, NaN."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+class _Part(Settings, serialize_by_alias=True):
+    """Written as it is read: `schema` is a name that pydantic keeps to itself."""
 
 
 class JsonSchema(_Part):
@@ -44,7 +34,7 @@ class JsonSchemaFormat(_Part):
     """Answers that fit a JSON schema."""
 
     type: Literal["json_schema"]
-    json_schema: JsonSchema
+    json_schema: JsonSchema = Field(description="the schema and its name")
 
 
 class JsonObjectFormat(_Part):

@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from envs.base import Env, ExpertTurn, World
 from envs.custom.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.custom.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.errors import UserError, told_of
+from envs.settings import Settings
 from envs.tools import Tool
 from envs.types import Message, Task
 from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, make
@@ -27,10 +28,8 @@ _NUM_OWN_TASKS = 64
 """Of an environment that owns its data; each is a `seed`, for those whose `reset` takes one."""
 
 
-class CustomEnvConfig(BaseModel):
+class CustomEnvConfig(Settings):
     """The user's own Python."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["custom"]
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from envs.reading.rows import FileOrDataset
+from envs.settings import Settings
 
 Style = Literal["brief", "full"]
 Source = Literal["generated", "tatqa", "finqa"]
@@ -53,10 +54,8 @@ def _default_mix(data: dict[str, Any]) -> dict[Kind, float]:
     return dict(_MIXES[data.get("style", "brief")])
 
 
-class FinanceConfig(BaseModel):
+class FinanceConfig(Settings):
     """Where the corpus comes from, how large it is, what is asked about it, and how clumsy the scripted expert is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["finance"] = "finance"
     seed: int = Field(default=0, ge=0, description="Seed of the corpus, the split and the tasks.")
@@ -135,8 +134,8 @@ class FinanceConfig(BaseModel):
     @field_validator("question_mix")
     @classmethod
     def _weights_are_usable(cls, mix: dict[Kind, float]) -> dict[Kind, float]:
-        if not all(0 <= weight < float("inf") for weight in mix.values()) or not sum(mix.values()) > 0:
-            raise ValueError("the weights must be finite and not negative, and at least one of them above 0")
+        if not all(weight >= 0 for weight in mix.values()) or not sum(mix.values()) > 0:
+            raise ValueError("the weights must not be negative, and at least one of them above 0")
         return mix
 
     @model_validator(mode="after")

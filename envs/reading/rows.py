@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from envs.errors import UserError, nearest
 from envs.reading.json_text import read_strict_json
+from envs.settings import Settings
 
 
-class DatasetSource(BaseModel):
+class DatasetSource(Settings):
     """Names a data set, wherever a config takes the path of a file with rows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str = Field(
         min_length=1,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from envs.reading.documents import from_file
 from envs.remote.mcp_config import McpServerConfig
+from envs.settings import Settings
 from envs.users import UserConfig
 
 _URL = r"^(https?://|\$\{)"
@@ -43,10 +44,8 @@ def _servers(value: Any) -> Any:
     ]
 
 
-class RemoteToolConfig(BaseModel):
+class RemoteToolConfig(Settings):
     """One tool of the user's server. Its description and JSON schema come from each row's `tools`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1, description="The name by which the rows and the model call it.")
     server_url: str = Field(pattern=_URL, description="Calls are posted here; several tools may share it.")
@@ -58,13 +57,11 @@ class RemoteToolConfig(BaseModel):
     max_concurrency: int = Field(default=64, ge=1, description="Calls in flight.")
 
 
-class RemoteConfig(BaseModel):
+class RemoteConfig(Settings):
     """Tools that live in other processes, or none at all: the empty world, whose rows are single answers.
 
     Tasks come from the `data` section.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     type: Literal["remote"] = "remote"
     tools: Annotated[list[RemoteToolConfig], BeforeValidator(_tools)] = Field(

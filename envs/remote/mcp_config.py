@@ -5,46 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from envs.clients.http import resolve_headers
 from envs.reading.variables import expand, fill, uses
+from envs.settings import JsonObject, Settings
 
 TRACE_ID, ROLLOUT_DIR = "TRACE_ID", "ROLLOUT_DIR"
 
 
-class McpCallConfig(BaseModel):
+class McpCallConfig(Settings):
     """A call that we make ourselves."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     tool: str = Field(min_length=1, description="By the server's own name; it need not be offered to the model.")
-    arguments: dict[str, Any] = Field(
+    arguments: JsonObject = Field(
         default={}, description="{{item.KEY}} is the row's, ${TRACE_ID} the rollout's id, ${ROLLOUT_DIR} its folder."
     )
 
 
-class McpServerConfig(BaseModel):
+class McpServerConfig(Settings):
     """One MCP server: started by `command`, or reached at `url`.
 
     `${NAME}` in command, args, env, cwd, url and headers is read from the environment; `${TRACE_ID}` is the rollout's
     id, `${ROLLOUT_DIR}` a folder of its own, made when the rollout opens and removed when it closes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     name: str = Field(min_length=1, description="In messages and metrics.")
     command: str | None = Field(default=None, min_length=1, description="Started as a process that speaks over stdio.")
-    args: list[str] = []
+    args: list[str] = Field(default=[], description="Of the command.")
     env: dict[str, str] = Field(
         default={}, description="Added to HOME, LOGNAME, PATH, SHELL, TERM and USER; the server inherits nothing else."
     )
     cwd: str | None = Field(default=None, min_length=1, description="The folder it is started in; null: the run's own.")
     url: str | None = Field(default=None, pattern=r"^(https?://|\$\{)", description="A streamable HTTP server.")
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = Field(default={}, description="Sent with every request to the URL.")
     tools: list[str] | None = Field(default=None, min_length=1, description="Offered by name; null: all.")
     prefix: str = Field(default="", pattern=r"^[\w.-]*$", description="Before its tools' names, in rows and prompts.")
-    bind: dict[str, Any] = Field(
+    bind: JsonObject = Field(
         default={},
         description="Arguments that the model neither sees nor gives, by name, for the tools that have them; written "
         "as those of open_call.",

@@ -1,0 +1,29 @@
+"""The base of every group of settings: what all of them refuse, and the one way for a setting that goes on as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Settings of a user's: unknown keys, NaN and infinite numbers are refused; values cannot change after loading.
+
+    Where a subclass has another rule for unknown keys, it says so at its head: `class Row(Settings, extra="ignore")`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _is_json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON: {e} (YAML reads 2024-01-31 as a date; put such a text in quotes)") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
+"""What goes on as JSON, though YAML has more than that: dates, sets, NaN."""

@@ -82,11 +82,46 @@ class OrdersCalls(Protocol):
     def calls_in_order(self) -> bool: ...
 
 
+@runtime_checkable
+class Checks(Protocol):
+    """Of a world, a grader or users: can tell before the run which tasks it can't serve."""
+
+    def check(self, task: Task) -> None:
+        """Raises `UserError` for a task that it can't open, grade or answer; called before any model is loaded."""
+        ...
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """Of a world, a grader, a judge or users: has figures of its own."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Those since the last call, by their keys in the metrics."""
+        ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """Of a world, a grader, a judge or users: holds what must be released, such as connections."""
+
+    async def aclose(self) -> None:
+        """Called once, at the end of the run."""
+        ...
+
+
+@runtime_checkable
+class Sweeps(Protocol):
+    """Of a world: what a rollout holds outlives the process, and can be released by the rollout's id."""
+
+    async def sweep(self, rollout_ids: Sequence[str]) -> None:
+        """Release what rollouts of a killed run left open; a failure is counted, not raised."""
+        ...
+
+
 class World(Protocol):
     """What a whole run shares: it supplies tasks and opens one `Env` per episode.
 
-    May also have `check(task)`, which raises `UserError` before the run for a task that it can't open, `sweep`,
-    `take_metrics` and `aclose` (see `envs.remote.world`).
+    It may also be what `Checks`, `Counts`, `Closes` and `Sweeps` describe.
     """
 
     def make_env(self) -> Env:

@@ -112,7 +112,7 @@ class Exchange:
 
 
 class Users(Protocol):
-    """Plays the user of every rollout. May also have `check(task)`, `take_metrics()` and `aclose()`, as graders do."""
+    """Plays the user of every rollout. It may also be what `envs.base` describes as `Checks`, `Counts`, `Closes`."""
 
     async def reply(self, exchange: Exchange) -> str | None:
         """The user's next words; None where they have no more to say. Raises `WorldError` where they can't be had."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from envs.arithmetic import Formula, FormulaError
+from envs.base import Checks, Closes
 from envs.errors import UserError, first_error
 from envs.types import Episode, Task
 from graders.config import MultiConfig
@@ -70,15 +71,15 @@ class MultiGrader:
 
     def check(self, task: Task) -> None:
         for grader in self._graders.values():
-            if check := getattr(grader, "check", None):
-                check(task)
+            if isinstance(grader, Checks):
+                grader.check(task)
 
     def take_metrics(self) -> dict[str, float]:
         return {name: value for grader in self._graders.values() for name, value in taken_metrics(grader).items()}
 
     async def aclose(self) -> None:
         """Closes all; where some fail, the others are closed all the same and the first error is raised."""
-        closing = [aclose() for g in self._graders.values() if (aclose := getattr(g, "aclose", None))]
+        closing = [grader.aclose() for grader in self._graders.values() if isinstance(grader, Closes)]
         for outcome in await asyncio.gather(*closing, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from envs.base import Closes
 from envs.types import Episode, Task
 from graders.config import PenaltiesConfig, PenaltyConfig
 from graders.types import Grade, Grader, taken_metrics
@@ -62,8 +63,8 @@ class PenalisedGrader:
         return taken_metrics(self._grader)
 
     async def aclose(self) -> None:
-        if aclose := getattr(self._grader, "aclose", None):
-            await aclose()
+        if isinstance(self._grader, Closes):
+            await self._grader.aclose()
 
 
 def passes_or_all(passed: bool | None, setting: PenaltyConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from envs.base import Checks
 from envs.errors import told_of
 from envs.types import Task
 from graders.config import (
@@ -41,10 +42,10 @@ def build_grader(
     """
     check_penalties(config, penalties)
     grader = build_scorer(config, judge=judge)
-    if check := getattr(grader, "check", None):
+    if isinstance(grader, Checks):
         for task in tasks:
             with told_of(task.where):
-                check(task)
+                grader.check(task)
     threshold = pass_threshold(config)
     return PenalisedGrader(
         grader, penalties, threshold=threshold, floor=threshold if has_continuous_scores(config) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from envs.base import Counts
 from envs.types import Episode, Task
 
 
@@ -60,16 +61,13 @@ class Grade:
 class Grader(Protocol):
     """Scores an episode.
 
-    Raises `WorldError` when a judge or endpoint cannot be reached: the rollout is then masked. A grader may also have
-    `check(task)`, which raises `UserError` for a task that it can't grade and is called before any model is loaded;
-    `take_metrics()`, its own figures since the last call; and `async aclose()`, which is called once at the end.
+    Raises `WorldError` when a judge or endpoint cannot be reached: the rollout is then masked. It may also be what
+    `envs.base` describes as `Checks`, `Counts` and `Closes`.
     """
 
     async def grade(self, task: Task, episode: Episode) -> Grade: ...
 
 
-def taken_metrics(grader: object) -> dict[str, float]:
-    """The figures of a grader that has any."""
-    take = getattr(grader, "take_metrics", None)
-    taken: dict[str, float] = take() if take else {}
-    return taken
+def taken_metrics(part: object) -> dict[str, float]:
+    """The figures of a grader, a world or a judge that has any."""
+    return part.take_metrics() if isinstance(part, Counts) else {}

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from envs.base import Closes
 from envs.errors import Unscored, UserError, WorldError
 from envs.reading.documents import check_writable, from_file, read_document
 from envs.settings import Settings
@@ -187,8 +188,8 @@ async def _grade_all(settings: _Settings, rows: Sequence[Row], source: Path, con
         raise e.exceptions[0] from None
     finally:
         for part in (grader, judge):
-            if close := getattr(part, "aclose", None):
-                await close()
+            if isinstance(part, Closes):
+                await part.aclose()
     return [task.result() for task in running]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.base import Env, Responds, World
+from envs.base import Checks, Closes, Env, Responds, World
 from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, told_of
 from envs.finance.config import FinanceConfig
@@ -99,10 +99,10 @@ class Job:
         Each has `rollout.settle_timeout_s`: one that hangs is left, so that the process ends.
         """
         for part in self._parts():
-            if close := getattr(part, "aclose", None):
+            if isinstance(part, Closes):
                 with contextlib.suppress(TimeoutError):
                     async with time_limit(self.config.rollout.settle_timeout_s):
-                        await close()
+                        await part.aclose()
 
     def _parts(self) -> list[object]:
         return [
@@ -213,10 +213,10 @@ def _users(config: RunConfig, env: Env, tasks: Sequence[Task]) -> Users | None:
         return None
     if isinstance(env, Responds):
         raise UserError("world.user: the environment has a user of its own (respond); leave one of the two out")
-    if check := getattr(users, "check", None):
+    if isinstance(users, Checks):
         for task in tasks:
             with told_of(task.where):
-                check(task)
+                users.check(task)
     return users
 
 
@@ -241,10 +241,10 @@ def _checked_env(world: World) -> Env:
 
 def _check_rows(config: RunConfig, world: World, offered: Mapping[str, Tool], tasks: Sequence[Task]) -> None:
     """Whether the world can open them, as far as it can tell, and offers what it was given to offer."""
-    if check := getattr(world, "check", None):
+    if isinstance(world, Checks):
         for task in tasks:
             with told_of(task.where), looked_at("world: check()"):
-                check(task)
+                world.check(task)
     if config.rollout.answer == "tool_calls" and not any(task.tools or offered for task in tasks):
         raise UserError("rollout.answer: tool_calls, but neither rows nor world offer a tool that could be called")
     served = [tool.name for tool in config.world.tools] if isinstance(config.world, RemoteConfig) else []

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from envs.base import Sweeps
 from envs.errors import UserError
 from envs.limits.clocks import time_limit
 from trainer import processes
@@ -90,12 +91,11 @@ def _warm_start(job: Job, run: RunFolder, policy: Policy, progress: Progress, lo
 async def release_left_open(job: Job, run: RunFolder, progress: Progress) -> None:
     """Let the world release what rollouts of this run hold that a kill left open."""
     left_open = run.left_open() if run.is_main else []
-    sweep = getattr(job.world, "sweep", None)
-    if left_open and sweep:
+    if left_open and isinstance(job.world, Sweeps):
         progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
         try:
             async with time_limit(job.config.rollout.settle_timeout_s):
-                await sweep(left_open)
+                await job.world.sweep(left_open)
         except TimeoutError:
             progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
     if run.is_main:
@@ -155,7 +155,7 @@ def make_worker(job: Job, engine: Engine, run: RunFolder) -> RolloutWorker:
         config=job.config.rollout,
         users=job.users,
         # Two lines a rollout, of use only where something can be released.
-        live=run if hasattr(job.world, "sweep") else None,
+        live=run if isinstance(job.world, Sweeps) else None,
         max_num_seqs=job.config.engine.max_num_seqs,
     )
 

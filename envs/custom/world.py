@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from envs.base import Env, ExpertTurn, World
+from envs.base import Checks, Closes, Counts, Env, ExpertTurn, Sweeps, World
 from envs.custom.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.custom.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.errors import UserError, told_of
@@ -23,7 +23,6 @@ from envs.types import Message, Task
 from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, make
 from envs.users import UserConfig
 
-_OPTIONAL_HOOKS = ("aclose", "take_metrics", "sweep", "check")
 _NUM_OWN_TASKS = 64
 """Of an environment that owns its data; each is a `seed`, for those whose `reset` takes one."""
 
@@ -41,6 +40,9 @@ class CustomEnvConfig(Settings):
 
 class CustomWorld:
     """A world made of the user's target. Raises `UserError` where the target is none of what is understood."""
+
+    check: Callable[[Task], None]
+    """Absent where the target has none, as the other members are that a world may have."""
 
     def __init__(self, config: CustomEnvConfig) -> None:
         self._where = f"world.target {config.target!r}"
@@ -62,9 +64,14 @@ class CustomWorld:
             self._world = self._target
         else:
             raise self._not_understood(self._target)
-        for name in _OPTIONAL_HOOKS:
-            if hook := getattr(self._world, name, None):
-                setattr(self, name, hook)
+        if isinstance(self._world, Checks):
+            self.check = self._world.check
+        if isinstance(self._world, Counts):
+            self.take_metrics = self._world.take_metrics
+        if isinstance(self._world, Closes):
+            self.aclose = self._world.aclose
+        if isinstance(self._world, Sweeps):
+            self.sweep = self._world.sweep
         if self._kinds:
             self.check = self._check_row
 

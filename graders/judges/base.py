@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from graders.config import JudgeSampling
 
@@ -37,8 +37,7 @@ class JudgeReply:
 class Judge(Protocol):
     """Answers one request. Raises `WorldError` when it can't be reached after its retries.
 
-    A judge may also have `check(sampling)`, which raises `UserError` where it can't be asked at all or not so, and is
-    called by each grader that will ask it; and `take_metrics()`, its figures since the last call.
+    It may also be what `ChecksSampling` and `envs.base.Counts` describe.
     """
 
     async def ask(self, request: JudgeRequest) -> JudgeReply: ...
@@ -46,10 +45,19 @@ class Judge(Protocol):
     async def aclose(self) -> None: ...
 
 
+@runtime_checkable
+class ChecksSampling(Protocol):
+    """A judge that can tell before the run whether it can be asked."""
+
+    def check(self, sampling: JudgeSampling) -> None:
+        """Raises `UserError` where it can't be asked at all, or not so; called by each grader that will ask it."""
+        ...
+
+
 def check_judge(judge: Judge, sampling: JudgeSampling) -> None:
     """Raise `UserError` where `judge` can't be asked so."""
-    if check := getattr(judge, "check", None):
-        check(sampling)
+    if isinstance(judge, ChecksSampling):
+        judge.check(sampling)
 
 
 class JudgeMeter:

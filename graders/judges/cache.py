@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from graders.config import JudgeSampling
 from graders.judges.base import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.types import taken_metrics
 
 
 class CachedJudge:
@@ -58,8 +59,7 @@ class CachedJudge:
 
     def take_metrics(self) -> dict[str, float]:
         """The judge's own figures, and how many questions it was spared."""
-        take = getattr(self._judge, "take_metrics", None)
-        taken: dict[str, float] = take() if take else {}
+        taken = taken_metrics(self._judge)
         hits, self._num_hits = self._num_hits, 0
         return taken | {"judge/cache_hits": hits} if taken or hits else {}
 

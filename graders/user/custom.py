@@ -26,6 +26,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from envs.base import Checks, Closes, Counts
 from envs.custom.trl_env import live_environment
 from envs.errors import Unscored, UserError, first_error, nearest
 from envs.types import Episode, Message, Task
@@ -121,16 +122,16 @@ class _SumOfRewards:
 
     def check(self, task: Task) -> None:
         for part, _ in self._parts.values():
-            if check := getattr(part, "check", None):
-                check(task)
+            if isinstance(part, Checks):
+                part.check(task)
 
     def take_metrics(self) -> dict[str, float]:
         return {name: value for part, _ in self._parts.values() for name, value in taken_metrics(part).items()}
 
     async def aclose(self) -> None:
         for part, _ in self._parts.values():
-            if close := getattr(part, "aclose", None):
-                await close()
+            if isinstance(part, Closes):
+                await part.aclose()
 
 
 async def _or_none(grader: Grader, task: Task, episode: Episode) -> Grade | None:
@@ -144,10 +145,13 @@ class _ClassGrader:
     def __init__(self, grader: Any, name: str) -> None:
         self._grader = grader
         self._name = name
-        # Absent where the user's class has none, as the callers expect.
-        for hook in ("check", "aclose", "take_metrics"):
-            if found := getattr(grader, hook, None):
-                setattr(self, hook, found)
+        # Absent where the user's class has none.
+        if isinstance(grader, Checks):
+            self.check = grader.check
+        if isinstance(grader, Counts):
+            self.take_metrics = grader.take_metrics
+        if isinstance(grader, Closes):
+            self.aclose = grader.aclose
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
         given = await _in_words_of(self._name, self._grader.grade, task, episode)

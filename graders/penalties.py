@@ -5,16 +5,74 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from pydantic import Field
+
 from envs.base import Closes
+from envs.errors import UserError
+from envs.settings import Settings
 from envs.types import Episode, Task
-from graders.config import PenaltiesConfig, PenaltyConfig
+from graders.settings import Continuous, GraderSettings
 from graders.types import Grade, Grader, taken_metrics
 
+# Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
+_MARGIN = 1e-6
 _MEASURES: dict[str, Callable[[Episode], int]] = {
     "reasoning_tokens": lambda episode: episode.num_reasoning_tokens,
     "tool_calls": lambda episode: episode.num_tool_calls,
     "invalid_calls": lambda episode: episode.num_invalid_calls,
 }
+
+
+class PenaltyConfig(Settings):
+    """A penalty of `slope` for each unit over the free allowance, never below `floor`."""
+
+    free: int = Field(default=0, ge=0, description="Units that cost nothing.")
+    slope: float = Field(gt=0, description="Reward lost by each unit over the free ones.")
+    floor: float = Field(ge=-1, lt=0, description="The lowest value that the penalty reaches, such as -0.2.")
+    only_passing: bool = Field(default=False, description="Only on right answers.")
+
+
+class PenaltiesConfig(Settings):
+    """The penalties that are taken off the score; what is left out costs nothing."""
+
+    reasoning_tokens: PenaltyConfig | None = Field(default=None, description="On each reasoning token.")
+    tool_calls: PenaltyConfig | None = Field(default=None, description="On each tool call, malformed ones included.")
+    invalid_calls: PenaltyConfig | None = Field(
+        default=None, description="On each malformed call, unknown tool, or call whose arguments do not fit the schema."
+    )
+
+    @property
+    def lowest(self) -> float:
+        """The sum of the floors: no rollout loses more."""
+        set_up = (self.reasoning_tokens, self.tool_calls, self.invalid_calls)
+        return sum(penalty.floor for penalty in set_up if penalty)
+
+
+def check_penalties(grader: GraderSettings, penalties: PenaltiesConfig) -> None:
+    """Raise `UserError` unless the law holds: a penalty never lifts a wrong answer over a right one.
+
+    All penalties together lie in [sum of floors, 0]. Where the scores are discrete and the size of that sum is below
+    the least gap between two of them (1, or with partial credit c: min(c, 1 - c)), score_better + sum of floors >
+    score_worse: whatever the two episodes cost, the better score keeps the better reward; every other configuration is
+    refused. Continuous scores need `pass_threshold`: the penalties of a right answer then end at the threshold (see
+    `PenalisedGrader`), and no wrong answer can reach it.
+    """
+    if penalties.lowest == 0:
+        return
+    if isinstance(grader, Continuous):
+        if grader.pass_threshold is None:
+            raise UserError(
+                f"penalties: the scores of the {grader.type!r} grader may lie anywhere, so a penalised right answer "
+                "could fall below a wrong one; set grader.pass_threshold to the score from which an answer is right"
+            )
+        return
+    gap, lowest = grader.score_gap, penalties.lowest
+    if -lowest > gap - _MARGIN:
+        raise UserError(
+            f"penalties: the floors sum to {lowest:g}, but two scores of the {grader.type!r} grader may differ by only "
+            f"{gap:g}: a penalised right answer could fall below a wrong one; raise the floors so that their sum stays "
+            f"above {-gap:g}"
+        )
 
 
 def penalty(amount: int, config: PenaltyConfig) -> float:

@@ -1,137 +1,53 @@
-"""From settings to graders. Each grader's libraries are imported only where it is used."""
+"""The graders, by the `type` that a config names: one line each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
+from pkgutil import resolve_name
 
-from envs.base import Checks
-from envs.errors import told_of
-from envs.types import Task
-from graders.config import (
-    CustomConfig,
-    EndpointConfig,
-    ExactConfig,
-    GraderConfig,
-    LabelModelConfig,
-    MultiConfig,
-    NumericConfig,
-    PenaltiesConfig,
-    PythonConfig,
-    ScoreModelConfig,
-    SingleGraderConfig,
-    StringCheckConfig,
-    TextSimilarityConfig,
-    check_penalties,
-    has_continuous_scores,
-    pass_threshold,
-)
-from graders.judges.base import Judge, JudgeReply, JudgeRequest
-from graders.penalties import PenalisedGrader
-from graders.rules.exact import ExactGrader
-from graders.rules.numeric import NumericGrader
+from graders.settings import GraderSettings
 from graders.types import Grader
 
 
-def build_grader(
-    config: GraderConfig, penalties: PenaltiesConfig, *, judge: Judge | None = None, tasks: Iterable[Task] = ()
-) -> PenalisedGrader:
-    """The grader that the config describes, its penalties taken off; `judge` answers `score_model` and `label_model`.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a grader stands."""
 
-    Raises `UserError` for penalties that could lift a wrong answer over a right one, for a template, formula, source or
-    target that can't be read, and for the first of `tasks` that this grader can't grade.
-    """
-    check_penalties(config, penalties)
-    grader = build_scorer(config, judge=judge)
-    if isinstance(grader, Checks):
-        for task in tasks:
-            with told_of(task.where):
-                grader.check(task)
-    threshold = pass_threshold(config)
-    return PenalisedGrader(
-        grader, penalties, threshold=threshold, floor=threshold if has_continuous_scores(config) else None
-    )
+    module: str
+    """Below `graders`; it holds both."""
+    settings: str
+    """Their class, a `GraderSettings`."""
+    grader: str
+    """Called with the settings: a class, or a function; what it needs of libraries is imported then, and not before."""
+    judge: bool = False
+    """It is called with the run's judge too."""
+    alone: bool = True
+    """A run may have it for its grader; else it stands inside `multi` only."""
 
 
-def check_grader(config: GraderConfig | SingleGraderConfig) -> None:
-    """Raise `UserError` for a template, formula or source that can't be read. Asks nobody and loads nothing.
-
-    What needs a library, this machine or the user's own code is found by `build_grader`.
-    """
-    match config:
-        case MultiConfig():
-            from graders.multi import formula_of
-
-            formula_of(config)
-            for name, inner in config.graders.items():
-                with told_of(f"graders.{name}"):
-                    check_grader(inner)
-        case PythonConfig():
-            from graders.user.python import check_source
-
-            check_source(config.source)
-        case TextSimilarityConfig():
-            from graders.hosted.templates import Template
-
-            for key in ("input", "reference"):
-                Template(getattr(config, key), where=f"grader {config.name!r}: {key}")
-        case StringCheckConfig() | ScoreModelConfig() | LabelModelConfig():
-            build_scorer(config, judge=NobodyAsked())
+GRADERS = {
+    "exact": Entry("rules.exact", "ExactConfig", "ExactGrader"),
+    "numeric": Entry("rules.numeric", "NumericConfig", "NumericGrader"),
+    "string_check": Entry("rules.string_check", "StringCheckConfig", "StringCheckGrader"),
+    "text_similarity": Entry("rules.similarity", "TextSimilarityConfig", "TextSimilarityGrader"),
+    "score_model": Entry("judges.model_graders", "ScoreModelConfig", "ScoreModelGrader", judge=True),
+    "label_model": Entry("judges.model_graders", "LabelModelConfig", "LabelModelGrader", judge=True, alone=False),
+    "python": Entry("user.python", "PythonConfig", "PythonGrader"),
+    "endpoint": Entry("user.endpoint", "EndpointConfig", "EndpointGrader"),
+    "custom": Entry("user.custom", "CustomConfig", "load_custom_grader"),
+}
 
 
-class NobodyAsked:
-    """Stands in for the judge where graders are only checked: it needs no key and no server."""
-
-    async def ask(self, request: JudgeRequest) -> JudgeReply:
-        raise AssertionError("a grader that is only checked asks no judge")
-
-    async def aclose(self) -> None: ...
+def settings_of(name: str) -> type[GraderSettings]:
+    """The class of a grader's settings."""
+    entry = GRADERS[name]
+    found: type[GraderSettings] = resolve_name(f"graders.{entry.module}:{entry.settings}")
+    return found
 
 
-def build_scorer(config: GraderConfig | SingleGraderConfig, *, judge: Judge | None = None) -> Grader:
-    """The bare grader, without penalties."""
-    match config:
-        case ExactConfig():
-            return ExactGrader(config)
-        case NumericConfig():
-            return NumericGrader(config)
-        case StringCheckConfig():
-            from graders.rules.string_check import StringCheckGrader
-
-            return StringCheckGrader(config)
-        case TextSimilarityConfig():
-            from graders.rules.similarity import TextSimilarityGrader
-
-            return TextSimilarityGrader(config)
-        case ScoreModelConfig():
-            from graders.judges.model_graders import ScoreModelGrader
-
-            return ScoreModelGrader(config, _needed(judge))
-        case LabelModelConfig():
-            from graders.judges.model_graders import LabelModelGrader
-
-            return LabelModelGrader(config, _needed(judge))
-        case PythonConfig():
-            from graders.user.python import PythonGrader
-
-            return PythonGrader(config)
-        case EndpointConfig():
-            from graders.user.endpoint import EndpointGrader
-
-            return EndpointGrader(config)
-        case CustomConfig():
-            from graders.user.custom import load_custom_grader
-
-            return load_custom_grader(config)
-        case MultiConfig():
-            from graders.multi import MultiGrader
-
-            graders: dict[str, Grader] = {}
-            for name, inner in config.graders.items():
-                with told_of(f"graders.{name}"):
-                    graders[name] = build_scorer(inner, judge=judge)
-            return MultiGrader(config, graders)
-
-
-def _needed(judge: Judge | None) -> Judge:
-    assert judge is not None, "score_model and label_model need a judge"
-    return judge
+def grader_of(name: str) -> Callable[..., Grader]:
+    """What makes a grader of its settings."""
+    entry = GRADERS[name]
+    found: Callable[..., Grader] = resolve_name(f"graders.{entry.module}:{entry.grader}")
+    return found

@@ -35,11 +35,13 @@ from envs.settings import Settings
 from envs.terminal import console, run, say, without_control
 from envs.types import StopReason, Task
 from envs.validation import on_one_screen
-from graders.config import GraderConfig, JudgeConfig, MultiConfig, PenaltiesConfig
+from graders.build import build_grader
+from graders.config import GraderConfig, MultiConfig
 from graders.hosted.sample_file import Row, read_samples
+from graders.judges.base import JudgeConfig, NobodyAsked
 from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
-from graders.registry import NobodyAsked, build_grader
+from graders.penalties import PenaltiesConfig
 from graders.types import Grade, Grader, GraderErrorKind
 
 _SERVER_KINDS = {

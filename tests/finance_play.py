@@ -10,8 +10,9 @@ from envs.base import ExpertTurn, World
 from envs.finance.world import FinanceWorld
 from envs.tools import call_tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
-from graders.config import NumericConfig, PenaltiesConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig
+from graders.rules.numeric import NumericConfig
 
 NUMERIC = NumericConfig(type="numeric")
 GRADER = build_grader(NUMERIC, PenaltiesConfig())

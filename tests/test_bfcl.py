@@ -15,8 +15,7 @@ from test_rollout import STOP, Writer
 from envs.base import HasState, OrdersCalls, Responds
 from envs.types import StopReason, Task
 from envs.user_code import load_target
-from graders.config import CustomConfig
-from graders.user.custom import load_custom_grader
+from graders.user.custom import CustomConfig, load_custom_grader
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig
 from trainer.engine import Engine, VllmEngine

@@ -20,10 +20,10 @@ from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import Unscored, UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from envs.user_code import load_target
-from graders.config import CustomConfig, PenaltiesConfig, PenaltyConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig, PenaltyConfig
 from graders.types import Grade, GraderErrorKind
-from graders.user.custom import conversation, load_custom_grader
+from graders.user.custom import CustomConfig, conversation, load_custom_grader
 
 PROMPT = (Message(role="system", content="Be brief."), Message(role="user", content="What is in the drawer?"))
 TASK = Task(task_id="t", messages=PROMPT, item={"code": 7, "answer": "gold"})

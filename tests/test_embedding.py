@@ -14,8 +14,7 @@ import pytest
 from envs.embedding import Embedder, default_embedder
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import TextSimilarityConfig
-from graders.rules.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityConfig, TextSimilarityGrader
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]

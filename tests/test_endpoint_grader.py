@@ -15,10 +15,9 @@ from faulty_server import Call, FaultyServer
 from envs.clients.http import HttpLimits
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
-from graders.config import EndpointConfig
 from graders.hosted.view import SAMPLE_KEYS, item_of, sample_of
 from graders.types import Grade, GraderErrorKind
-from graders.user.endpoint import EndpointGrader
+from graders.user.endpoint import EndpointConfig, EndpointGrader
 
 HOSTED_KEYS = SAMPLE_KEYS[:5]
 TASK = Task(task_id="t1", messages=(Message(role="user", content="?"),), item={"answer": "größer", "n": [1, None]})

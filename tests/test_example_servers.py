@@ -22,8 +22,7 @@ from envs.remote.env import RemoteEnv
 from envs.remote.world import RemoteWorld
 from envs.tools import call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
-from graders.config import EndpointConfig
-from graders.user.endpoint import EndpointGrader
+from graders.user.endpoint import EndpointConfig, EndpointGrader
 from trainer.config import RunConfig
 from trainer.tasks import load_tasks
 

@@ -24,8 +24,9 @@ from envs.finance.full.tasks import gold_text
 from envs.finance.program import execute, expression, parse, read_number
 from envs.finance.world import FinanceWorld
 from envs.types import Task, ToolErrorKind
-from graders.config import ExactConfig, PenaltiesConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig
+from graders.rules.exact import ExactConfig
 
 SHIPPED = yaml.safe_load((Path(__file__).resolve().parents[1] / "configs" / "finance.yaml").read_text())
 MOST_CALLS = 10

@@ -19,8 +19,8 @@ from envs.finance.config import FinanceConfig
 from envs.finance.full.questions import YES_NO_RULE
 from envs.finance.program import execute, unnested
 from envs.finance.world import FinanceWorld
-from graders.config import PenaltiesConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TATQA_DEV = ROOT.parent / "shared" / "data" / "tatqa" / "tatqa_dataset_dev.json"

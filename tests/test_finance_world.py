@@ -21,8 +21,8 @@ from envs.finance.config import FinanceConfig
 from envs.finance.expert import MAX_CALLS
 from envs.finance.world import FinanceWorld, task_row
 from envs.types import ToolErrorKind
-from graders.config import PenaltiesConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig
 
 ALL_KINDS = {"value": 1.0, "change": 1.0, "percentage": 1.0, "comparison": 1.0}
 

@@ -19,7 +19,7 @@ from envs.errors import UserError
 from envs.finance.config import FinanceConfig
 from envs.finance.library import Library, load_library
 from envs.types import Task
-from graders.config import ScoreModelConfig
+from graders.judges.model_graders import ScoreModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"

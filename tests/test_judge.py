@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError, WorldError
 from envs.types import Message
-from graders.config import JudgeConfig, JudgeSampling
-from graders.judges.base import JudgeReply, JudgeRequest
+from graders.judges.base import JudgeConfig, JudgeReply, JudgeRequest, JudgeSampling
 from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import OpenAIJudge, build_judge
 from trainer.engine_judge import DEFAULT_MAX_TOKENS, EngineJudge

@@ -17,10 +17,9 @@ import pytest
 
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
-from graders.judges.base import Judge, JudgeReply, JudgeRequest
+from graders.judges.base import Judge, JudgeConfig, JudgeReply, JudgeRequest
 from graders.judges.cache import CachedJudge
-from graders.judges.model_graders import LabelModelGrader, ScoreModelGrader
+from graders.judges.model_graders import LabelModelConfig, LabelModelGrader, ScoreModelConfig, ScoreModelGrader
 from graders.judges.openai_judge import build_judge
 from graders.types import Grade, Grader, GraderErrorKind
 

@@ -55,7 +55,7 @@ def loaded_after(statement: str) -> list[str]:
         "envs.finance.world",
         "envs.remote.world",
         "graders",
-        "graders.registry",
+        "graders.build",
         "trainer.config",
         "trainer.job",
         "trainer.train",

@@ -15,8 +15,7 @@ from mcp_play import call, opened
 
 from envs.remote.env import RemoteEnv
 from envs.types import Episode, Message, StopReason, Task
-from graders.config import StringCheckConfig
-from graders.rules.string_check import StringCheckGrader
+from graders.rules.string_check import StringCheckConfig, StringCheckGrader
 
 PROGRAMS = Path(__file__).parent / "npm" / "node_modules" / ".bin"
 TASK = Task(task_id="t", messages=(Message(role="user", content="Remember it."),), item={"who": "Ann"})

@@ -12,10 +12,10 @@ from faulty_server import FaultyServer
 
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import JudgeConfig, LabelModelConfig, ScoreModelConfig
 from graders.judges.answers import answer_of, label_of, score_of
+from graders.judges.base import JudgeConfig
 from graders.judges.cache import CachedJudge
-from graders.judges.model_graders import LabelModelGrader, ScoreModelGrader
+from graders.judges.model_graders import LabelModelConfig, LabelModelGrader, ScoreModelConfig, ScoreModelGrader
 from graders.judges.openai_judge import build_judge
 from graders.types import Grade, GraderErrorKind
 

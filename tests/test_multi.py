@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
+from graders.build import build_scorer
 from graders.config import GraderConfig, MultiConfig
 from graders.judges.base import JudgeReply, JudgeRequest
 from graders.multi import MultiGrader
-from graders.registry import build_scorer
 from graders.types import Grade, Grader, GraderErrorKind
 
 CONFIG: TypeAdapter[GraderConfig] = TypeAdapter(GraderConfig)

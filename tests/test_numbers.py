@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import NumericConfig
 from graders.rules.numbers import find_numbers
-from graders.rules.numeric import NumericGrader
+from graders.rules.numeric import NumericConfig, NumericGrader
 
 
 async def score(answer: str, gold: str) -> float:

@@ -10,14 +10,13 @@ import pytest
 
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import PythonConfig
-from graders.registry import build_scorer
+from graders.build import build_scorer
 from graders.sandbox import isolation
 from graders.sandbox.isolation import Isolation
 from graders.sandbox.limits import Limits
 from graders.types import Grade, GraderErrorKind
 from graders.user import python
-from graders.user.python import PythonGrader
+from graders.user.python import PythonConfig, PythonGrader
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),), item={"answer": 42, "mode": "honest"})
 HAS_WALLS = any(isolation.try_out(way) is None for way in Isolation if way is not Isolation.NONE)

@@ -28,8 +28,7 @@ from envs.clients.http import HttpLimits
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.types import Message, StopReason, Task
-from graders.config import ExactConfig
-from graders.rules.exact import ExactGrader
+from graders.rules.exact import ExactConfig, ExactGrader
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker

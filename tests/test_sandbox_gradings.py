@@ -14,13 +14,12 @@ from sandbox_host import WALLS
 from test_sandbox import pool_of
 
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import PythonConfig
 from graders.sandbox import isolation, worker
 from graders.sandbox.isolation import Isolation, try_out
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 from graders.types import GraderErrorKind
-from graders.user.python import PythonGrader
+from graders.user.python import PythonConfig, PythonGrader
 
 ALL_WAYS = (*WALLS, Isolation.NONE)
 # All memory that lies near to what a process has: pages that are not there are refused by `write`, without a crash.

@@ -13,8 +13,8 @@ from servers import REPOSITORY
 from test_rollout import Writer
 
 from envs.types import StopReason
-from graders.config import PenaltiesConfig
-from graders.registry import build_grader
+from graders.build import build_grader
+from graders.penalties import PenaltiesConfig
 from trainer.chat import Chat
 from trainer.config import RunConfig, load_config
 from trainer.expert import play_expert

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import TextSimilarityConfig
-from graders.rules.similarity import _METRICS, TextSimilarityGrader
+from graders.rules.similarity import _METRICS, TextSimilarityConfig, TextSimilarityGrader
 from graders.types import GraderErrorKind
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,7 @@ import pytest
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.config import StringCheckConfig
-from graders.rules.string_check import StringCheckGrader
+from graders.rules.string_check import StringCheckConfig, StringCheckGrader
 from graders.types import Grade, GraderErrorKind
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,18 +23,19 @@ from envs.reading.rows import FileOrDataset
 from envs.remote.config import RemoteConfig
 from envs.settings import JsonObject, Settings
 from envs.validation import on_one_screen
-from graders.config import GraderConfig, JudgeConfig, PenaltiesConfig, check_penalties
-from graders.registry import check_grader
+from graders.build import check_grader
+from graders.config import GRADER_TYPES, GraderConfig
+from graders.judges.base import JudgeConfig
+from graders.penalties import PenaltiesConfig, check_penalties
 from trainer.response_format import ResponseFormat
 
 
 def _grader(value: Any) -> Any:
-    if value in _GRADERS and not Path(value).exists():
+    if value in GRADER_TYPES and not Path(value).exists():
         raise ValueError(f"expected settings or the path of a file, such as {{type: {value}, ...}}")
     return from_file("grader")(value)
 
 
-_GRADERS = tuple(get_args(member.model_fields["type"].annotation)[0] for member in get_args(get_args(GraderConfig)[0]))
 GraderOrFile = Annotated[GraderConfig, BeforeValidator(_grader)]
 
 

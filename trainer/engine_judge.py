@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import stopped_clocks
 from envs.types import Message, Role
-from graders.config import JudgeSampling
-from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest
+from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
 from trainer.chat import Chat
 
 DEFAULT_MAX_TOKENS = 1024

@@ -11,7 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from envs.secrets import VARIABLE, without_secrets
-from graders.config import JudgeConfig, LabelModelConfig, MultiConfig, PythonConfig, ScoreModelConfig
+from graders.config import MultiConfig
+from graders.judges.base import JudgeConfig
+from graders.judges.model_graders import LabelModelConfig, ScoreModelConfig
+from graders.user.python import PythonConfig
 from trainer.config import EvalConfig, ModelConfig, OptimConfig, RolloutConfig
 from trainer.hosted_schema import OF_THE_JOB_OBJECT, HostedJob, Hyperparameters, Reinforcement
 from trainer.model_cache import DEFAULT_MODEL

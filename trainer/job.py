@@ -21,11 +21,11 @@ from envs.tools import Tool
 from envs.types import Task
 from envs.user_code import looked_at
 from envs.users import Users
-from graders.config import PenaltiesConfig
+from graders.build import build_grader
 from graders.judges.base import Judge
 from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
-from graders.registry import build_grader
+from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, WorldConfig

@@ -18,10 +18,9 @@ from envs.users import (
     UrlUsers,
     Users,
 )
-from graders.config import JudgeConfig, JudgeSampling
 from graders.hosted.templates import Template
 from graders.hosted.view import item_of
-from graders.judges.base import Judge, JudgeRequest, check_judge
+from graders.judges.base import Judge, JudgeConfig, JudgeRequest, JudgeSampling, check_judge
 from graders.judges.openai_judge import OpenAIJudge
 from graders.types import taken_metrics
 from trainer.config import WorldConfig

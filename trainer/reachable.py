@@ -29,7 +29,9 @@ from envs.remote.config import RemoteConfig
 from envs.secrets import hidden_in
 from envs.terminal import say
 from envs.users import ModelUserConfig, UrlUserConfig
-from graders.config import EndpointConfig, GraderConfig, LabelModelConfig, MultiConfig, ScoreModelConfig
+from graders.config import GraderConfig, MultiConfig
+from graders.judges.model_graders import LabelModelConfig, ScoreModelConfig
+from graders.user.endpoint import EndpointConfig
 from trainer.config import RunConfig
 
 PATIENCE_S = 60.0

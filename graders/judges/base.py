@@ -8,7 +8,45 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
-from graders.config import JudgeSampling
+from pydantic import Field, field_validator
+
+from envs.reading.variables import NAME
+from envs.settings import Settings
+
+
+class JudgeConfig(Settings):
+    """Where `score_model` and `label_model` find their judges: any OpenAI-compatible server, or the run's engine."""
+
+    base_url: str = Field(
+        default="https://api.openai.com/v1",
+        pattern=r"^(https?://.+|\$\{.+|engine)$",
+        description="The server's URL with /v1, ${NAME} in it read from the environment; `engine` asks the run's own "
+        "base model with the adapter off.",
+    )
+    api_key_env: str = Field(default="OPENAI_API_KEY", pattern=NAME, description="The environment variable of the key.")
+    model: str | None = Field(default=None, description="Asked in place of the model that the graders name.")
+    max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
+    timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")
+    max_retries: int = Field(default=3, ge=0, description="Further attempts at a request that failed.")
+    cache_size: int = Field(default=100_000, ge=0, description="Answers kept, by content; 0 turns the cache off.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _ends_before_the_path(cls, url: str) -> str:
+        for path in ("/chat/completions", "/completions"):
+            if url.rstrip("/").endswith(path):
+                raise ValueError(f"expected the URL up to /v1; {path} is added to it")
+        return url
+
+
+class JudgeSampling(Settings):
+    """How a judge samples."""
+
+    seed: int | None = Field(default=None, description="Passed on; null: none.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling; null: as the server has it.")
+    temperature: float | None = Field(default=None, ge=0, description="0 is greedy; null: as the server has it.")
+    max_completions_tokens: int | None = Field(default=None, ge=1, description="The hosted service spells it so.")
+    reasoning_effort: str | None = Field(default=None, description="Of judges that have levels of it.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +96,15 @@ def check_judge(judge: Judge, sampling: JudgeSampling) -> None:
     """Raise `UserError` where `judge` can't be asked so."""
     if isinstance(judge, ChecksSampling):
         judge.check(sampling)
+
+
+class NobodyAsked:
+    """Stands in for the judge where graders are only checked: it needs no key and no server."""
+
+    async def ask(self, request: JudgeRequest) -> JudgeReply:
+        raise AssertionError("a grader that is only checked asks no judge")
+
+    async def aclose(self) -> None: ...
 
 
 class JudgeMeter:

@@ -8,8 +8,7 @@ import json
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from graders.config import JudgeSampling
-from graders.judges.base import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.judges.base import Judge, JudgeReply, JudgeRequest, JudgeSampling, check_judge
 from graders.types import taken_metrics
 
 

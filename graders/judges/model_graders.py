@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, field_validator
+
+from envs.settings import Settings
 from envs.text import one_line
 from envs.types import Episode, Task
-from graders.config import JudgeMessage, JudgeSampling, LabelModelConfig, ScoreModelConfig
 from graders.hosted.templates import MissingVariable, Template
 from graders.hosted.view import item_of, sample_of
 from graders.judges.answers import answer_of, label_of, score_of
-from graders.judges.base import Judge, JudgeReply, JudgeRequest, check_judge
+from graders.judges.base import Judge, JudgeReply, JudgeRequest, JudgeSampling, NobodyAsked, check_judge
+from graders.settings import Continuous, GraderSettings, Name
 from graders.types import Grade, GraderErrorKind
 
 _MAX_WORDS = 300
@@ -22,6 +25,83 @@ _STEP = {
     "required": ["description", "conclusion"],
     "additionalProperties": False,
 }
+
+
+class ContentPart(Settings):
+    """A text part of a message; `input_text` is the hosted service's word for `text`."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str = Field(description="A template.")
+
+
+class JudgeMessage(Settings):
+    """One message of a judge's prompt; the texts are templates."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Whose message it is.")
+    content: str | ContentPart | list[ContentPart] = Field(description="A text, a text part, or several.")
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _is_text(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind not in ("text", "input_text", "output_text"):
+                raise ValueError(f"a part of type {kind!r}: judges are shown text alone here; expected text parts")
+        return content
+
+    @property
+    def text(self) -> str:
+        """The content as one template."""
+        parts = self.content if isinstance(self.content, list) else [self.content]
+        return "\n".join(part if isinstance(part, str) else part.text for part in parts)
+
+
+_Sampling = Annotated[JudgeSampling, Field(description="How the judge samples.")]
+
+
+class ScoreModelConfig(Continuous):
+    """A judge model gives a number."""
+
+    type: Literal["score_model"]
+    name: Name = "score_model"
+    model: str = Field(min_length=1, description="The judge's name at its server.")
+    input: list[JudgeMessage] = Field(min_length=1, description="The judge's prompt.")
+    range: tuple[float, float] = Field(default=(0.0, 1.0), description="The result is clamped to it.")
+    sampling_params: _Sampling = JudgeSampling()
+
+    @field_validator("range")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] >= value[1]:
+            raise ValueError("expected [low, high] with low below high")
+        return value
+
+    def check_texts(self) -> None:
+        ScoreModelGrader(self, NobodyAsked())
+
+
+class LabelModelConfig(GraderSettings):
+    """A judge model chooses a label: 1 for a passing one. Inside `multi` only."""
+
+    type: Literal["label_model"]
+    name: Name = "label_model"
+    model: str = Field(min_length=1, description="The judge's name at its server.")
+    input: list[JudgeMessage] = Field(min_length=1, description="The judge's prompt.")
+    labels: list[str] = Field(min_length=1, description="What the judge chooses from.")
+    passing_labels: list[str] = Field(min_length=1, description="Those that score 1.")
+    sampling_params: _Sampling = JudgeSampling()
+
+    @field_validator("passing_labels")
+    @classmethod
+    def _are_labels(cls, passing: list[str], info: Any) -> list[str]:
+        unknown = [label for label in passing if label not in info.data.get("labels", passing)]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not one of labels")
+        return passing
+
+    def check_texts(self) -> None:
+        LabelModelGrader(self, NobodyAsked())
 
 
 class ScoreModelGrader:

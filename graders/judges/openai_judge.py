@@ -17,8 +17,7 @@ from envs.limits.clocks import place_in
 from envs.reading.variables import expand
 from envs.secrets import keep_secret
 from envs.text import one_line
-from graders.config import JudgeConfig, JudgeSampling
-from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest
+from graders.judges.base import JudgeConfig, JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
 
 _OPENAI_HOST = "api.openai.com"
 _CONNECT_TIMEOUT_S = 10.0

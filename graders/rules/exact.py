@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from envs.types import Episode, Task
 from graders.answers import final_answer, gold_text
-from graders.config import ExactConfig
+from graders.settings import GraderSettings
 from graders.types import Grade
+
+
+class ExactConfig(GraderSettings):
+    """1 for the gold text, 0 for any other."""
+
+    type: Literal["exact"]
+    answer_key: str = Field(
+        default="answer", min_length=1, description="Key of the task's item that holds the gold answer."
+    )
+    ignore_case: bool = Field(default=True, description="Take capital and small letters as equal.")
 
 
 class ExactGrader:

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from typing import Literal
+
+from pydantic import Field
 
 from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.answers import final_answer, gold_text
-from graders.config import NumericConfig
 from graders.rules.numbers import Number, find_numbers
 from graders.rules.plain_text import marked
+from graders.settings import GraderSettings
 from graders.types import Grade
 
 MAX_NUMBERS = 3
@@ -21,6 +24,23 @@ MAX_NUMBERS = 3
 RELATIVE_TOLERANCE = Decimal("0.001")
 MIN_ROUNDED_DIGITS = 2
 """Significant digits that a rounded answer must keep: `4` is no rounding of 3.62, `3.6` is."""
+
+
+class NumericConfig(GraderSettings):
+    """1 for the gold number in any unit or format, partial credit for a near miss, 0 for any other."""
+
+    type: Literal["numeric"]
+    answer_key: str = Field(
+        default="answer", min_length=1, description="Key of the task's item that holds the gold answer."
+    )
+    partial_credit: float = Field(
+        default=0.5, ge=0, lt=1, description="Score of an answer off by at most 0.1 % or by rounding; 0 turns it off."
+    )
+
+    @property
+    def score_gap(self) -> float:
+        """The least difference of two scores that differ."""
+        return min(self.partial_credit, 1 - self.partial_credit) if self.partial_credit else 1.0
 
 
 class NumericGrader:

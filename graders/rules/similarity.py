@@ -20,18 +20,47 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from envs.errors import UserError
 from envs.types import Episode, Task
 from envs.user_code import call_user
-from graders.config import TextSimilarityConfig
 from graders.hosted.templates import MissingVariable, Template
 from graders.hosted.view import item_of, sample_of
+from graders.settings import Continuous, Name
 from graders.types import Grade
 
 Metric = Callable[[str, str], float]
 """From input and reference to their similarity."""
+
+
+class TextSimilarityConfig(Continuous):
+    """How alike two texts are, from 0 to 1."""
+
+    type: Literal["text_similarity"]
+    name: Name = "text_similarity"
+    input: str = Field(description="Template of the text that is checked.")
+    reference: str = Field(description="Template of the text that it is compared with.")
+    evaluation_metric: Literal[
+        "fuzzy_match",
+        "bleu",
+        "gleu",
+        "meteor",
+        "cosine",
+        "rouge_1",
+        "rouge_2",
+        "rouge_3",
+        "rouge_4",
+        "rouge_5",
+        "rouge_l",
+    ] = Field(description="The measure of likeness, in the hosted service's words.")
+
+    def check_texts(self) -> None:
+        # The metric's library may be missing here.
+        for key, text in (("input", self.input), ("reference", self.reference)):
+            Template(text, where=f"grader {self.name!r}: {key}")
 
 
 class TextSimilarityGrader:

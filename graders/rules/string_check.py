@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from envs.text import quoted
 from envs.types import Episode, Task
-from graders.config import StringCheckConfig
 from graders.hosted.templates import MissingVariable, Template
 from graders.hosted.view import item_of, sample_of
+from graders.settings import GraderSettings, Name
 from graders.types import Grade
 
 _OPERATIONS: dict[str, Callable[[str, str], bool]] = {
@@ -19,6 +22,26 @@ _OPERATIONS: dict[str, Callable[[str, str], bool]] = {
 }
 _WORDS = {"eq": "equals", "ne": "differs from", "like": "contains", "ilike": "contains, whatever the case,"}
 _MAX_SHOWN = 80
+
+
+class StringCheckConfig(GraderSettings):
+    """1 where the comparison of two texts holds, 0 otherwise."""
+
+    type: Literal["string_check"]
+    name: Name = "string_check"
+    input: str = Field(description="Template of the text that is checked.")
+    reference: str = Field(description="Template of the text that it is compared with.")
+    operation: Literal["eq", "ne", "like", "ilike"] = Field(
+        description="eq, ne (or neq): equal or not; like: input contains reference; ilike: so in any capitals."
+    )
+
+    @field_validator("operation", mode="before")
+    @classmethod
+    def _by_either_name(cls, operation: Any) -> Any:
+        return "ne" if operation == "neq" else operation
+
+    def check_texts(self) -> None:
+        StringCheckGrader(self)
 
 
 class StringCheckGrader:

@@ -24,15 +24,28 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from envs.base import Checks, Closes, Counts
 from envs.custom.trl_env import live_environment
 from envs.errors import Unscored, UserError, first_error, nearest
+from envs.settings import Settings
 from envs.types import Episode, Message, Task
-from envs.user_code import accepted, call_user, check_order, load_target, looked_at, make, required, required_by_name
-from graders.config import CustomConfig
+from envs.user_code import (
+    TARGET_PATTERN,
+    accepted,
+    call_user,
+    check_order,
+    load_target,
+    looked_at,
+    make,
+    required,
+    required_by_name,
+)
 from graders.sandbox.scores import score_of
+from graders.settings import Continuous, Name
 from graders.types import Grade, Grader, taken_metrics
 
 _RESERVED = ("prompt", "completion", "completion_ids")
@@ -45,6 +58,44 @@ _NEVER_GIVEN = {
     "completion": "expected completions",
 }
 _MARGIN = 1e-9
+
+
+class CustomTarget(Settings):
+    """One of several graders of the user's own, whose rewards are summed."""
+
+    target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
+    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    weight: float = Field(default=1.0, description="What its reward is multiplied with, as trl's reward_weights.")
+
+
+class CustomConfig(Continuous):
+    """The user's own Python: classes with `grade(task, episode)`, or TRL-style reward functions."""
+
+    type: Literal["custom"]
+    name: Name = "custom"
+    target: str | None = Field(
+        default=None, pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`."
+    )
+    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    targets: list[CustomTarget] | None = Field(
+        default=None,
+        min_length=1,
+        description="Several, in place of target: the reward is the weighted sum, as trl's reward_funcs give it. Names "
+        "of targets, or {target, kwargs, weight}.",
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _by_name(cls, targets: Any) -> Any:
+        return [{"target": t} if isinstance(t, str) else t for t in targets] if isinstance(targets, list) else targets
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> CustomConfig:
+        if (self.target is None) == (self.targets is None):
+            raise ValueError("expected target or targets, one of the two")
+        if self.targets is not None and self.kwargs:
+            raise ValueError("kwargs: with targets they stand beside each target")
+        return self
 
 
 def load_custom_grader(config: CustomConfig) -> Grader:

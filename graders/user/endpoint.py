@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
 from envs.reading.variables import expand
 from envs.types import Episode, Task
-from graders.config import EndpointConfig
 from graders.hosted.view import item_of, sample_of
+from graders.settings import Continuous, Name
 from graders.types import Grade, GraderErrorKind
 
 _MAX_ECHO = 200
 # The longest texts go first; below this nothing of a tool's output would be left to read.
 _SHORTEST_TEXT = 64
+
+
+class EndpointConfig(Continuous):
+    """The user's own HTTP server: POST {sample, item, trace_id} → {"score": number}."""
+
+    type: Literal["endpoint"]
+    name: Name = "endpoint"
+    url: str = Field(pattern=r"^(https?://|\$\{)", description="Samples are posted here.")
+    headers: dict[str, str] = Field(
+        default={}, description="Sent with every request; ${NAME} here and in the URL is read from the environment."
+    )
+    rate_limit: float | None = Field(default=None, gt=0, description="Requests a second.")
+    timeout_s: float = Field(default=600.0, gt=0, description="Of one request.")
 
 
 class EndpointGrader:

@@ -9,21 +9,47 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from envs.errors import UserError
 from envs.types import Episode, Task
-from graders.config import PythonConfig
 from graders.hosted.view import item_of, sample_of
 from graders.sandbox.isolation import Imports, choose, import_paths
 from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
 from graders.sandbox.protocol import SOURCE_NAME
+from graders.settings import Continuous, Name
 from graders.types import Grade, GraderErrorKind
 
 _ARGUMENTS = ("sample", "item")
 _KEY = "grader.source"
+_MAX_SOURCE_BYTES = 256_000
 # A call might end it too, by an exception; then the imports after it were for nothing, as in a `try`.
 _ENDS = (ast.Return, ast.Raise, ast.Assert)
+
+
+class PythonConfig(Continuous):
+    """The user's own `grade(sample, item) -> float`, in a sandbox."""
+
+    type: Literal["python"]
+    name: Name = "python"
+    source: str = Field(min_length=1, description="Python source that defines grade(sample, item).")
+    image_tag: str | None = Field(default=None, description="Read and ignored: the environment is this machine's.")
+    isolation: Literal["required", "none"] = Field(
+        default="required", description="none runs the source unprotected where no isolation can be had."
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _is_small(cls, source: str) -> str:
+        if len(source.encode()) >= _MAX_SOURCE_BYTES:
+            raise ValueError(f"expected less than {_MAX_SOURCE_BYTES // 1000} kB of source")
+        return source
+
+    def check_texts(self) -> None:
+        check_source(self.source)
 
 
 class PythonGrader:

@@ -39,10 +39,13 @@ from envs.finance.config import FinanceConfig
 from envs.finance.library import load_library
 from envs.types import Episode, Message, StopReason, Turn
 from envs.validation import on_one_screen
-from graders.config import JudgeConfig, NumericConfig, PenaltiesConfig, ScoreModelConfig
+from graders.build import build_grader
+from graders.judges.base import JudgeConfig
 from graders.judges.cache import CachedJudge
+from graders.judges.model_graders import ScoreModelConfig
 from graders.judges.openai_judge import build_judge
-from graders.registry import build_grader
+from graders.penalties import PenaltiesConfig
+from graders.rules.numeric import NumericConfig
 from graders.types import Grade, Grader, GraderErrorKind
 
 CLASSES = (1.0, 0.5, 0.0)

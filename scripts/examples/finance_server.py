@@ -22,9 +22,8 @@ from fastapi import FastAPI
 from envs.finance.world import FinanceWorld, task_row
 from envs.tools import call_tool
 from envs.types import Task, ToolCall
-from graders.config import NumericConfig
 from graders.hosted.reader import episode_from_sample
-from graders.rules.numeric import NumericGrader
+from graders.rules.numeric import NumericConfig, NumericGrader
 from trainer.config import load_config
 
 NUM_DEMONSTRATIONS = 128

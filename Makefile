@@ -50,6 +50,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 
 # RUN names a run folder whose weights and steps are measured; without it the benchmarks use stand-ins.
 RUN ?= runs/quickstart

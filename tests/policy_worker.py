@@ -77,7 +77,7 @@ def random_samples(num_groups: int = 3, group_size: int = 4, *, seed: int = 0) -
 
 def run_updates(policy, num_steps: int, *, loss: LossConfig = LOSS, start: int = 0) -> list[dict[str, float]]:
     return [
-        policy.update(random_samples(seed=start + i), loss, temperature=0.8, constant_tokens=64)
+        policy.update(random_samples(seed=start + i), loss, temperature=0.8, constant_tokens=64).metrics
         for i in range(num_steps)
     ]
 

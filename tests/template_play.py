@@ -100,7 +100,7 @@ class Writer:
         self._number += 1
         ids = self._chat._encode(text)
         if not ids or ids[-1] not in self._chat.stop_token_ids:
-            ids.append(self._chat.end_token_id)
+            ids.append(self._chat._answer_end.token_id)
         ids = ids[: sampling.max_tokens]
         finished = ids[-1] in self._chat.stop_token_ids
         return Completion(token_ids=ids, logprobs=[-1.0] * len(ids), finished=finished, policy_version=0)

@@ -44,7 +44,7 @@ def checkpointed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     RunFolder.create(job.config)
     run = RunFolder.open(job.config, rank=0)
     with asyncio.Runner() as loop:
-        return job, load_policy(job, run, Accelerator(cpu=True), Progress.silent(), loop)
+        return job, load_policy(job, run, Accelerator(cpu=True), Progress(None, 0, show=False), loop)
 
 
 def test_activations_are_still_recomputed_after_a_warm_start(checkpointed):

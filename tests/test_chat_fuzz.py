@@ -111,7 +111,7 @@ def test_hostile_texts_raise_nothing_out_of_any_parser(chat: Chat) -> None:
     from vllm.tool_parsers import ToolParserManager
 
     def ids(text: str) -> list[int]:
-        return [*chat._encode(text), chat.end_token_id]
+        return [*chat._encode(text), chat._answer_end.token_id]
 
     odd = [ids(text) for text in _TEXTS]
     odd += [[60_000, 2**31 - 1], [*chat._encode("<tool_call>"), 49_660, *chat._encode("</tool_call>")], []]

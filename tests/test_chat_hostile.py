@@ -115,7 +115,9 @@ def test_two_calls_under_a_template_that_takes_one_are_the_models_fault_and_none
     turn = Message(role="assistant", tool_calls=calls)
     results = [Message(role="tool", content="42", call_id=c.call_id, name=c.name) for c in calls]
     before = [Message(role="user", content="How much?")]
-    more = chat.extend(before, turn, results, [search.schema()], [*chat._encode(f"{one}; {one}"), chat.end_token_id])
+    more = chat.extend(
+        before, turn, results, [search.schema()], [*chat._encode(f"{one}; {one}"), chat._answer_end.token_id]
+    )
     assert more.drifted
     assert chat.decode(more.token_ids) == "\n<|im_start|>user\n42\n42<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(TemplateRefused, match=r"^model\.chat_template: it refuses the conversation: one call"):
@@ -130,7 +132,7 @@ def test_a_turn_of_another_shape_than_those_that_were_taken_is_tried_under_the_t
     said = {'"a"': False, '"b"': False, "7": True, '"c"': False, "[]": True, deep: True, '"d"': False}
     for value, malformed in said.items():
         text = f'<tool_call>{{"name": "search", "arguments": {{"query": {value}}}}}</tool_call>'
-        parsed = chat.parse([*chat._encode(text), chat.end_token_id], [search.schema()])
+        parsed = chat.parse([*chat._encode(text), chat._answer_end.token_id], [search.schema()])
         assert parsed.malformed == malformed and ("texts only" in parsed.complaint) == malformed, value
     assert len(chat._taken_shapes) == 1
 

@@ -214,7 +214,7 @@ def test_the_kl_term_is_measured_from_the_base_until_a_policy_is_kept_as_the_ref
     policy, loss = tiny_policy(model), LossConfig(kl_coef=0.1)
 
     def kl() -> float:
-        return policy.update(flat, loss, temperature=1.0, constant_tokens=64)["kl_to_reference"]
+        return policy.update(flat, loss, temperature=1.0, constant_tokens=64).metrics["kl_to_reference"]
 
     run_updates(policy, 3)
     base, before = policy.logprobs(flat, temperature=1.0, adapter=False), policy.logprobs(flat, temperature=1.0)
@@ -232,16 +232,16 @@ def test_a_step_without_any_advantage_makes_no_update_and_says_so(model):
     run_updates(policy, 1)
     before = weights(policy)
     flat = [s for s in random_samples() if s.advantage == 0]
-    metrics = policy.update(flat, PG, temperature=1.0, constant_tokens=64)
+    metrics = policy.update(flat, PG, temperature=1.0, constant_tokens=64).metrics
     assert (metrics["skipped_updates"], policy.num_updates, policy.num_steps) == (1.0, 1, 2)
     assert all(torch.equal(before[n], t) for n, t in weights(policy).items())
 
 
 def test_a_step_without_samples_makes_no_update(model):
     policy = tiny_policy(model)
-    metrics = policy.update([], PG, temperature=1.0, constant_tokens=64)
-    assert metrics["grad_norm"] == 0 and metrics["skipped_updates"] == 0 and policy.num_updates == 0
-    assert policy.num_steps == 1 and policy.last_logprobs == []
+    update = policy.update([], PG, temperature=1.0, constant_tokens=64)
+    assert update.metrics["grad_norm"] == 0 and update.metrics["skipped_updates"] == 0 and policy.num_updates == 0
+    assert policy.num_steps == 1 and update.logprobs == []
 
 
 def test_updates_raise_what_was_good_and_lower_what_was_bad(model):
@@ -260,10 +260,10 @@ def test_updates_raise_what_was_good_and_lower_what_was_bad(model):
 
 
 def test_first_minibatch_is_on_policy_and_the_second_is_not(model):
-    single = tiny_policy(model).update(random_samples(), PG, temperature=1.0, constant_tokens=64)
+    single = tiny_policy(model).update(random_samples(), PG, temperature=1.0, constant_tokens=64).metrics
     assert single["ratio_max"] == 1.0
     several = tiny_policy(model, num_epochs=2).update(random_samples(), PG, temperature=1.0, constant_tokens=64)
-    assert several["ratio_max"] > 1.01
+    assert several.metrics["ratio_max"] > 1.01
 
 
 def test_gradient_checkpointing_makes_the_same_update(model):

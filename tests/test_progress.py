@@ -224,7 +224,7 @@ def test_a_process_that_is_not_the_main_one_is_silent_but_its_output_is_logged(t
 
 
 def test_silent_progress_neither_shows_nor_redirects(capfd: pytest.CaptureFixture[str]) -> None:
-    with Progress.silent() as progress:
+    with Progress(None, 0, show=False) as progress:
         progress.phase("rollouts", total=2)
         progress.advance(1, tokens=5)
         progress.step_done(1, {"reward": 1.0})

@@ -55,7 +55,7 @@ def grammar(chat: Chat) -> Grammar:
 
 
 def answer_ids(chat: Chat, text: str) -> list[int]:
-    return [*chat._encode(text), chat.end_token_id]
+    return [*chat._encode(text), chat._answer_end.token_id]
 
 
 # --- the config ---
@@ -334,7 +334,7 @@ def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, c
     taken: list[torch.Tensor] = []
     step = policy._optimizer.step
     policy._optimizer.step = lambda: (taken.extend(p.grad.clone() for p in policy._parameters), step())
-    metrics = policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64)
+    metrics = policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64).metrics
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     scale = min(1.0, 1.0 / (float(norm) + 1e-6))
     for ours, naive in zip(taken, expected, strict=True):

@@ -90,11 +90,11 @@ class Writer:
             await waiting
         prompt = self._chat.decode(prompt_ids)
         text = self._turns(prompt, sampling.seed) if callable(self._turns) else self._turns[number]
-        ids = [*self._chat._encode(text), self._chat.end_token_id][: sampling.max_tokens]
+        ids = [*self._chat._encode(text), self._chat._answer_end.token_id][: sampling.max_tokens]
         completion = Completion(
             token_ids=ids,
             logprobs=[-0.001 * (i + 1) - number for i in range(len(ids))],
-            finished=ids[-1] == self._chat.end_token_id,
+            finished=ids[-1] == self._chat._answer_end.token_id,
             policy_version=7,
         )
         self.completions.append(completion)

@@ -172,7 +172,7 @@ def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number
                 RunFolder.open(config, rank=rank),
                 NoWorker(),
                 SimpleNamespace(process_index=rank, num_processes=num_processes),
-                Progress.silent(),
+                Progress(None, 0, show=False),
                 loop,
             )
             # Only this process's share comes back: there is no other to gather from.

@@ -367,9 +367,9 @@ def test_an_update_hands_out_what_the_trainer_thought_before_it(tmp_path, one_th
     samples = random_samples()
     policy.update(samples, LossConfig(), temperature=1.0, constant_tokens=64)
     before = policy.logprobs(samples, temperature=0.7)
-    policy.update(samples, LossConfig(), temperature=0.7, constant_tokens=64)
-    assert len(policy.last_logprobs) == len(samples)
-    for sample, expected, ours in zip(samples, before, policy.last_logprobs, strict=True):
+    update = policy.update(samples, LossConfig(), temperature=0.7, constant_tokens=64)
+    assert len(update.logprobs) == len(samples)
+    for sample, expected, ours in zip(samples, before, update.logprobs, strict=True):
         if sample.advantage == 0:
             assert ours is None
         else:

@@ -276,7 +276,7 @@ async def test_the_runs_own_base_model_plays_the_user_without_its_reasoning(smol
     class Base:
         async def generate_base(self, prompt_ids: Any, **sampling: Any) -> list[int]:
             self.prompt, self.sampling = chat.decode(prompt_ids), sampling
-            return [*chat._encode("<think>\nI want it red.\n</think>\n\nRed, please."), chat.end_token_id]
+            return [*chat._encode("<think>\nI want it red.\n</think>\n\nRed, please."), chat._answer_end.token_id]
 
     user = {"type": "engine", "prompt": PROMPT, "temperature": 0.5}
     users = build_users(RemoteConfig.model_validate({"user": user}))

@@ -244,11 +244,6 @@ class Chat:
 
     # ---- serving
 
-    @property
-    def end_token_id(self) -> int:
-        """The stop token with which the template ends an answer."""
-        return self._answer_end.token_id
-
     def save_template(self, folder: Path) -> Path | None:
         """Write the template used beside an exported adapter; None where the model's own template is used."""
         if self._renderer.template is None:

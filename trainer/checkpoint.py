@@ -30,7 +30,7 @@ def write_checkpoint(run: RunFolder, policy: Policy, *, step: int) -> Path:
     repeats the step, one that is killed later has nothing left to write.
 
     Task order and seeds are pure functions of the config and the step, and finished rollouts of the step in flight lie
-    in `rollouts/`; so the policy's own state (adapter, optimizer, schedule, random states) is all there is to save.
+    in `rollouts/`; so the policy's own state (adapter, reference, optimizer, two counters) is all there is to save.
     """
     written = run.path / "checkpoints" / f"{UNFINISHED}step-{step:06d}"
     clear(written)

@@ -49,6 +49,17 @@ class _Work:
     ref_logprobs_N: Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What is known of one step's training, the same on every process."""
+
+    metrics: dict[str, float]
+    """Means per trainable token that took part, over all processes and updates; see `losses.policy_loss`."""
+    logprobs: list[list[float] | None]
+    """For each sample: what the trainer gave its trainable tokens before the first optimizer step; None where the row
+    had no gradient and was not computed."""
+
+
 class Policy:
     """A causal LM whose LoRA adapter learns. Draws no random numbers once it is built."""
 
@@ -68,9 +79,6 @@ class Policy:
         """Optimizer updates that the adapter has seen since its warm start: the policy version."""
         self.num_steps = 0
         """Calls of `update`; the learning-rate schedule goes by it."""
-        self.last_logprobs: list[list[float] | None] = []
-        """For each sample of the last `update`: what the trainer gave its trainable tokens before the first optimizer
-        step of that update; None where the row had no gradient and was not computed. The same on every process."""
         self._reference: list[Tensor] | None = None
         self._model_path = model_path
         self._optim = optim
@@ -141,7 +149,7 @@ class Policy:
 
     def update(
         self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
-    ) -> dict[str, float]:
+    ) -> Update:
         """Train on one step's samples: `num_epochs` passes of `minibatches` optimizer updates.
 
         Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
@@ -150,7 +158,6 @@ class Policy:
         A minibatch in which nothing has a gradient (all advantages 0, no KL term) makes no update and is counted in
         `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A step without samples
         makes none.
-        Returns means per trainable token that took part, over all processes and updates; see `losses.policy_loss`.
         """
         assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
@@ -179,13 +186,14 @@ class Policy:
                 norms.append(self._apply(scale, self._optimizer))
                 self.num_updates += 1
         self.num_steps += 1
-        self.last_logprobs = self._of_all_processes(samples, old)
+        logprobs = self._of_all_processes(samples, old)
         local = [{name: float(value) for name, value in part.items()} for part in parts]
-        return reduce_metrics(processes.gather(local)) | {
+        means = reduce_metrics(processes.gather(local)) | {
             "grad_norm": sum(norms) / max(len(norms), 1),
             "learning_rate": rate,
             "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
         }
+        return Update(metrics=means, logprobs=logprobs)
 
     def _work(
         self, minibatch: Sequence[Sample], loss: LossConfig, temperature: float, constant_tokens: int, needs_old: bool

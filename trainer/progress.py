@@ -27,7 +27,7 @@ from envs.errors import UserError
 from envs.terminal import clean
 from trainer.log_file import LogFile
 
-STEP_PHASES = frozenset({"rollouts", "training", "publishing", "checkpoint"})
+STEP_PHASES = frozenset({"rollouts", "training", "publishing"})
 """Phases that every step repeats: they leave no line of their own, the step leaves one."""
 _RECENT_STEPS = 5
 """Time left is estimated from so many of the last steps: episodes get shorter as the policy learns."""
@@ -80,11 +80,6 @@ class Progress:
         self._pulse: threading.Thread | None = None
         self._last_line = time.monotonic()
         self._spinner = Spinner("dots")
-
-    @classmethod
-    def silent(cls) -> Progress:
-        """Displays nothing and redirects nothing."""
-        return cls(None, 0, show=False)
 
     def __enter__(self) -> Progress:
         self._start = self._phase_start = time.monotonic()

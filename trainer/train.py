@@ -86,7 +86,7 @@ def train(
             progress.phase("training")
             samples, group_metrics = to_samples(rollouts, config)
             watch_for_no_ops(rollouts, group_metrics, run, progress)
-            loss_metrics = policy.update(
+            update = policy.update(
                 samples,
                 config.loss,
                 temperature=config.rollout.temperature,
@@ -100,7 +100,7 @@ def train(
             clock.lap("publish")
 
             if run.is_main:
-                write_token_figures(run.path, step, samples, policy.last_logprobs)
+                write_token_figures(run.path, step, samples, update.logprobs)
             checkpoint = None
             if run.is_main and (step % config.checkpoint.every_steps == 0 or step == num_steps):
                 checkpoint = write_checkpoint(run, policy, step=step)
@@ -108,7 +108,7 @@ def train(
             metrics = {
                 **prefixed("train", summarise(rollouts)),
                 **group_metrics,
-                **prefixed("loss", loss_metrics),
+                **prefixed("loss", update.metrics),
                 **canary_metrics,
                 **job.metrics(),
                 **curriculum.learn(step, rollouts),

@@ -48,8 +48,8 @@ def write_token_figures(
 ) -> Path:
     """Keep what the update of `step` knew of each token: `tokens/step-000001.jsonl`, a line a training row.
 
-    `logprobs` are `Policy.last_logprobs`, one entry per sample. Call it on the main process after the update. A step
-    that is done again overwrites its file.
+    `logprobs` are those of the step's `Update`, one entry per sample. Call it on the main process after the update. A
+    step that is done again overwrites its file.
     """
     path = run_folder / TOKEN_FIGURES / f"step-{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)

@@ -57,6 +57,11 @@ class Grade:
     """Prompt and completion tokens together that judges used, by model."""
     latency_s: float = 0.0
 
+    @property
+    def score(self) -> float:
+        """The grader's own part, before the penalties."""
+        return next(iter(self.parts.values()), self.reward)
+
 
 class Grader(Protocol):
     """Scores an episode.

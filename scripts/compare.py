@@ -35,15 +35,15 @@ def main() -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from trainer.compare import compare
-    from trainer.compare_data import read_policies
-    from trainer.compare_page import render_markdown, render_terminal, write_compare_page
+    from trainer.reports.comparison import compare
+    from trainer.reports.comparison_page import render_markdown, render_terminal, write_comparison_page
+    from trainer.reports.evaluations import read_evaluations
 
     out: Path = arguments.out
     check_writable(out, "--out", is_folder=True)
-    comparison = compare(read_policies(arguments.policies), by=arguments.by, seed=arguments.seed)
+    comparison = compare(read_evaluations(arguments.policies), by=arguments.by, seed=arguments.seed)
     out.mkdir(parents=True, exist_ok=True)
-    page = write_compare_page(comparison, out / "compare.html", demo=arguments.demo)
+    page = write_comparison_page(comparison, out / "compare.html", demo=arguments.demo)
     markdown = render_markdown(comparison, demo=arguments.demo)
     (out / "compare.md").write_text(markdown, encoding="utf-8", errors="replace")
     if arguments.markdown:

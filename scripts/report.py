@@ -11,8 +11,8 @@ from pathlib import Path
 
 from envs.errors import UserError
 from envs.terminal import run, say
-from trainer.report import write_report
-from trainer.transcripts import run_decoder, write_transcripts
+from trainer.reports.run_report import write_report
+from trainer.reports.transcripts.write import run_decoder, write_transcripts
 
 
 def main() -> int:

@@ -18,16 +18,10 @@ from pathlib import Path
 from envs.errors import UserError
 from envs.terminal import run, say
 from trainer.config import RunConfig, load_config
-from trainer.report import before_after_table
-
-COLUMNS = {
-    "reward": "mean reward",
-    "correct": "correct",
-    "tool_calls": "tool calls",
-    "completion_tokens": "tokens",
-    "reasoning_tokens": "reasoning tokens",
-    "episode_latency_s": "latency, s",
-}
+from trainer.measures.catalogue import Place, shown_in
+from trainer.reports.comparison_page import in_short
+from trainer.reports.run_report import before_and_after
+from trainer.reports.tables import Grid, Row, to_markdown
 
 
 def main() -> int:
@@ -90,19 +84,13 @@ def _runs(config_path: Path, overrides: list[str], swept: list[str]) -> dict[str
 
 def _table(folders: dict[str, Path]) -> str:
     """A row per run: each figure before → after."""
-    lines = ["| run | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    shown = shown_in(Place.SWEEP)
+    rows = []
     for name, folder in folders.items():
-        rows = {row.key: row for row in before_after_table(folder)}
-        cells = []
-        for key in COLUMNS:
-            row = rows.get(key)
-            if row is None:
-                cells.append("–")
-                continue
-            _, before, after, difference, percent = row.cells
-            cells.append(f"{before} → {after} ({difference if row.better > 0 else percent})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        comparison = before_and_after(folder)
+        lines = [comparison.line(m.key) if comparison else None for m in shown]
+        rows.append(Row(cells=[name, *("–" if line is None else in_short(line) for line in lines)]))
+    return to_markdown(Grid(id="sweep", headers=["run", *(f"{m.title}, {m.unit}" for m in shown)], rows=rows))
 
 
 if __name__ == "__main__":

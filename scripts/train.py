@@ -140,12 +140,14 @@ def _write(path: Path, job: TakenJob) -> None:
 
 def print_result(folder: Path) -> None:
     """The table before and after, where everything lies, and how to serve it."""
-    from trainer.report import render_terminal_table
+    from trainer.reports.run_report import before_after_table, before_and_after
+    from trainer.reports.tables import to_terminal
     from trainer.run_about import read_about
 
     about = read_about(folder)
     shown = console()
-    shown.print(render_terminal_table(folder))
+    if comparison := before_and_after(folder):
+        shown.print(to_terminal(before_after_table(comparison)))
     report = folder / "report.html"
     lost = "" if report.is_file() else f" is missing; `python scripts/report.py {folder}` writes it anew"
     shown.print(f"report   {report}{lost}\nadapter  {about['adapter']}\nserve it with:", highlight=False, markup=False)

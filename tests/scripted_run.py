@@ -36,8 +36,9 @@ def serve() -> None:
     import transformers  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    from trainer import checkpoint, export, publish, report, setup  # noqa: F401
+    from trainer import checkpoint, export, publish, setup  # noqa: F401
     from trainer.chat import Chat
+    from trainer.reports import run_report  # noqa: F401
 
     Chat(Path(sys.argv[2]))
     assert not accelerate.PartialState._shared_state, "every run sets up accelerate itself"

@@ -342,8 +342,8 @@ def test_a_folder_in_the_run_folder_that_is_a_link_is_refused_and_nothing_behind
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_report_is_made_of_a_damaged_folder_or_says_what_is_wrong(ran, damage, tmp_path):
     """Not in a process a file: the reports come from the functions that the scripts call."""
-    from trainer.report import write_report
-    from trainer.transcripts import write_transcripts
+    from trainer.reports.run_report import write_report
+    from trainer.reports.transcripts.write import write_transcripts
 
     names = sorted(str(p.relative_to(ran.finished)) for p in ran.finished.rglob("*") if p.is_file())
     for name in (n for n in names if n.endswith((".json", ".jsonl", ".yaml", ".html"))):

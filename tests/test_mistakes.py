@@ -16,9 +16,9 @@ from servers import free_port
 
 from envs.errors import UserError
 from envs.reading.documents import check_writable
-from trainer.compare_data import read_policies
 from trainer.config import load_config
 from trainer.job import prepare
+from trainer.reports.evaluations import read_evaluations
 
 ROOT = Path(__file__).parents[1]
 QUESTION = {"role": "user", "content": "How much?"}
@@ -503,4 +503,4 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(job, name, is_fo
 def test_a_preflight_without_its_rollouts_is_no_policy(job):
     job.file("preflight.json", {})
     with pytest.raises(UserError, match=r"rollouts\.jsonl: no such file; expected the rollouts of a run or of a pref"):
-        read_policies([f"a={job.folder}", f"b={job.folder}"])
+        read_evaluations([f"a={job.folder}", f"b={job.folder}"])

@@ -34,10 +34,10 @@ from trainer.estimate import (
     stored_weights,
     time_estimate,
 )
-from trainer.measures import Masked
-from trainer.pictures import bars, bins_of, curves, histogram
+from trainer.measures.masked import Masked
 from trainer.preflight import Options, adapter_of, preflight_requests
 from trainer.preflight_figures import best_at_k, figures_of, pass_at_k, worst_at_k
+from trainer.reports.drawing import Series, bars, bins_of, histogram, line_chart
 from trainer.rollout import Rollout
 from trainer.samples import Ledger
 
@@ -375,13 +375,14 @@ def test_bins_of_measures_hold_every_value_once(values):
 
 def test_pictures_escape_names_and_are_empty_without_values():
     hostile = "<script>alert(1)</script>"
+    lines = [Series(name=hostile, points=[(1, 0.5)]), Series(name="b", points=[(1, 0.1), (2, 0.2)])]
     for picture in (
         histogram(hostile, {hostile: [1, 2, 2], "b": [3]}, unit=hostile),
-        curves(hostile, {hostile: [(1, 0.5)], "b": [(1, 0.1), (2, 0.2)]}, x_unit="k", unit=hostile),
+        line_chart(hostile, lines, x_unit="k", unit=hostile),
         bars(hostile, [(hostile, 1.0)], show=str),
     ):
         assert "<svg" in picture and "<script" not in picture and "nan" not in picture
-    assert histogram("x", {"a": []}, unit="u") == curves("x", {}, x_unit="k", unit="u") == bars("x", [], show=str) == ""
+    assert histogram("x", {"a": []}, unit="u") == line_chart("x", [], unit="u") == bars("x", [], show=str) == ""
 
 
 # ---- the whole

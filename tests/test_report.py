@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -17,26 +16,18 @@ from rich.console import Console
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, Turn
 from graders.types import Grade
-from trainer.before_after import Row, paired_difference
-from trainer.charts import Series, line_chart, stacked_chart
-from trainer.report import before_after_table, markdown_table, render_terminal_table, write_report
-from trainer.run_data import read_run
+from trainer.measures.catalogue import Place, shown_in
+from trainer.reports.drawing import Series, line_chart, stacked_chart
+from trainer.reports.run_reader import read_run
+from trainer.reports.run_report import before_after_table, before_and_after, write_report
+from trainer.reports.tables import Grid, to_markdown, to_terminal
 
 HOSTILE = "</pre><script>alert('pwned')</script><img src=http://evil.example/x onerror=alert(1)>"
 NUM_STEPS = 3
 EVALS: dict[int, dict[str, float]] = {
-    0: {
-        "rollouts": 4, "masked_rollouts": 0, "reward": 0.125, "correct": 0.25, "answered": 0.5, "tool_calls": 5.5,
-        "invalid_calls": 0.5, "completion_tokens": 1213.0, "reasoning_tokens": 13.0, "answer_tokens": 1200.0,
-        "episode_latency_s": 8.0,
-    },
-    NUM_STEPS: {
-        "rollouts": 4, "masked_rollouts": 1, "masked_by/world": 1,
-        "reward": 0.5, "correct": 0.625, "answered": 1.0, "tool_calls": 3.3,
-        "invalid_calls": 0.0, "completion_tokens": 140.5, "reasoning_tokens": 0.5, "answer_tokens": 140.0,
-        "episode_latency_s": 10.0,
-    },
-}  # fmt: skip
+    0: {"rollouts": 4, "masked_rollouts": 0, "reward": 0.5, "correct": 0.25},
+    NUM_STEPS: {"rollouts": 4, "masked_rollouts": 1, "masked_by/world": 1, "reward": 0.875},
+}
 _VOID = {"meta", "br", "img", "link", "input"}
 
 
@@ -94,26 +85,34 @@ def _cells(page: Page) -> dict[str, list[str]]:
     return table
 
 
-def _rollout(task_id: str, reward: float, answer: str, explanation: str) -> dict[str, Any]:
+def _rollout(
+    task_id: str, reward: float | None, answer: str, explanation: str, *, num_tokens: int = 100, num_calls: int = 1
+) -> dict[str, Any]:
     prompt = (Message(role="system", content="be brief"), Message(role="user", content=f"question of {task_id}"))
-    call = ToolCall(call_id="c1", name="search", arguments='{"query": "revenue"}')
-    looking = Message(role="assistant", reasoning="I look it up", tool_calls=(call,))
-    found = Message(role="tool", content="Revenue 42", call_id="c1", name="search")
+    calls = tuple(ToolCall(call_id=f"c{i}", name="search", arguments='{"query": "revenue"}') for i in range(num_calls))
+    looking = Message(role="assistant", reasoning="I look it up", tool_calls=calls)
+    found = Message(role="tool", content="Revenue 42", call_id="c0", name="search")
     last = Message(role="assistant", content=answer)
     episode = Episode(
         rollout_id=f"{task_id}-{reward}",
         task_id=task_id,
         messages=(*prompt, looking, found, last),
-        turns=(Turn(message=looking), Turn(message=last)),
-        stop_reason=StopReason.ANSWERED,
+        turns=(
+            Turn(message=looking, num_tokens=num_tokens - 10, num_reasoning_tokens=5),
+            Turn(message=last, num_tokens=10),
+        ),
+        stop_reason=StopReason.ANSWERED if reward is not None else StopReason.WORLD_FAULT,
+        latency_s=4.0,
     )
     task = Task(task_id=task_id, messages=prompt, item={"answer": "42"})
-    grade = Grade(reward=reward, parts={"numeric": reward}, explanation=explanation)
+    grade = None if reward is None else Grade(reward=reward, parts={"numeric": reward}, explanation=explanation)
     return {
         "episode": TypeAdapter(Episode).dump_python(episode, mode="json"),
         "task": TypeAdapter(Task).dump_python(task, mode="json"),
-        "grade": TypeAdapter(Grade).dump_python(grade, mode="json"),
+        "grade": None if grade is None else TypeAdapter(Grade).dump_python(grade, mode="json"),
         "ledgers": [],
+        "num_drifted_turns": 0,
+        "num_attempts": 1,
     }
 
 
@@ -148,39 +147,57 @@ def run(tmp_path: Path) -> Path:
     ]  # fmt: skip
     evals = [{"step": s, **{f"eval/{k}": v for k, v in row.items()}} for s, row in EVALS.items()]
     _write_lines(folder / "metrics.jsonl", [evals[0], *train, evals[1]])
-    before = [_rollout("t1", 0.0, "no idea", "no number"), _rollout("t2", 1.0, "42", "right")]
-    after = [_rollout("t1", 1.0, HOSTILE, f"right {HOSTILE}"), _rollout("t2", 0.75, "43", "nearly")]
+    before = [
+        _rollout("t1", 0.0, "no idea", "no number", num_tokens=1500, num_calls=4),
+        _rollout("t2", 1.0, "42", "right", num_tokens=500, num_calls=2),
+        _rollout("t2", 1.0, "42", "right", num_tokens=500, num_calls=2),
+        _rollout("t2", 1.0, "42", "right", num_tokens=500, num_calls=2),
+    ]
+    after = [
+        _rollout("t1", 1.0, HOSTILE, f"right {HOSTILE}"),
+        _rollout("t2", 0.75, "43", "nearly"),
+        _rollout("t2", 0.75, "43", "nearly"),
+        _rollout("t2", None, "", ""),
+    ]
     _write_lines(folder / "evals" / "step-000000.jsonl", before)
     _write_lines(folder / "evals" / f"step-{NUM_STEPS:06d}.jsonl", after)
     return folder
 
 
-def test_the_table_shows_the_figures_of_the_first_and_the_last_evaluation(run: Path) -> None:
+def test_the_table_compares_the_first_evaluation_with_the_last_task_by_task(run: Path) -> None:
+    """Each task counts the same however often it was rolled out."""
     cells = _cells(_parse(write_report(run)))
-    assert cells["reward"] == ["0.125", "0.500", "+0.375", "+300 %"]
-    assert cells["correct"] == ["25.0%", "62.5%", "+37.5 pts", "+150 %"]
-    assert cells["tool_calls"] == ["5.50", "3.30", "-2.20", "-40 %"]
-    assert cells["completion_tokens"] == ["1,213.0", "140.5", "-1,072.5", "-88 %"]
-    assert cells["reasoning_tokens"] == ["13.0", "0.5", "-12.5", "-96 %"]
-    assert cells["answer_tokens"] == ["1,200.0", "140.0", "-1,060.0", "-88 %"]
-    assert cells["episode_latency_s"] == ["8.00", "10.00", "+2.00", "+25 %"]
-    for row in before_after_table(run):
-        assert (row.before, row.after) == (EVALS[0][row.key], EVALS[NUM_STEPS][row.key])
+    assert cells["reward"] == ["0.500", "0.875", "+0.375 [-0.250, +1.000]", "+75 %"]
+    assert cells["answered"] == ["100.0%", "100.0%", "+0.0 pts [+0.0, +0.0]", "+0 %"]
+    assert cells["tool_calls"] == ["3.00", "1.00", "-2.00 [-3.00, -1.00]", "-67 %"]
+    assert cells["completion_tokens"] == ["1,000.0", "100.0", "-900.0 [-1,400.0, -400.0]", "-90 %"]
+    assert cells["reasoning_tokens"] == ["5.0", "5.0", "+0.0 [+0.0, +0.0]", "+0 %"]
+    assert cells["answer_tokens"] == ["995.0", "95.0", "-900.0 [-1,400.0, -400.0]", "-90 %"]
+    assert "correct" not in cells, "the grader does not say what passes"
+    assert set(cells) == {m.key for m in shown_in(Place.TABLE)} - {"correct"}
 
 
-def test_a_change_is_called_better_or_worse_by_what_the_metric_means(run: Path) -> None:
-    verdicts = {row.key: row.verdict for row in before_after_table(run)}
-    assert verdicts["reward"] == verdicts["tool_calls"] == verdicts["invalid_calls"] == "better"
-    assert verdicts["episode_latency_s"] == "worse"
+def _table(run: Path) -> Grid:
+    comparison = before_and_after(run)
+    assert comparison is not None
+    return before_after_table(comparison)
+
+
+def test_a_change_is_called_better_or_worse_where_its_interval_does_not_hold_zero(run: Path) -> None:
+    verdicts = {row.key: row.verdicts[-1] for row in _table(run).rows}
+    assert verdicts["tool_calls"] == verdicts["completion_tokens"] == "better"
+    assert verdicts["reward"] == verdicts["answered"] == verdicts["reasoning_tokens"] == ""
+    page = _parse(write_report(run))
+    assert len([e for e in page.all("td") if e["class"] == "number better"]) == 2 * 3
 
 
 def test_terminal_and_markdown_tables_say_the_same_as_the_page(run: Path) -> None:
     cells = _cells(_parse(write_report(run)))
     screen = io.StringIO()
-    Console(file=screen, width=80).print(render_terminal_table(run))
-    markdown = markdown_table(run)
-    assert "before" in markdown.splitlines()[0] and f"after {NUM_STEPS} steps" in markdown.splitlines()[0]
-    assert len(screen.getvalue().splitlines()) == len(cells) + 1
+    Console(file=screen, width=86).print(to_terminal(_table(run)))
+    markdown = to_markdown(_table(run))
+    assert f"| held-out tasks | before | step {NUM_STEPS} | change | in % |" in markdown
+    assert len(screen.getvalue().splitlines()) == len(cells) + 2
     assert "…" not in screen.getvalue()
     for texts in cells.values():
         assert f"| {' | '.join(texts)} |" in markdown
@@ -193,8 +210,9 @@ def test_the_rollouts_of_every_process_count(run: Path) -> None:
         _write_lines(run / "evals" / f"step-{step:06d}.rank1.jsonl", rows)
         _write_lines(run / "evals" / f"step-{step:06d}.rank10.jsonl", [_rollout("t5", 0.25, "42", "of rank 10")])
     page = _parse(write_report(run))
-    assert [e["text"].split()[0] for e in page.all("h3")] == ["t3", "t1", "t4", "t2"]
-    assert "over 5 tasks" in " ".join(e["text"] for e in page.all("p"))
+    assert [e["text"].split()[0] for e in page.all("h3")] == ["t1", "t3", "t4", "t2"]
+    said = f"5 held-out tasks; graded rollouts of them: 7 (before), 6 (step {NUM_STEPS})."
+    assert said in [e["text"] for e in page.all("p")]
     assert page.by_id("notes") is None or "rank" not in (page.by_id("notes") or {})["text"]
 
 
@@ -243,7 +261,7 @@ def test_every_chart_has_a_title_a_unit_and_its_values_on_hover(run: Path) -> No
     assert len(figures) == len(titles) == len(page.all("svg")) == len(set(titles))
     hovers = [e["text"] for e in page.all("title")]
     assert "training: 0.2, step 2" in hovers
-    assert "held out: 0.5, step 3" in hovers
+    assert "held out: 0.875, step 3" in hovers
     assert "answered: 75 %, step 1" in hovers
     assert "other: 1, step 1" in hovers, "what rollouts, training and publishing leave of the step"
     for figure in figures:
@@ -295,19 +313,13 @@ def test_health_counts_what_was_lost(run: Path) -> None:
     assert "1 rollouts have no grade: 1 lost to faults of the world" in (page.by_id("notes") or {})["text"]
 
 
-@pytest.mark.parametrize(("before", "percent"), [(0.5, 60.0), (0.0, None), (-0.2, None), (None, None)])
-def test_a_change_in_percent_needs_a_figure_above_0_before(before, percent):
-    row = Row(key="reward", label="mean reward", format="{:.3f}", better=+1, before=before, after=0.8)
-    assert row.percent == (None if percent is None else pytest.approx(percent))
-
-
 def test_an_empty_run_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path) -> None:
     page = _parse(write_report(tmp_path))
     notes = (page.by_id("notes") or {})["text"]
     assert "metrics.jsonl is missing" in notes
     assert "no evaluation" in notes
     assert page.by_id("before-after") is None
-    assert before_after_table(tmp_path) == []
+    assert before_and_after(tmp_path) is None
 
 
 def test_a_run_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
@@ -324,7 +336,7 @@ def test_an_interrupted_run_shows_what_it_has(run: Path) -> None:
     assert "2 of 3 steps are done" in notes
     assert "one evaluation only" in notes
     assert "metrics.jsonl, line 4: cut off, passed over" in notes
-    assert _cells(page)["reward"] == ["0.125", "–", "–", "–"]
+    assert _cells(page)["reward"] == ["0.500"]
     assert page.by_id("adapter") is None
 
 
@@ -352,17 +364,26 @@ def test_a_value_that_is_not_a_number_is_left_out(run: Path) -> None:
         file.write('{"step": 2, "train/reward": NaN}\n{"step": 3, "eval/reward": Infinity}\n')
     assert [step for step, _ in read_run(run).series("train/reward")] == [1, 3]
     page = _parse(write_report(run))
-    assert _cells(page)["reward"] == ["0.125", "–", "–", "–"]
     assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', "".join(str(e.get("points")) for e in page.all("polyline")))
 
 
-def test_the_standard_error_of_the_change_is_taken_over_tasks(run: Path) -> None:
-    data = read_run(run)
-    mean, error, n = paired_difference(data.before, data.after) or (0, 0, 0)
-    # Changes of the two tasks: +1 and -0.25; their standard deviation is 1.25 / √2.
-    assert (mean, n) == (0.375, 2)
-    assert error == pytest.approx(1.25 / math.sqrt(2) / math.sqrt(2))
-    assert paired_difference(data.before[:1], data.after) is None
+def test_rollouts_that_the_metrics_count_and_no_file_holds_are_missed_aloud(run: Path) -> None:
+    path = run / "evals" / "step-000000.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    page = _parse(write_report(run))
+    assert "evaluation after 0 steps: 3 of 4 rollouts could be read" in (page.by_id("notes") or {})["text"]
+    path.unlink()
+    page = _parse(write_report(run))
+    notes = (page.by_id("notes") or {})["text"]
+    assert "evals/step-000000.jsonl is missing" in notes and "0 of 4 rollouts could be read" in notes
+    assert _cells(page)["reward"] == ["0.875"], "the other evaluation alone"
+
+
+def test_evaluations_of_different_tasks_are_not_compared(run: Path) -> None:
+    _write_lines(run / "evals" / f"step-{NUM_STEPS:06d}.jsonl", [_rollout("other", 1.0, "42", "right")])
+    page = _parse(write_report(run))
+    assert "no task has a graded rollout of every policy" in (page.by_id("notes") or {})["text"]
+    assert _cells(page)["reward"] == ["0.500"]
 
 
 def test_a_chart_places_its_points_inside_the_frame_for_any_values() -> None:
@@ -386,5 +407,7 @@ def test_bars_of_a_stack_stand_on_each_other() -> None:
 
 
 def test_the_report_loads_neither_torch_nor_vllm() -> None:
-    code = "import sys, trainer.report, trainer.progress; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    code = (
+        "import sys, trainer.reports.run_report, trainer.progress; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

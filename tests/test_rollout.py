@@ -20,10 +20,10 @@ from graders.types import Grade
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
-from trainer.measures import Masked, masked_by
+from trainer.measures.masked import Masked, masked_by
+from trainer.measures.summary import summarise
 from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, Rollout, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
-from trainer.summary import summarise
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))
 CONFIG = RolloutConfig(max_turns=6, max_tool_calls=4, max_turn_tokens=64, max_episode_tokens=900, world_retries=2)

@@ -14,14 +14,14 @@ import pytest
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade
-from trainer import transcripts
-from trainer.report import write_report
+from trainer.reports.run_report import write_report
+from trainer.reports.transcripts import write as transcripts
+from trainer.reports.transcripts.records import MALFORMED_CALL, UNKNOWN_TOOL
+from trainer.reports.transcripts.write import write_token_figures, write_transcripts
 from trainer.rollout import Rollout
 from trainer.run_files import append_line
 from trainer.runs import rollout_to_json
 from trainer.samples import Ledger, rollout_samples
-from trainer.transcript_records import MALFORMED_CALL, UNKNOWN_TOOL
-from trainer.transcripts import write_token_figures, write_transcripts
 
 HOSTILE = (
     "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\u2028\u2029\ud800 \x00 & \"'"
@@ -271,7 +271,7 @@ def test_the_policy_admits_this_script_and_this_style_and_no_other(run):
 
 
 def test_the_script_parses_no_markup_and_runs_no_text():
-    source = (Path(transcripts.__file__).parent / "transcripts.js").read_text()
+    source = (Path(transcripts.__file__).parent / "viewer.js").read_text()
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|fetch\(", source
     )

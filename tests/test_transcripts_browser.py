@@ -14,7 +14,7 @@ import pytest
 from test_transcripts import HOSTILE, make_rollout, word, write_run
 
 from envs.types import StopReason
-from trainer.transcripts import write_transcripts
+from trainer.reports.transcripts.write import write_transcripts
 
 BENCH = str(Path(__file__).resolve().parents[1] / "scripts" / "bench")
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from envs.types import StopReason
 from trainer.config import RunConfig
 from trainer.estimate import GIB, MemoryRow, memory_bytes
-from trainer.measures import WHY_MASKED, Masked
+from trainer.measures.masked import WHY_MASKED, Masked
 from trainer.preflight_figures import Figures
 
 FEW_VARIED, ENOUGH_VARIED = 0.10, 0.15

@@ -13,12 +13,12 @@ from graders.types import GraderErrorKind
 from trainer import processes
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
-from trainer.measures import WHY_MASKED, Masked, masked_causes
+from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
+from trainer.measures.summary import Metrics
 from trainer.progress import Progress
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
 from trainer.runs import RunFolder
 from trainer.samples import Sample, rollout_samples
-from trainer.summary import Metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,10 +9,10 @@ from trainer import processes
 from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.job import Job
+from trainer.measures.summary import prefixed, summarise
 from trainer.progress import Progress
 from trainer.rollout import RolloutRequest, derive_seed
 from trainer.runs import RunFolder
-from trainer.summary import prefixed, summarise
 
 
 def eval_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:

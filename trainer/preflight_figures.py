@@ -22,7 +22,8 @@ from statistics import fmean
 
 from graders.types import Grade
 from trainer.difficulty import TaskStats, stats_of
-from trainer.measures import Masked, masked_causes, num_tool_errors
+from trainer.measures.catalogue import num_tool_errors
+from trainer.measures.masked import Masked, masked_causes
 from trainer.rollout import Rollout
 
 Curve = list[tuple[int, float]]
@@ -101,7 +102,7 @@ def figures_of(rollouts: Sequence[Rollout], *, samples_per_task: int) -> Figures
         by_task.setdefault(rollout.task.task_id, []).append(rollout)
     tasks = {task_id: stats_of([r.reward for r in mine]) for task_id, mine in by_task.items()}
     varied = [task_id for task_id, stats in tasks.items() if not stats.tied]
-    same_scores = [t for t in varied if len({_score(r.grade) for r in by_task[t]}) == 1]
+    same_scores = [t for t in varied if len({r.grade.score for r in by_task[t] if r.grade}) == 1]
     passes = {task_id: [r.grade.passed for r in mine if r.grade] for task_id, mine in by_task.items()}
     known = all(p is not None for mine in passes.values() for p in mine)
     counts = {task_id: (len(mine), sum(map(bool, mine))) for task_id, mine in passes.items()}
@@ -175,11 +176,6 @@ def _curves(
     best, worst = curve(best_at_k), curve(worst_at_k)
     mean = curve(lambda mine, k: fmean(mine))
     return {"pass@k": passes, "best@k reward": best, "mean reward": mean, "worst@k reward": worst}
-
-
-def _score(grade: Grade | None) -> float:
-    """The grader's own part: the first one; the others are penalties."""
-    return 0.0 if grade is None else next(iter(grade.parts.values()), grade.reward)
 
 
 def _part_means(grades: Sequence[Grade]) -> dict[str, float]:

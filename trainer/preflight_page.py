@@ -16,11 +16,13 @@ from envs.secrets import without_secrets
 from trainer.advice import Advice, Level
 from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
 from trainer.gpu_estimate import Estimate
-from trainer.measures import WHY_MASKED
-from trainer.page import write_page
-from trainer.pictures import bars, curves, histogram, number
+from trainer.measures.masked import WHY_MASKED
 from trainer.preflight import Preflight, gib
+from trainer.reports.drawing import Series, bars, histogram, line_chart, number
+from trainer.reports.pages import write_page
+from trainer.reports.tables import facts, to_terminal
 
+_PASSES = "pass@k: chance that one of k passes"
 _COLOURS = {Level.STOP: "red", Level.WARN: "yellow", Level.GOOD: "green"}
 
 
@@ -28,16 +30,16 @@ def write_preflight_page(found: Preflight, path: Path) -> Path:
     """Write the page to `path` and return it."""
     return write_page(
         path,
-        "preflight_template.html",
+        "preflight.html",
         title="Preflight",
-        policy=found.policy,
+        facts=[("policy", found.policy)],
         verdict=found.verdict,
         advice=found.advice,
-        facts=figure_rows(found),
+        figures=facts("figures", figure_rows(found), headers=["over the rollouts of this preflight", "value"]),
         sections=_sections(found),
-        time_rows=time_rows(found),
+        time=facts("time", time_rows(found), headers=["part", "estimate"]),
         time_notes=found.time.notes,
-        memory_rows=[(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in found.memory],
+        memory=facts("memory", _memory_rows(found.memory), headers=["what", "estimate", "formula"], has_remarks=True),
         memory_total=_memory_total(found.memory),
         config=json.dumps(without_secrets(found.config.model_dump(mode="json")), indent=1),
     )
@@ -46,26 +48,26 @@ def write_preflight_page(found: Preflight, path: Path) -> Path:
 def render_preflight(found: Preflight) -> RenderableType:
     """For the terminal."""
     parts: list[RenderableType] = [Text(f"Preflight of {found.policy}", style="bold")]
-    parts += [_table(figure_rows(found)), Text("\nTime of the configured run", style="bold"), _table(time_rows(found))]
+    parts += [_list(figure_rows(found)), Text("\nTime of the configured run", style="bold"), _list(time_rows(found))]
     parts += [Text(f"  {note}", style="dim") for note in found.time.notes]
     if found.memory:
         memory = [(f"{r.where}: {r.name}", gib(r.num_bytes)) for r in found.memory]
         parts.append(Text(f"\nMemory: {_memory_total(found.memory)}", style="bold"))
-        parts.append(_table([*memory, ("in all", gib(memory_bytes(found.memory)))]))
+        parts.append(_list([*memory, ("in all", gib(memory_bytes(found.memory)))]))
     parts += [Text(""), *map(_panel, found.advice), Text(found.verdict, style="bold")]
     return Group(*parts)
 
 
 def render_estimate(estimate: Estimate) -> RenderableType:
     """What was computed without running anything, for the terminal."""
-    rows = [(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in estimate.memory]
+    rows = _memory_rows(estimate.memory)
     if estimate.engine_share_bytes is None:
         rows.append(("in all", gib(memory_bytes(estimate.memory)), ""))
     else:
         rows.append(("engine: what it takes", gib(estimate.engine_share_bytes), "engine.gpu_memory_utilization"))
     parts: list[RenderableType] = [
         Text(f"Memory of each process, on {estimate.where}: an unmeasured estimate, by formula", style="bold"),
-        _table(rows),
+        _list(rows),
         *map(_panel, estimate.advice),
     ]
     if estimate.time is None:
@@ -76,7 +78,7 @@ def render_estimate(estimate: Estimate) -> RenderableType:
     times = _durations(estimate.time, ("start", "rollouts", "training"), estimate.gpu_hour_price)
     parts += [
         Text(f"\nTime on {estimate.where}: an unmeasured estimate, by formula", style="bold"),
-        _table(times),
+        _list(times),
         *(Text(f"  {note}", style="dim") for note in estimate.time.notes),
     ]
     return Group(*parts)
@@ -148,15 +150,15 @@ def _sections(found: Preflight) -> list[tuple[str, list[Markup]]]:
     lost = [(WHY_MASKED[kind], sum(causes.values()) / f.num_rollouts) for kind, causes in f.masked_causes.items()]
     failures = [*((f"tool: {kind}", x) for kind, x in f.tool_errors.items()),
                 *((f"grader: {kind}", x) for kind, x in f.grader_errors.items()), *lost]  # fmt: skip
-    passes = {name: points for name, points in f.curves.items() if name == "pass@k"}
-    rewards = {name: points for name, points in f.curves.items() if name != "pass@k"}
+    passes = [Series(name=name, points=points) for name, points in f.curves.items() if name == "pass@k"]
+    rewards = [Series(name=name, points=points) for name, points in f.curves.items() if name != "pass@k"]
     taken = [(name, abs(value)) for name, value in f.parts.items()]
     sections = [
         (
             "What the policy can do",
             [
-                curves("pass@k: chance that one of k passes", passes, x_unit="k", unit="share of tasks", percent=True),
-                curves("Best, mean and worst reward of k", rewards, x_unit="k", unit="reward"),
+                line_chart(_PASSES, passes, x_unit="k", unit="share of tasks", percent=True),
+                line_chart("Best, mean and worst reward of k", rewards, x_unit="k", unit="reward"),
                 histogram("Mean reward by task", {"tasks": means}, unit="mean reward", whole=False, of="tasks"),
                 bars("Tasks by what they teach", _kinds_of_tasks(found), show=lambda x: number(x, percent=True)),
             ],
@@ -214,16 +216,13 @@ def _panel(advice: Advice) -> Panel:
     return Panel(text, title=advice.level, title_align="left", border_style=_COLOURS[advice.level], expand=True)
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> Table:
+def _memory_rows(rows: Sequence[MemoryRow]) -> list[tuple[str, str, str]]:
+    return [(f"{r.where}: {r.name}", gib(r.num_bytes), r.formula) for r in rows]
+
+
+def _list(rows: Sequence[tuple[str, ...]]) -> Table:
     """(name, value), or (name, value, remark)."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="left")
-    table.add_column(justify="right", no_wrap=True)
-    if any(len(row) > 2 for row in rows):
-        table.add_column(justify="left", style="dim")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+    return to_terminal(facts("", rows, has_remarks=any(len(row) > 2 for row in rows)))
 
 
 def _duration(seconds: float) -> str:

@@ -26,6 +26,7 @@ from rich.text import Text
 from envs.errors import UserError
 from envs.terminal import clean
 from trainer.log_file import LogFile
+from trainer.measures.catalogue import CATALOGUE
 
 STEP_PHASES = frozenset({"rollouts", "training", "publishing"})
 """Phases that every step repeats: they leave no line of their own, the step leaves one."""
@@ -263,13 +264,8 @@ def sparkline(values: list[float]) -> str:
 
 
 def _figures(metrics: Mapping[str, float]) -> str:
-    formats = {
-        "reward": "reward {:.3f}",
-        "correct": "correct {:.0%}",
-        "tool_calls": "{:.1f} calls",
-        "completion_tokens": "{:,.0f} tokens a rollout",
-    }
-    return "  ".join(f.format(metrics[k]) for k, f in formats.items() if k in metrics) or "no rollout was graded"
+    shown = [m.on_screen.format(metrics[m.key]) for m in CATALOGUE if m.on_screen and m.key in metrics]
+    return "  ".join(shown) or "no rollout was graded"
 
 
 def _clock(seconds: float | None) -> str:

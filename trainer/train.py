@@ -15,10 +15,11 @@ from trainer.config import RunConfig
 from trainer.curriculum import Curriculum
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
+from trainer.measures.summary import prefixed, summarise
+from trainer.measures.timing import Stopwatch
 from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
 from trainer.runs import RunFolder
-from trainer.summary import Stopwatch, prefixed, summarise
 from trainer.tasks import train_requests
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def train(
     from trainer.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.export import export_adapter
     from trainer.publish import Publisher
-    from trainer.report import write_report
+    from trainer.reports.run_report import write_report
+    from trainer.reports.transcripts.write import write_token_figures, write_transcripts
     from trainer.scratch import sweep_default_roots
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch, release_left_open
-    from trainer.transcripts import write_token_figures, write_transcripts
 
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
     num_steps = config.optim.num_steps

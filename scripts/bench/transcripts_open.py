@@ -25,11 +25,11 @@ from common import Figure, report, run_main
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.types import Grade
+from trainer.reports.transcripts.write import write_token_figures, write_transcripts
 from trainer.rollout import Rollout
 from trainer.run_files import append_line
 from trainer.runs import rollout_to_json
 from trainer.samples import Ledger, rollout_samples
-from trainer.transcripts import write_token_figures, write_transcripts
 
 _VOCABULARY = 8000
 _GROUP_SIZE, _TASKS_PER_STEP = 8, 8

@@ -9,10 +9,15 @@ of a run writes a file of its own, and all of them are read.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from trainer.run_files import is_intact, lines_in, object_in, read_document, step_files
 
@@ -28,6 +33,84 @@ _UNREADABLE = (
     RecursionError,
 )
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """The run folder's contents."""
+
+    config_text: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """`run.json`."""
+    steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """All figures of a step, training and evaluation together, in the order of the steps."""
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) wherever the step has a finite value."""
+        return [(s, row[key]) for s, row in self.steps.items() if key in row and math.isfinite(row[key])]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Names of the metrics that begin with `prefix`, sorted."""
+        return sorted({k for row in self.steps.values() for k in row if k.startswith(prefix)})
+
+    @property
+    def eval_steps(self) -> list[int]:
+        return _steps_with(self.steps, "eval/")
+
+    @property
+    def train_steps(self) -> list[int]:
+        return _steps_with(self.steps, "train/")
+
+
+def read_run(run_folder: Path) -> RunData:
+    """Raises `FileNotFoundError` only where the folder itself is missing."""
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {run_folder}")
+    notes: list[str] = []
+    config_text = read_text(run_folder / "config.yaml", notes)
+    try:
+        config = yaml.safe_load(config_text) or {}
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
+        config = {}
+        notes.append("config.yaml is not valid YAML")
+    about = read_text(run_folder / "run.json", notes)
+    info = object_in(about.encode())
+    if about and info is None:
+        notes.append("run.json is not valid JSON")
+    return RunData(
+        config_text=config_text,
+        config=config if isinstance(config, dict) else {},
+        info=info or {},
+        steps=read_steps(run_folder, notes),
+        notes=notes,
+    )
+
+
+def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[int]:
+    return [step for step, row in steps.items() if any(key.startswith(prefix) for key in row)]
+
+
+def read_steps(run_folder: Path, notes: list[str]) -> dict[int, dict[str, float]]:
+    """The figures of metrics.jsonl by step. Rows of one step are merged; of a step done twice the later ones count."""
+    steps: dict[int, dict[str, float]] = {}
+    for row in records_in(run_folder / METRICS, notes, dict, what="step's figures"):
+        step = row.get("step")
+        if isinstance(step, int):
+            numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
+            steps.setdefault(step, {}).update(numbers)
+    return dict(sorted(steps.items()))
+
+
+def _number(value: object) -> float | None:
+    """None for what is none, also for JSON's integers that no float holds."""
+    with contextlib.suppress(OverflowError):
+        return float(value) if isinstance(value, int | float) else None
+    return None
+
+
+# ---- files
 
 
 def read_text(path: Path, notes: list[str]) -> str:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from envs.types import Message
+from trainer.reports.comparison import Comparison
 from trainer.rollout import Rollout
 from trainer.run_files import write_atomically
 
 _MAX_TEXT_CHARS = 4000
 """A longer message is cut on the page; the whole stands in the JSONL file."""
+_MAX_QUESTION_CHARS = 600
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The HTML of `template`, which lies beside this file."""
+    """The HTML of `template`, a file of `templates/` or of `transcripts/`."""
+    here = Path(__file__).parent
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([here / "templates", here / "transcripts"]),
         # Everything a model, a tool or a config wrote is untrusted text.
         autoescape=True,
         undefined=StrictUndefined,
@@ -36,35 +38,44 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     return path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """One rollout as a page shows it."""
+def pairs_shown(c: Comparison) -> list[dict[str, Any]]:
+    """What the macro `pairs` reads: the tasks that changed most, with a typical rollout of each policy."""
+    out = []
+    for pair in c.pairs:
+        task = pair.rollouts[0].task
+        item = {k: v for k, v in task.item.items() if isinstance(v, str | int | float | bool)}
+        means = " → ".join(f"{mean:.2f}" for mean in pair.means)
+        out.append(
+            {
+                "task_id": pair.task_id,
+                "change": f"mean reward {means} ({pair.means[-1] - pair.means[0]:+.2f})",
+                "question": cut(task.messages[-1].content if task.messages else "", _MAX_QUESTION_CHARS),
+                "prompt": [message(m) for m in task.messages],
+                "item": cut(json.dumps(item, ensure_ascii=False), _MAX_QUESTION_CHARS) if item else "",
+                "sides": [shown(e.name, r) for e, r in zip(c.evaluations, pair.rollouts, strict=True)],
+            }
+        )
+    return out
 
-    heading: str
-    facts: str
-    explanation: str
-    messages: Sequence[dict[str, Any]]
-    """Those after the prompt."""
 
-
-def shown(heading: str, rollout: Rollout) -> Shown:
-    """Of a graded rollout."""
+def shown(heading: str, rollout: Rollout) -> dict[str, Any]:
+    """A graded rollout as a page shows it, without its prompt."""
     assert rollout.grade is not None
     episode = rollout.episode
     parts = "  ".join(f"{name} {value:+.3f}" for name, value in rollout.grade.parts.items())
-    facts = [
+    told = [
         f"reward {rollout.grade.reward:.3f}",
         f"{episode.num_tool_calls} calls",
         f"{episode.num_tokens:,} tokens",
         str(episode.stop_reason),
         parts,
     ]
-    return Shown(
-        heading=heading,
-        facts=" · ".join(filter(None, facts)),
-        explanation=cut(rollout.grade.explanation),
-        messages=[message(m) for m in episode.messages[len(rollout.task.messages) :]],
-    )
+    return {
+        "heading": heading,
+        "facts": " · ".join(filter(None, told)),
+        "explanation": cut(rollout.grade.explanation),
+        "messages": [message(m) for m in episode.messages[len(rollout.task.messages) :]],
+    }
 
 
 def message(m: Message) -> dict[str, Any]:
@@ -79,5 +90,6 @@ def message(m: Message) -> dict[str, Any]:
 
 
 def cut(text: object, limit: int = _MAX_TEXT_CHARS) -> str:
+    """The text, and how much of it was left out."""
     whole = str(text or "").strip()
     return whole if len(whole) <= limit else f"{whole[:limit]} … [{len(whole) - limit:,} more characters]"

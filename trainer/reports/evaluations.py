@@ -1,7 +1,8 @@
-"""The policies that are compared, read from the folders of runs and of preflights."""
+"""What is compared: evaluations, read from the folders of runs and of preflights."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from trainer.reports.run_reader import records_in, records_of_step, steps_in
+from trainer.reports.run_reader import read_steps, records_in, records_of_step, steps_in
 from trainer.rollout import Rollout
 from trainer.runs import rollout_from_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """One policy's rollouts of one evaluation."""
+class Evaluation:
+    """One policy's rollouts of the same tasks as another's."""
 
     name: str
     source: str
@@ -35,16 +36,33 @@ class Policy:
         return out
 
 
-def read_policies(arguments: Sequence[str]) -> list[Policy]:
+def read_evaluation(folder: Path, step: int, *, name: str, num_rollouts: float | None) -> Evaluation:
+    """The evaluation after `step`, of all processes, as far as it can be read. `num_rollouts`: what metrics count."""
+    notes: list[str] = []
+    rollouts = list(records_of_step(folder / "evals", step, notes, _rollout, what="rollout"))
+    if num_rollouts is not None and len(rollouts) < num_rollouts:
+        notes.append(f"evaluation after {step} steps: {len(rollouts)} of {num_rollouts:.0f} rollouts could be read")
+    return Evaluation(name=name, source=f"{folder}, step {step}", rollouts=rollouts, notes=notes)
+
+
+def _rollout(record: dict[str, Any]) -> Rollout:
+    """Without its tokens. Raises whatever a record that is none makes of it."""
+    rollout = rollout_from_json({**record, "ledgers": []})
+    if rollout.grade is not None and not math.isfinite(rollout.grade.reward):
+        raise ValueError("a reward is no number")
+    return rollout
+
+
+def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
     """Each argument is `FOLDER`, `FOLDER@STEP` or one of them after `NAME=`. Raises `UserError`."""
     if len(arguments) < 2:
         raise UserError("expected at least two policies to compare, such as run@0 run@8 for before and after")
     parsed = [_parse(argument) for argument in arguments]
-    policies = [_read(name, folder, step) for name, folder, step in parsed]
-    names = [p.name for p in policies]
+    evaluations = [_read(name, folder, step) for name, folder, step in parsed]
+    names = [e.name for e in evaluations]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two policies are called {min(twice)!r}; name them apart: NAME=FOLDER")
-    return policies
+    return evaluations
 
 
 def _parse(argument: str) -> tuple[str, Path, int | None]:
@@ -68,14 +86,9 @@ def _with_step(text: str) -> tuple[Path, int | None]:
     return Path(found[1]), int(found[2])
 
 
-def _read(name: str, folder: Path, step: int | None) -> Policy:
-    notes: list[str] = []
+def _read(name: str, folder: Path, step: int | None) -> Evaluation:
     if (folder / "preflight.json").is_file() and step is None:
-        path = folder / "rollouts.jsonl"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
-        name, source = name or folder.resolve().name, f"{folder}, preflight"
-        rollouts = list(records_in(path, notes, rollout_of, what="rollout"))
+        evaluation = _of_preflight(folder, name or folder.resolve().name)
     else:
         steps = steps_in(folder / "evals")
         if not steps:
@@ -85,13 +98,18 @@ def _read(name: str, folder: Path, step: int | None) -> Policy:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(f"{folder}: holds no evaluation at step {step}; it has {', '.join(map(str, steps))}")
-        name, source = name or f"{folder.resolve().name}@{step}", f"{folder}, step {step}"
-        rollouts = list(records_of_step(folder / "evals", step, notes, rollout_of, what="rollout"))
-    if not rollouts:
-        raise UserError(f"{source}: holds no rollout; {'; '.join(notes) or 'its files are empty'}")
-    return Policy(name=name, source=source, rollouts=rollouts, notes=notes)
+        counted = read_steps(folder, []).get(step, {}).get("eval/rollouts")
+        name = name or f"{folder.resolve().name}@{step}"
+        evaluation = read_evaluation(folder, step, name=name, num_rollouts=counted)
+    if not evaluation.rollouts:
+        raise UserError(f"{evaluation.source}: holds no rollout; {'; '.join(evaluation.notes) or 'its file is empty'}")
+    return evaluation
 
 
-def rollout_of(record: dict[str, Any]) -> Rollout:
-    """Without its tokens. Raises whatever a record that is none makes of it."""
-    return rollout_from_json({**record, "ledgers": []})
+def _of_preflight(folder: Path, name: str) -> Evaluation:
+    path = folder / "rollouts.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
+    notes: list[str] = []
+    rollouts = list(records_in(path, notes, _rollout, what="rollout"))
+    return Evaluation(name=name, source=f"{folder}, preflight", rollouts=rollouts, notes=notes)

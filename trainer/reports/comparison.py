@@ -1,10 +1,10 @@
-"""Policies side by side on the tasks that they share. Pure.
+"""Policies side by side on the tasks that they share; one alone is a table of its means. Pure.
 
 Shape suffixes: P policies, T shared tasks.
 
 Every figure of a policy is the mean over the shared tasks of its mean over that task's graded rollouts, so that a task
-counts the same however often it was rolled out. The first policy is the baseline; intervals are paired bootstraps over
-tasks (see `trainer.bootstrap`), seeded. Tails (p50, p90, p95, max) are over single rollouts and have no interval.
+counts the same however often it was rolled out. The first policy is the baseline; intervals are those of
+`trainer.measures.intervals`. Tails (p50, p90, p95, max) are over single rollouts and have no interval.
 
 Latency is that of each evaluation's own machine and load: rollouts that share an engine slow each other down. Compare
 latencies of runs on the same hardware with as many rollouts at once, or compare tokens and calls instead.
@@ -20,12 +20,12 @@ from statistics import fmean
 import numpy as np
 
 from envs.errors import UserError
-from trainer.bootstrap import Floats, Interval, intervals, paired_differences
-from trainer.compare_data import Policy
-from trainer.measures import MEASURES, Masked, Measure, masked_causes
+from trainer.measures.catalogue import Measure, Place, measure, shown_in
+from trainer.measures.intervals import Floats, Interval, intervals
+from trainer.measures.masked import Masked, masked_causes
+from trainer.reports.evaluations import Evaluation
 from trainer.rollout import Rollout
 
-_TAILS = ("tool_calls", "tokens", "latency_s")
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "max": 1.0}
 _NUM_GAINS, _NUM_LOSSES = 3, 2
 DEFAULT_BY = "kind"
@@ -52,8 +52,8 @@ class Pair:
     """A task with one typical rollout of each policy."""
 
     task_id: str
-    difference: float
-    """In mean reward, of the last policy to the first."""
+    means: Sequence[float]
+    """Mean reward of each policy."""
     rollouts: Sequence[Rollout]
 
 
@@ -61,7 +61,7 @@ class Pair:
 class Comparison:
     """Everything that the table, the Markdown and the page show."""
 
-    policies: Sequence[Policy]
+    evaluations: Sequence[Evaluation]
     """Their rollouts are those of shared tasks, graded only."""
     num_tasks: int
     num_left_out: int
@@ -70,23 +70,26 @@ class Comparison:
     """By policy: rollouts without a grade, for each kind of reason that there is."""
     lines: Sequence[Line]
     tails: Mapping[str, Sequence[Mapping[str, float]]]
-    """Measure → by policy: quantile → value."""
+    """Key of the measure → by policy: quantile → value."""
     by: str
     kinds: Mapping[str, Sequence[Line]]
     """Kind of question → its lines; empty where the tasks have no such key, or one value only."""
     errors: Mapping[str, Sequence[float]]
     """Errors per rollout by kind → by policy."""
     pairs: Sequence[Pair]
-    seed: int
+
+    def line(self, key: str) -> Line | None:
+        """None where not every shared task of every policy has the measure."""
+        return next((line for line in self.lines if line.measure.key == key), None)
 
 
-def compare(policies: Sequence[Policy], *, by: str | None = None, seed: int = 0) -> Comparison:
+def compare(evaluations: Sequence[Evaluation], *, by: str | None = None, seed: int = 0) -> Comparison:
     """`by` is the key of a task's item that tells kinds of question apart. Raises `UserError` for nothing in common."""
-    graded = [p.graded() for p in policies]
+    graded = [e.graded() for e in evaluations]
     shared = [t for t in graded[0] if all(t in other for other in graded[1:])]
     if not shared:
         raise UserError(
-            f"{', '.join(p.name for p in policies)}: no task has a graded rollout of every policy; "
+            f"{', '.join(e.name for e in evaluations)}: no task has a graded rollout of every policy; "
             "expected evaluations of the same tasks (same task ids)"
         )
     kind_of = {t: _kind(graded[0][t][0], by or DEFAULT_BY) for t in shared}
@@ -95,21 +98,20 @@ def compare(policies: Sequence[Policy], *, by: str | None = None, seed: int = 0)
             f"--by {by}: no task's item has this key; it has {', '.join(graded[0][shared[0]][0].task.item)}"
         )
     kinds = sorted({kind for kind in kind_of.values() if kind})
-    mine = [replace(p, rollouts=[r for t in shared for r in g[t]]) for p, g in zip(policies, graded, strict=True)]
+    mine = [replace(p, rollouts=[r for t in shared for r in g[t]]) for p, g in zip(evaluations, graded, strict=True)]
     return Comparison(
-        policies=mine,
+        evaluations=mine,
         num_tasks=len(shared),
         num_left_out=len({t for g in graded for t in g} - set(shared)),
-        num_masked=_num_masked(policies),
+        num_masked=_num_masked(evaluations),
         lines=_lines(graded, shared, seed),
-        tails={key: [_tail(p.rollouts, key) for p in mine] for key in _TAILS},
+        tails={m.key: [_tail(e.rollouts, m) for e in mine] for m in shown_in(Place.TAILS)},
         by=by or DEFAULT_BY,
         kinds={kind: _lines(graded, [t for t in shared if kind_of[t] == kind], seed) for kind in kinds}
         if len(kinds) > 1
         else {},
         errors=_errors(mine),
         pairs=_pairs(graded, shared),
-        seed=seed,
     )
 
 
@@ -119,54 +121,40 @@ def _kind(rollout: Rollout, by: str) -> str:
 
 
 def _lines(graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[str], seed: int) -> list[Line]:
-    """Of every measure that all rollouts have."""
+    """Of every measure that all tasks of all policies have."""
     lines = []
-    for measure in MEASURES:
-        values_PT = _task_means(graded, tasks, measure)
+    for shown in shown_in(Place.TABLE):
+        values_PT = _task_means(graded, tasks, shown)
         if values_PT is not None:
-            means, changes = intervals(values_PT, seed=seed), paired_differences(values_PT, seed=seed)
-            lines.append(Line(measure=measure, means=means, differences=changes))
+            means, differences = intervals(values_PT, seed=seed)
+            lines.append(Line(measure=shown, means=means, differences=differences))
     return lines
 
 
 def _task_means(
-    graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[str], measure: Measure
+    graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[str], shown: Measure
 ) -> Floats | None:
-    rows: list[list[float]] = []
-    for by_task in graded:
-        row = []
-        for task_id in tasks:
-            values = [value for r in by_task[task_id] if (value := measure.of(r)) is not None]
-            if not values:
-                return None
-            row.append(fmean(values))
-        rows.append(row)
-    return np.array(rows)
+    values = [[shown.values(by_task[task_id]) for task_id in tasks] for by_task in graded]
+    return np.array([[fmean(v) for v in row] for row in values]) if all(v for row in values for v in row) else None
 
 
-def values(rollouts: Sequence[Rollout], key: str) -> list[float]:
-    """A measure of each rollout that has it."""
-    measure = next(m for m in MEASURES if m.key == key)
-    return [value for r in rollouts if (value := measure.of(r)) is not None]
+def _tail(rollouts: Sequence[Rollout], shown: Measure) -> dict[str, float]:
+    values = shown.values(rollouts)
+    return {name: float(np.quantile(values, q)) for name, q in _QUANTILES.items()} if values else {}
 
 
-def _tail(rollouts: Sequence[Rollout], key: str) -> dict[str, float]:
-    measured = values(rollouts, key)
-    return {name: float(np.quantile(measured, q)) for name, q in _QUANTILES.items()}
-
-
-def _num_masked(policies: Sequence[Policy]) -> dict[Masked, list[int]]:
-    causes = [masked_causes(p.rollouts) for p in policies]
+def _num_masked(evaluations: Sequence[Evaluation]) -> dict[Masked, list[int]]:
+    causes = [masked_causes(e.rollouts) for e in evaluations]
     return {
         kind: [c[kind].total() if kind in c else 0 for c in causes] for kind in Masked if any(kind in c for c in causes)
     }
 
 
-def _errors(policies: Sequence[Policy]) -> dict[str, list[float]]:
+def _errors(evaluations: Sequence[Evaluation]) -> dict[str, list[float]]:
     """Per graded rollout: tool errors by kind, malformed calls, grader errors by kind, episodes without an answer."""
-    counts = [Counter[str]() for _ in policies]
-    for count, policy in zip(counts, policies, strict=True):
-        for rollout in policy.rollouts:
+    counts = [Counter[str]() for _ in evaluations]
+    for count, evaluation in zip(counts, evaluations, strict=True):
+        for rollout in evaluation.rollouts:
             for turn in rollout.episode.turns:
                 count["malformed call"] += turn.malformed
                 count.update(f"tool: {result.error}" for result in turn.results if result.error is not None)
@@ -174,7 +162,7 @@ def _errors(policies: Sequence[Policy]) -> dict[str, list[float]]:
             if not rollout.episode.stop_reason.is_complete:
                 count[f"ended by {rollout.episode.stop_reason}"] += 1
     names = sorted({name for count in counts for name in count if count[name]})
-    return {n: [c[n] / len(p.rollouts) for c, p in zip(counts, policies, strict=True)] for n in names}
+    return {n: [c[n] / len(e.rollouts) for c, e in zip(counts, evaluations, strict=True)] for n in names}
 
 
 def _pairs(graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[str]) -> list[Pair]:
@@ -182,24 +170,32 @@ def _pairs(graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[st
 
     Both, or the choice would flatter. Where fewer tasks changed in reward, those whose calls changed most fill up.
     """
-    means = [{t: fmean(r.grade.reward for r in g[t] if r.grade) for t in tasks} for g in graded]
-    calls = [{t: fmean(r.episode.num_tool_calls for r in g[t]) for t in tasks} for g in graded]
-    change = {t: means[-1][t] - means[0][t] for t in tasks}
+    reward, calls = measure("reward"), measure("tool_calls")
+    means = {t: [fmean(reward.values(g[t])) for g in graded] for t in tasks}
+    change = {t: means[t][-1] - means[t][0] for t in tasks}
+    moved = {t: abs(fmean(calls.values(graded[-1][t])) - fmean(calls.values(graded[0][t]))) for t in tasks}
     ranked = sorted(tasks, key=lambda t: -change[t])
-    chosen = [t for t in ranked[:_NUM_GAINS] if change[t] > 0] + [
-        t for t in ranked[::-1][:_NUM_LOSSES] if change[t] < 0
-    ]
-    by_calls = sorted(tasks, key=lambda t: -abs(calls[-1][t] - calls[0][t]))
-    chosen += [t for t in by_calls if t not in chosen and calls[-1][t] != calls[0][t]]
+    chosen = [t for t in ranked[:_NUM_GAINS] if change[t] > 0]
+    chosen += [t for t in ranked[::-1][:_NUM_LOSSES] if change[t] < 0]
+    chosen += [t for t in sorted(tasks, key=lambda t: -moved[t]) if t not in chosen and moved[t]]
     return [
         Pair(
             task_id=t,
-            difference=change[t],
+            means=means[t],
             rollouts=[
-                # The rollout nearest to the task's mean is the typical one.
-                min(g[t], key=lambda r, m=mean[t]: abs((r.grade.reward if r.grade else 0.0) - m))  # type: ignore[misc]
-                for g, mean in zip(graded, means, strict=True)
+                _typical(g[t], mean, change[t] if i else -change[t])
+                for i, (g, mean) in enumerate(zip(graded, means[t], strict=True))
             ],
         )
         for t in chosen[: _NUM_GAINS + _NUM_LOSSES]
     ]
+
+
+def _typical(rollouts: Sequence[Rollout], mean: float, direction: float) -> Rollout:
+    """The rollout nearest to the task's mean reward; of two as near, the one in the direction of the change."""
+
+    def distance(rollout: Rollout) -> tuple[float, float]:
+        reward = rollout.grade.reward if rollout.grade else mean
+        return round(abs(reward - mean), 6), -direction * reward
+
+    return min(rollouts, key=distance)

@@ -26,12 +26,11 @@ from markupsafe import Markup
 
 from envs.errors import UserError
 from trainer.model_cache import resolve_model
-from trainer.page import render_page
-from trainer.reports.run_reader import records_of_step, steps_in
-from trainer.run_data import read_run
+from trainer.reports.pages import render_page
+from trainer.reports.run_reader import read_run, records_of_step, steps_in
+from trainer.reports.transcripts.records import TokenFigures, index_line, number, record, text
 from trainer.run_files import step_files, write_atomically
 from trainer.samples import Sample
-from trainer.transcript_records import TokenFigures, index_line, number, record, text
 
 PAGE = "transcripts.html"
 TOKEN_FIGURES = "tokens"
@@ -228,9 +227,9 @@ def _base64(json_text: str) -> str:
 
 
 def _render(**values: Any) -> str:
-    script, style = _asset("transcripts.js"), _asset("transcripts.css")
+    script, style = _asset("viewer.js"), _asset("viewer.css")
     return render_page(
-        "transcripts_template.html",
+        "viewer.html",
         script=Markup(script),
         style=Markup(style),
         script_hash=_hash(script),

@@ -1,0 +1,1 @@
+"""Figures of rollouts: what they are called, how they are taken, and how sure they are."""

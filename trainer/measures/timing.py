@@ -1,0 +1,40 @@
+"""Where the wall-clock time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from trainer.measures.summary import Metrics
+from trainer.rollout import Rollout
+from trainer.samples import Sample
+
+
+class Stopwatch:
+    """Splits a step's wall-clock time into laps."""
+
+    def __init__(self) -> None:
+        self._start = self._lap_start = time.perf_counter()
+        self._laps_s: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What has passed since the last lap belongs to `name`."""
+        now = time.perf_counter()
+        self._laps_s[name] = now - self._lap_start
+        self._lap_start = now
+
+    def metrics(self, rollouts: Sequence[Rollout], samples: Sequence[Sample], *, has_kl: bool) -> Metrics:
+        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
+
+        Trained tokens are those of rows with an advantage: without a KL term the others cost the trainer nothing.
+        """
+        num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
+        num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage or has_kl)
+        step_s = time.perf_counter() - self._start
+        work_s = self._laps_s["rollouts"] + self._laps_s["training"]
+        return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {
+            "time/step_s": step_s,
+            "time/other_share": 1 - work_s / step_s,
+            "throughput/sampled_tokens_per_s": num_sampled_tokens / self._laps_s["rollouts"],
+            "throughput/trained_tokens_per_s": num_trained_tokens / self._laps_s["training"],
+        }

@@ -1,0 +1,330 @@
+"""The report of a run: one HTML file that needs no network, no server and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from envs.errors import UserError
+from trainer.measures.catalogue import COUNTS, Place, shown_in
+from trainer.measures.masked import WHY_MASKED
+from trainer.reports.comparison import Comparison, compare
+from trainer.reports.comparison_page import remarks, side_by_side
+from trainer.reports.drawing import Series, line_chart, stacked_chart
+from trainer.reports.evaluations import read_evaluation
+from trainer.reports.pages import pairs_shown, write_page
+from trainer.reports.run_reader import RunData, read_run
+from trainer.reports.tables import Grid, facts
+from trainer.reports.transcripts.write import PAGE as TRANSCRIPTS
+
+
+def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
+    """Write `report.html` into the run folder from what lies there, and return its path.
+
+    `serve_command` serves the adapter; without it `serve_command` of `run.json` is shown. Pieces that are missing are
+    left out; a `transcripts.html` that lies there is linked to. Raises `FileNotFoundError` where there is no such
+    folder.
+    """
+    data = read_run(run_folder)
+    adapter = run_folder / "adapter"
+    comparison, unread = _compared(data, run_folder)
+    return write_page(
+        run_folder / "report.html",
+        "run.html",
+        title=run_folder.resolve().name,
+        facts=_facts(data),
+        notes=[*_notes(data), *unread],
+        transcripts=TRANSCRIPTS if (run_folder / TRANSCRIPTS).exists() else "",
+        table=before_after_table(comparison) if comparison else None,
+        remarks=_remarks(comparison) if comparison else [],
+        sections=_sections(data),
+        health=_health(data),
+        pairs=pairs_shown(comparison) if comparison else [],
+        config=_with_resolved(data),
+        versions=_versions(data),
+        adapter=str(adapter.resolve()) if adapter.exists() else "",
+        serve_command=serve_command or str(data.info.get("serve_command") or ""),
+    )
+
+
+def before_and_after(run_folder: Path) -> Comparison | None:
+    """The first evaluation against the last; the first alone where there is no other, None where there is none.
+
+    Evaluations of which no rollout with a grade can be read are left out. Raises `FileNotFoundError`.
+    """
+    return _compared(read_run(run_folder), run_folder)[0]
+
+
+def before_after_table(comparison: Comparison) -> Grid:
+    """As the page, the terminal and Markdown show it."""
+    title = "Before and after training" if len(comparison.evaluations) > 1 else "On held-out tasks"
+    return side_by_side(comparison, comparison.lines, id="before-after", title=title, corner="held-out tasks")
+
+
+def _compared(data: RunData, run_folder: Path) -> tuple[Comparison | None, list[str]]:
+    """The comparison, and what of the evaluations could not be read."""
+    steps = data.eval_steps
+    evaluations = [
+        read_evaluation(
+            run_folder,
+            step,
+            # A run without an evaluation at step 0 does not claim to show "before".
+            name=f"step {step}" if step else "before",
+            num_rollouts=data.steps[step].get("eval/rollouts"),
+        )
+        for step in dict.fromkeys([*steps[:1], *steps[-1:]])
+    ]
+    notes = [note for evaluation in evaluations for note in evaluation.notes]
+    readable = [evaluation for evaluation in evaluations if evaluation.graded()]
+    try:
+        return (compare(readable) if readable else None), notes
+    except UserError as e:
+        return compare(readable[:1]), [*notes, str(e)]
+
+
+def _remarks(c: Comparison) -> list[str]:
+    """How much the table's figures rest on."""
+    numbers = ", ".join(f"{len(e.rollouts)} ({e.name})" for e in c.evaluations)
+    said = [note for e in c.evaluations for note in e.notes]
+    rest = [remark for remark in remarks(c) if not any(remark.endswith(note) for note in said)]
+    return [f"{c.num_tasks} held-out tasks; graded rollouts of them: {numbers}.", *rest]
+
+
+def _facts(data: RunData) -> list[tuple[str, str]]:
+    """What stands under the title."""
+    planned = _in_config(data, "optim", "num_steps")
+    done = max(data.train_steps, default=0)
+    facts = [
+        ("run", str(data.info.get("run_id") or "")),
+        ("model", _in_config(data, "model", "name")),
+        ("weights", _resolved(data).get("model.dtype") or _in_config(data, "model", "dtype")),
+        ("seed", _in_config(data, "seed")),
+        ("steps", f"{done} of {planned}" if planned else str(done)),
+        ("started", str(data.info.get("started") or "")),
+        ("hardware", str(data.info.get("hardware") or "")),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _in_config(data: RunData, *keys: str) -> str:
+    value: Any = data.config
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return "" if value is None else str(value)
+
+
+def _resolved(data: RunData) -> Mapping[str, str]:
+    """What `auto` meant, by key; empty for a run that did not note it."""
+    found = data.info.get("resolved")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _with_resolved(data: RunData) -> str:
+    """The config as it stands, and behind each `auto` what it meant."""
+    lines: list[str] = []
+    meant, section = _resolved(data), ""
+    for line in data.config_text.splitlines():
+        name, colon, value = line.partition(":")
+        if colon and not line.startswith(" "):
+            section = name
+        key = f"{section}.{name.strip()}" if line.startswith("  ") and not line.startswith("   ") else ""
+        lines.append(f"{line}  # {meant[key]}" if value.strip() == "auto" and key in meant else line)
+    return "\n".join(lines)
+
+
+def _notes(data: RunData) -> list[str]:
+    """What is not there and why a reader might miss it."""
+    notes = list(data.notes)
+    planned, done = _in_config(data, "optim", "num_steps"), max(data.train_steps, default=0)
+    if planned.isdigit() and done < int(planned):
+        notes.append(f"the run has not finished: {done} of {planned} steps are done")
+    if not data.eval_steps:
+        notes.append("there is no evaluation on held-out tasks yet")
+    elif len(data.eval_steps) == 1:
+        notes.append("there is one evaluation only: nothing to compare it with yet")
+    for step in data.eval_steps:
+        if masked := data.steps[step].get("eval/masked_rollouts"):
+            kinds = _kinds_of_masked({k: data.steps[step].get(f"eval/masked_by/{k}", 0.0) for k in WHY_MASKED})
+            notes.append(f"evaluation after {step} steps: {masked:.0f} rollouts have no grade{kinds}")
+    return notes
+
+
+def _kinds_of_masked(counts: Mapping[str, float]) -> str:
+    """Why rollouts have no grade, to go on with; empty where the run did not note it."""
+    kinds = ", ".join(f"{count:,.0f} {WHY_MASKED[kind]}" for kind, count in counts.items() if count)
+    return f": {kinds}" if kinds else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chart:
+    """A picture over the steps: what a new one needs. Without data it is left out."""
+
+    section: str
+    title: str
+    unit: str
+    series: Callable[[RunData], Sequence[Series]]
+    is_share: bool = False
+    stacked: bool = False
+    """A bar a step; where a series has no value it counts as zero."""
+
+    def draw(self, data: RunData) -> Markup:
+        draw = stacked_chart if self.stacked else line_chart
+        return draw(self.title, self.series(data), unit=self.unit, percent=self.is_share)
+
+
+def _named(prefix: str, suffix: str = "") -> Callable[[RunData], list[Series]]:
+    """A series for each metric of the prefix, named by what follows it."""
+
+    def series(data: RunData) -> list[Series]:
+        keys = [k for k in data.keys(prefix) if k.endswith(suffix)]
+        return [Series(name=k[len(prefix) : len(k) - len(suffix)], points=data.series(k)) for k in keys]
+
+    return series
+
+
+def _one(key: str, name: str) -> Callable[[RunData], list[Series]]:
+    return lambda data: [Series(name=name, points=data.series(key))]
+
+
+def _train_and_eval(keys: Mapping[str, str]) -> Callable[[RunData], list[Series]]:
+    """Training and held-out tasks of each key, which has a name where there are several."""
+
+    def series(data: RunData) -> list[Series]:
+        return [
+            Series(name=f"{name}{part}", points=data.series(f"{where}/{key}"), marks_only=where == "eval")
+            for key, name in keys.items()
+            for part, where in (("training", "train"), ("held out", "eval"))
+        ]
+
+    return series
+
+
+def _reasoning(data: RunData) -> list[Series]:
+    """Nothing for a model that does not reason."""
+    both = {"reasoning_tokens": "reasoning, ", "answer_tokens": "calls and answer, "}
+    return _train_and_eval(both)(data) if any(v > 0 for _, v in data.series("train/reasoning_tokens")) else []
+
+
+def _watching(data: RunData) -> list[Series]:
+    watching = data.series("train/watch/score")
+    both = [Series(name="grader, trained on", points=_grader_score(data)), Series(name="watching", points=watching)]
+    return both if watching else []
+
+
+def _grader_score(data: RunData) -> list[tuple[int, float]]:
+    """What the watching grader is compared with: its own score and the divergence add up to the grader's."""
+    divergence = dict(data.series("train/watch/divergence"))
+    return [(step, watch + divergence[step]) for step, watch in data.series("train/watch/score") if step in divergence]
+
+
+def _laps(data: RunData) -> list[Series]:
+    usual = ["time/rollouts_s", "time/training_s", "time/publish_s"]
+    others = [k for k in data.keys("time/") if k.endswith("_s") and k not in [*usual, "time/step_s"]]
+    parts = [k for k in usual if data.series(k)] + others
+    series = [Series(name=k.removeprefix("time/").removesuffix("_s"), points=data.series(k)) for k in parts]
+    rest = []
+    for step, whole in data.series("time/step_s"):
+        known = sum(data.steps[step].get(k, 0.0) for k in parts)
+        rest.append((step, max(0.0, whole - known)))
+    return [*series, Series(name="other", points=rest)]
+
+
+_CURVES, _REWARD, _TIME = "Learning curves", "Where the reward comes from", "Time of a step"
+_GRADER, _SERVERS, _GROUPS = "Grader", "Servers", "Groups, and engine against trainer"
+_OTHER_TIME = "Time outside rollouts, training and publishing"
+_CHARTS: tuple[_Chart, ...] = (
+    *(
+        _Chart(section=_CURVES, title=m.title, unit=m.unit, series=_train_and_eval({m.key: ""}), is_share=m.is_share)
+        for m in shown_in(Place.CURVE)
+    ),
+    _Chart(section=_CURVES, title="Reasoning and answer tokens", unit="tokens per rollout", series=_reasoning),
+    _Chart(section=_REWARD, title="Reward parts", unit="mean reward", series=_named("train/part/")),
+    _Chart(
+        section=_REWARD,
+        title="How episodes end",
+        unit="share of rollouts",
+        series=_named("train/stop/"),
+        is_share=True,
+        stacked=True,
+    ),
+    _Chart(section=_REWARD, title="Calls by tool", unit="calls per rollout", series=_named("train/tool/", "/calls")),
+    _Chart(section=_REWARD, title="Tool errors", unit="errors per rollout", series=_named("train/tool/", "/errors")),
+    _Chart(section=_REWARD, title="Tool latency", unit="seconds per call", series=_named("train/tool/", "/latency_s")),
+    _Chart(section=_REWARD, title="Tool outputs", unit="tokens per call", series=_named("train/tool/", "/tokens")),
+    _Chart(section=_TIME, title="Time split", unit="seconds", series=_laps, stacked=True),
+    _Chart(
+        section=_TIME,
+        title=_OTHER_TIME,
+        unit="share of the step",
+        series=_one("time/other_share", "share of the step"),
+        is_share=True,
+    ),
+    _Chart(section=_GRADER, title="The grader and the one that only watches", unit="mean score", series=_watching),
+    _Chart(section=_GRADER, title="Scores inside the grader", unit="mean score", series=_named("train/score/")),
+    _Chart(section=_GRADER, title="Grader errors", unit="errors per rollout", series=_named("train/grader_error/")),
+    _Chart(section=_GRADER, title="Judge tokens", unit="tokens per rollout", series=_named("train/judge_tokens/")),
+    _Chart(
+        section=_GRADER,
+        title="Grader latency",
+        unit="seconds per rollout",
+        series=_one("train/grader_latency_s", "grader"),
+    ),
+)
+_OWN_CHARTS = {
+    "http/": _SERVERS,
+    "grader/": _SERVERS,
+    "judge/": _SERVERS,
+    "sandbox/": _SERVERS,
+    "loss/": "Loss",
+    "groups/": _GROUPS,
+    "canary/": _GROUPS,
+}
+"""Every metric of these prefixes has a picture of its own, under its own key."""
+
+
+def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
+    """Pictures under their headings; those without data are left out."""
+    charts = [*_CHARTS, *(chart for prefix, section in _OWN_CHARTS.items() for chart in _each(data, prefix, section))]
+    sections: dict[str, list[Markup]] = {}
+    for chart in charts:
+        if drawn := chart.draw(data):
+            sections.setdefault(chart.section, []).append(drawn)
+    return list(sections.items())
+
+
+def _each(data: RunData, prefix: str, section: str) -> list[_Chart]:
+    charts = []
+    for key in data.keys(prefix):
+        is_share = "share" in key or "applied" in key
+        unit = "nats a token" if "mismatch" in key else "share" if is_share else "value"
+        charts.append(_Chart(section=section, title=key, unit=unit, series=_one(key, key.removeprefix(prefix))))
+    return charts
+
+
+def _health(data: RunData) -> Grid:
+    """(what, over the run, meaning): what should be zero or small in a healthy run."""
+    masked = _kinds_of_masked({k: sum(v for _, v in data.series(f"train/masked_by/{k}")) for k in WHY_MASKED})
+    rows = []
+    for count in COUNTS:
+        values = [v for _, v in data.series(f"train/{count.key}")] if count.is_health else []
+        if values:
+            why = masked if count.key == "masked_rollouts" else ""
+            rows.append((count.label, f"{sum(values):,.0f} in all", f"{count.meaning}{why}"))
+    if tied := [v for _, v in data.series("groups/tied_share")]:
+        meaning = "all rewards equal: nothing to learn from in the group"
+        rows.append(("tied groups", f"{fmean(tied):.1%} on average", meaning))
+    for measure in shown_in(Place.HEALTH):
+        if values := [v for _, v in data.series(f"train/{measure.key}")]:
+            rows.append((measure.label, f"{measure.show(fmean(values))} on average", measure.meaning))
+    return facts("health", rows, has_remarks=True)
+
+
+def _versions(data: RunData) -> Grid:
+    versions = data.info.get("versions")
+    rows = [(str(k), str(v)) for k, v in versions.items()] if isinstance(versions, dict) else []
+    return facts("versions", rows, has_remarks=True)

@@ -1,0 +1,1 @@
+"""The transcript viewer: every rollout of a run on one page."""

@@ -17,6 +17,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class WorldSettings(Settings):
+    """Settings of a world."""
+
+    type: str
+
+
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ from envs.base import Env, Responds
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
 from envs.reading.variables import NAME, expand
-from envs.settings import Settings
+from envs.settings import Settings, WorldSettings
 from envs.types import Message, Task, Turn
 from envs.user_code import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
 
@@ -80,6 +80,19 @@ class EngineUserConfig(_Spoken):
 UserConfig = Annotated[
     ScriptUserConfig | UrlUserConfig | ModelUserConfig | EngineUserConfig, Field(discriminator="type")
 ]
+
+
+@runtime_checkable
+class TakesUser(Protocol):
+    """Settings of a world that may be given a simulated user."""
+
+    @property
+    def user(self) -> UserConfig | None: ...
+
+
+def user_of(world: WorldSettings) -> UserConfig | None:
+    """The simulated user that a world's settings ask for."""
+    return world.user if isinstance(world, TakesUser) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

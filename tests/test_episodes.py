@@ -16,6 +16,7 @@ from test_rollout import CONFIG, TASK, LengthGrader, Played, Writer, assert_ledg
 from test_rollout import World as PlainWorld
 
 from envs.errors import UserError, WorldError
+from envs.registry import build_world
 from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.tools import Tool, tool
@@ -26,7 +27,6 @@ from graders.user.custom import conversation
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert
-from trainer.job import build_world
 from trainer.offer import tools_offered
 from trainer.rollout import MALFORMED_ANSWER, RolloutRequest, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json

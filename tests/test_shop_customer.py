@@ -12,13 +12,13 @@ import pytest
 from servers import REPOSITORY
 from test_rollout import Writer
 
+from envs.registry import build_world
 from envs.types import StopReason
 from graders.build import build_grader
 from graders.penalties import PenaltiesConfig
 from trainer.chat import Chat
 from trainer.config import RunConfig, load_config
 from trainer.expert import play_expert
-from trainer.job import build_world
 from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
 
 CONFIG = REPOSITORY / "configs" / "shop_customer.yaml"

@@ -8,20 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     model_validator,
 )
 
-from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, told_of
-from envs.finance.config import FinanceConfig
 from envs.reading.documents import apply_override, from_file, read_document
 from envs.reading.rows import FileOrDataset
+from envs.registry import WorldConfig
 from envs.remote.config import RemoteConfig
 from envs.settings import JsonObject, Settings
+from envs.users import user_of
 from envs.validation import on_one_screen
 from graders.build import check_grader
 from graders.config import GRADER_TYPES, GraderConfig
@@ -255,22 +253,10 @@ class CheckpointConfig(Settings):
     keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
 
 
-def _world_type(value: Any) -> str:
-    return str(value.get("type", "remote") if isinstance(value, dict) else getattr(value, "type", "remote"))
-
-
 def _empty_where_null(value: Any) -> Any:
     if isinstance(value, str):
         raise ValueError(f"expected settings, such as {{type: {value}, ...}}")
     return {} if value is None else value
-
-
-WorldConfig = Annotated[
-    Annotated[FinanceConfig, Tag("finance")]
-    | Annotated[RemoteConfig, Tag("remote")]
-    | Annotated[CustomEnvConfig, Tag("custom")],
-    Discriminator(_world_type),
-]
 
 
 class RunConfig(Settings):
@@ -333,7 +319,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _user_has_a_base_model(self) -> RunConfig:
-        user = None if isinstance(self.world, FinanceConfig) else self.world.user
+        user = user_of(self.world)
         if user is not None and not self.rollout.max_user_turns:
             raise ValueError("world.user: rollout.max_user_turns is 0, so the user would never say a word")
         if user is not None and user.type == "engine" and self.engine.publish == "merged":

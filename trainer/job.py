@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from envs.base import Checks, Closes, Env, Responds, World
-from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import UserError, told_of
-from envs.finance.config import FinanceConfig
-from envs.finance.world import FinanceWorld
 from envs.limits.clocks import time_limit
 from envs.limits.threads import thread_metrics
+from envs.registry import build_world
 from envs.remote.config import RemoteConfig
-from envs.remote.world import RemoteWorld
 from envs.tools import Tool
 from envs.types import Task
 from envs.user_code import looked_at
@@ -28,7 +25,7 @@ from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
 from trainer.chat import Chat, TemplateRefused
-from trainer.config import RunConfig, WorldConfig
+from trainer.config import RunConfig
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
 from trainer.engine_arguments import check_engine, shared_memory_is_short
@@ -170,17 +167,6 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         chat=chat,
         grammar=_grammar(config.rollout.response_format, chat=chat, model_path=model_path),
     )
-
-
-def build_world(config: WorldConfig) -> World:
-    """Raises `UserError` for a world that can't be had, such as an MCP server that does not answer."""
-    match config:
-        case FinanceConfig():
-            return FinanceWorld(config)
-        case RemoteConfig():
-            return RemoteWorld(config)
-        case CustomEnvConfig():
-            return CustomWorld(config)
 
 
 def _check_response_format(config: RunConfig, offered: Mapping[str, Tool], tasks: Sequence[Task]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, WorldError
-from envs.remote.config import RemoteConfig
+from envs.settings import WorldSettings
 from envs.types import Task
 from envs.users import (
     EngineUserConfig,
@@ -17,27 +16,25 @@ from envs.users import (
     UrlUserConfig,
     UrlUsers,
     Users,
+    user_of,
 )
 from graders.hosted.templates import Template
 from graders.hosted.view import item_of
 from graders.judges.base import Judge, JudgeConfig, JudgeRequest, JudgeSampling, check_judge
 from graders.judges.openai_judge import OpenAIJudge
 from graders.types import taken_metrics
-from trainer.config import WorldConfig
 from trainer.engine_judge import EngineJudge
 
 _OPENING = "Hello. What can I do for you?"
 """The model's part before the user's first words: many templates take no conversation that begins with a reply."""
 
 
-def build_users(config: WorldConfig) -> Users | None:
+def build_users(config: WorldSettings) -> Users | None:
     """Who plays the user, by `world.user`; None where nobody does. Raises `UserError`.
 
     An `EngineUsers` has to be bound to the engine when that has started.
     """
-    if not isinstance(config, RemoteConfig | CustomEnvConfig):
-        return None
-    match config.user:
+    match user_of(config):
         case ScriptUserConfig() as user:
             return ScriptUsers(user)
         case UrlUserConfig() as user:

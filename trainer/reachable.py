@@ -22,15 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
-from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError
 from envs.reading.variables import expand
 from envs.remote.config import RemoteConfig
 from envs.secrets import hidden_in
 from envs.terminal import say
-from envs.users import ModelUserConfig, UrlUserConfig
+from envs.users import ModelUserConfig, UrlUserConfig, user_of
 from graders.config import GraderConfig, MultiConfig
-from graders.judges.model_graders import LabelModelConfig, ScoreModelConfig
+from graders.registry import GRADERS
+from graders.settings import GraderSettings
 from graders.user.endpoint import EndpointConfig
 from trainer.config import RunConfig
 
@@ -84,7 +84,7 @@ def check_servers(config: RunConfig, *, patience_s: float = 0.0) -> None:
 def judges_of(config: RunConfig) -> bool:
     """Whether one of the graders asks the judge."""
     graders = [g for _, grader in _graders(config) for _, g in _inside(grader)]
-    return any(isinstance(grader, ScoreModelConfig | LabelModelConfig) for grader in graders)
+    return any(GRADERS[grader.type].judge for grader in graders if grader.type in GRADERS)
 
 
 def _servers(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -95,7 +95,7 @@ def _servers(config: RunConfig) -> Iterator[tuple[str, str]]:
         for key, hook in (("open_url", world.open_url), ("close_url", world.close_url)):
             if hook is not None:
                 yield f"world.{key}", hook
-    user = world.user if isinstance(world, RemoteConfig | CustomEnvConfig) else None
+    user = user_of(world)
     if isinstance(user, UrlUserConfig):
         yield "world.user.url", user.url
     if isinstance(user, ModelUserConfig):
@@ -110,7 +110,7 @@ def _servers(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _keys(config: RunConfig) -> dict[str, str]:
     """The variables of the keys that go to models behind a server, by the section that names both."""
-    user = config.world.user if isinstance(config.world, RemoteConfig | CustomEnvConfig) else None
+    user = user_of(config.world)
     keys = {"world.user": user.api_key_env} if isinstance(user, ModelUserConfig) else {}
     if config.judge.base_url != "engine" and judges_of(config):
         keys["judge"] = config.judge.api_key_env
@@ -155,7 +155,7 @@ def _graders(config: RunConfig) -> Iterator[tuple[str, GraderConfig]]:
         yield "watch_grader", config.watch_grader
 
 
-def _inside(grader: GraderConfig) -> Iterator[tuple[str, object]]:
+def _inside(grader: GraderConfig) -> Iterator[tuple[str, GraderSettings]]:
     if isinstance(grader, MultiConfig):
         yield from ((f".graders.{name}", inner) for name, inner in grader.graders.items())
     else:

@@ -17,7 +17,7 @@ from envs.base import Checks, Closes, Counts, Env, ExpertTurn, Sweeps, World
 from envs.custom.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.custom.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.errors import UserError, told_of
-from envs.settings import Settings
+from envs.settings import WorldSettings
 from envs.tools import Tool
 from envs.types import Message, Task
 from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, make
@@ -27,7 +27,7 @@ _NUM_OWN_TASKS = 64
 """Of an environment that owns its data; each is a `seed`, for those whose `reset` takes one."""
 
 
-class CustomEnvConfig(Settings):
+class CustomEnvConfig(WorldSettings):
     """The user's own Python."""
 
     type: Literal["custom"]

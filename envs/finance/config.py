@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from envs.reading.rows import FileOrDataset
-from envs.settings import Settings
+from envs.settings import WorldSettings
 
 Style = Literal["brief", "full"]
 Source = Literal["generated", "tatqa", "finqa"]
@@ -54,7 +54,7 @@ def _default_mix(data: dict[str, Any]) -> dict[Kind, float]:
     return dict(_MIXES[data.get("style", "brief")])
 
 
-class FinanceConfig(Settings):
+class FinanceConfig(WorldSettings):
     """Where the corpus comes from, how large it is, what is asked about it, and how clumsy the scripted expert is."""
 
     type: Literal["finance"] = "finance"

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from envs.reading.documents import from_file
 from envs.remote.mcp_config import McpServerConfig
-from envs.settings import Settings
+from envs.settings import Settings, WorldSettings
 from envs.users import UserConfig
 
 _URL = r"^(https?://|\$\{)"
@@ -57,7 +57,7 @@ class RemoteToolConfig(Settings):
     max_concurrency: int = Field(default=64, ge=1, description="Calls in flight.")
 
 
-class RemoteConfig(Settings):
+class RemoteConfig(WorldSettings):
     """Tools that live in other processes, or none at all: the empty world, whose rows are single answers.
 
     Tasks come from the `data` section.

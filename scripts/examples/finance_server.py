@@ -19,6 +19,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld, task_row
 from envs.tools import call_tool
 from envs.types import Task, ToolCall
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="write the rows into this folder and end")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
-    if config.world.type != "finance":
+    if not isinstance(config.world, FinanceConfig):
         parser.error(f"--config {arguments.config}: its world is {config.world.type!r}; expected finance")
     world = FinanceWorld(config.world)
     if arguments.write:

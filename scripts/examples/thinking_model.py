@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
 from envs.types import Message
 from trainer.config import load_config
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, required=True, help="the folder that the config names")
     arguments = parser.parse_args()
     config = load_config(arguments.config)
-    if config.world.type != "finance":
+    if not isinstance(config.world, FinanceConfig):
         parser.error(f"--config {arguments.config}: its world is {config.world.type!r}; expected finance")
     arguments.write.mkdir(parents=True, exist_ok=True)
     write_model(arguments.write / "model")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from servers import VLLM, running_vllm, served_dtype
+from servers import ONE_PROCESS, VLLM, running_vllm, served_dtype
 
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -123,6 +123,14 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama, 8,192 tokens long, that writes tool calls of the quickstart's and the shop's worlds, and JSON."""
+    from taught import teach
+
+    return teach(tmp_path_factory.mktemp("taught-model") / "model", tiny_model)
+
+
+@pytest.fixture(scope="session")
 def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of a vLLM server that calls the default model `judge`; one for all tests, as its start is slow."""
     command = [*VLLM, "--model", str(smollm2), "--served-model-name", "judge", "--max-num-seqs", "16", *served_dtype()]
@@ -130,6 +138,15 @@ def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
     with running_vllm(command, tmp_path_factory.mktemp("judge") / "log") as address:
         yield f"{address}/v1"
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[None]:
+    """Engines that are started from here on, in this process or by a script, have no worker process of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ONE_PROCESS.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture

@@ -19,7 +19,12 @@ from aiohttp import web
 
 REPOSITORY = Path(__file__).parent.parent
 START_S = 600
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""An engine's worker lives in the engine's process, which spares the start of an interpreter that imports all of vLLM.
+
+The run of test_quickstart_vllm has processes as its users have them.
+"""
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **ONE_PROCESS}
 # Not `vllm serve`: the command itself asks for metadata that the package vllm-cpu does not have.
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 VLLM_OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]

@@ -1,4 +1,7 @@
-"""The real engine: vLLM samples what the trainer trains, and a publish that did not happen is caught."""
+"""The real engine: vLLM samples what the trainer trains, and a publish that did not happen is caught.
+
+On two narrow layers in float32: what engine and trainer make of them is the same to six digits.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ import jsonschema
 import psutil
 import pytest
 import torch
+from families import VOCABULARY
+from taught import THOUGHT
 from transformers import AutoTokenizer
 
 from envs.errors import EngineHungError, PublishError, WorldError
@@ -34,11 +39,20 @@ from trainer.samples import Ledger, Sample
 from trainer.scratch import Scratch
 from trainer.watched import WatchedEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_process"),
+]
 
 PROMPTS = [list(range(1000 + 40 * i, 1040 + 40 * i)) for i in range(6)]
-CANARIES = [list(range(2000 + 100 * i, 2100 + 100 * i)) for i in range(4)]
+CANARIES = [list(range(100 + 100 * i, 200 + 100 * i)) for i in range(4)]
 TOLERANCE = EngineConfig().canary_mean_tolerance
+SAME = 1e-3
+"""Log-probabilities of a token that differ by less are those of one model."""
+END = {"merged": 0, "lora": 2}
+"""The token that ends a turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +65,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def start_rig(
-    folder: Path, publish: Literal["merged", "lora"], *, model: ModelConfig | None = None, stop_token_id: int = 2
-) -> Iterator[Rig]:
+def start_rig(folder: Path, publish: Literal["merged", "lora"], model: ModelConfig) -> Iterator[Rig]:
     from accelerate import Accelerator
 
-    model = model or ModelConfig()
     policy = Policy(folder, model, OptimConfig(), Accelerator(cpu=True), 0)
     with asyncio.Runner() as loop:
         engine = loop.run(
@@ -67,7 +78,7 @@ def start_rig(
                     publish=publish, seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16
                 ),
                 max_model_len=512,
-                stop_token_ids=[stop_token_id],
+                stop_token_ids=[END[publish]],
                 device="cpu",
             )
         )
@@ -81,14 +92,35 @@ def start_rig(
 
 
 @pytest.fixture(scope="module")
-def merged(smollm2: Path) -> Iterator[Rig]:
-    with start_rig(smollm2, "merged") as rig:
+def thinking(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model under a tokenizer in which its end of turn closes reasoning."""
+    folder = tmp_path_factory.mktemp("thinking")
+    for path in taught_model.iterdir():
+        if path.suffix == ".safetensors":
+            (folder / path.name).symlink_to(path)
+            continue
+        text = path.read_text().replace("<|im_end|>", "</think>").replace("<repo_name>", "<think>")
+        (folder / path.name).write_text(text)
+    for name, key, value in (
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+        ("generation_config.json", "eos_token_id", 0),
+        ("config.json", "eos_token_id", 0),
+    ):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(values | {key: value}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(thinking: Path, one_process: None) -> Iterator[Rig]:
+    """Its reasoning parser is of no account but to answers with a schema."""
+    with start_rig(thinking, "merged", ModelConfig(dtype="float32", reasoning_parser="deepseek_r1")) as rig:
         yield rig
 
 
 @pytest.fixture(scope="module")
-def lora(smollm2: Path) -> Iterator[Rig]:
-    with start_rig(smollm2, "lora") as rig:
+def lora(taught_model: Path, one_process: None) -> Iterator[Rig]:
+    with start_rig(taught_model, "lora", ModelConfig(dtype="float32")) as rig:
         yield rig
 
 
@@ -127,7 +159,7 @@ def test_sampled_logprobs_are_those_of_the_trainer(merged: Rig) -> None:
     version = merged.engine._version
     trainer = torch.cat(merged.policy.logprobs(rows, temperature=1.0, adapter=version > 0))
     engine = torch.tensor([x for c in completions for x in c.logprobs])
-    assert (trainer - engine).abs().mean() < TOLERANCE
+    assert (trainer - engine).abs().mean() < SAME
     assert {c.policy_version for c in completions} == {version}
 
 
@@ -140,7 +172,7 @@ def test_a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch(merged: Rig
 def test_a_turn_cut_at_its_limit_is_not_finished(merged: Rig) -> None:
     completion = merged.loop.run(merged.engine.generate(PROMPTS[0], sampling(0, max_tokens=1)))
     assert len(completion.token_ids) == len(completion.logprobs) == 1
-    assert completion.finished == (completion.token_ids == [2])
+    assert completion.finished == (completion.token_ids == [END["merged"]])
 
 
 def test_merged_weights_are_published_and_proved_version_after_version(merged: Rig) -> None:
@@ -155,7 +187,7 @@ def test_merged_weights_are_published_and_proved_version_after_version(merged: R
 
 
 def test_a_cached_prefix_of_one_version_never_serves_the_next(merged: Rig) -> None:
-    prompt = list(range(5000, 5200))
+    prompt = list(range(1500, 1700))
     for seed in (6, 7):
         change_adapter(merged.policy, size=0.02, seed=seed)
         merged.loop.run(merged.publisher.publish())
@@ -163,7 +195,7 @@ def test_a_cached_prefix_of_one_version_never_serves_the_next(merged: Rig) -> No
         for _ in range(2):
             completion = merged.loop.run(merged.engine.generate(prompt, sampling(seed)))
             (trainer,) = merged.policy.logprobs([as_row(prompt, completion)], temperature=1.0)
-            assert (trainer - torch.tensor(completion.logprobs)).abs().mean() < TOLERANCE
+            assert (trainer - torch.tensor(completion.logprobs)).abs().mean() < SAME
 
 
 def test_an_engine_that_kept_the_former_weights_is_caught(merged: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +242,95 @@ def test_an_engine_whose_process_stands_still_is_told_and_answers_when_it_goes_o
     assert merged.loop.run(WatchedEngine(merged.engine, limit_s=300).generate(CANARIES[0], sampling(1))).token_ids
 
 
+def test_under_a_reasoning_parser_the_schema_holds_after_the_reasoning(merged: Rig, thinking: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(thinking)
+    schema = json.dumps({"type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"]})
+    turns = [THOUGHT.format(i) for i in (3, 5, 2, 7, 4)]
+    # Reasoning that the prompt opens, that it has begun, that it has ended, and that finds no end in the turn.
+    heads = ["<think>", "<think> I think", "<think> I think it is right.</think>", "<think> I think"]
+    prompts = [tokenizer.encode("".join(turns) + head) for head in heads]
+    limits = [64, 64, 64, 2]
+    merged.policy._grammar = Grammar(tokenizer, schema, vocab_size=VOCABULARY, stop_token_ids=[0])
+
+    async def answers() -> list[Completion]:
+        how = [replace(sampling(i, limit), schema=schema) for i, limit in enumerate(limits)]
+        return await asyncio.gather(*(merged.engine.generate(p, s) for p, s in zip(prompts, how, strict=True)))
+
+    completions = merged.loop.run(answers())
+    rows = [as_row(p, c) for p, c in zip(prompts, completions, strict=True)]
+    trainer = merged.policy.logprobs(rows, temperature=1.0, adapter=merged.engine._version > 0)
+    for completion, logprobs, limit in zip(completions, trainer, limits, strict=True):
+        start = completion.constrained_from
+        assert start is not None
+        reasoning, answer = completion.token_ids[:start], completion.token_ids[start:]
+        if limit == 2:
+            assert (len(reasoning), answer) == (2, [])
+        else:
+            assert not reasoning or reasoning.index(2) == start - 1
+            assert json.loads(tokenizer.decode(answer, skip_special_tokens=True)).keys() >= {"score"}
+        assert (logprobs - torch.tensor(completion.logprobs)).abs().mean() < SAME
+    assert completions[0].constrained_from and completions[1].constrained_from and completions[2].constrained_from == 0
+
+
+VERDICT = {
+    "type": "object",
+    "properties": {
+        "reason": {"type": "string", "maxLength": 60},
+        "score": {"type": "integer", "minimum": 0, "maximum": 100},
+        "verdict": {"enum": ["correct", "false"]},
+    },
+    "required": ["reason", "score", "verdict"],
+    "additionalProperties": False,
+}
+
+
+def _questions(chat: Chat) -> list[list[int]]:
+    asked = [f"Is {i} + {i} = {2 * i + i % 2}? Explain, and give a score." for i in range(6)]
+    return [chat.open([Message(role="user", content=text)], []) for text in asked]
+
+
+def _forced(grammar: Grammar, token_ids: Sequence[int]) -> torch.Tensor:
+    """Whether the grammar allows but one token at each place of an answer."""
+    allowed_NW = torch.full((len(token_ids), VOCABULARY // 32), -1, dtype=torch.int32)
+    grammar.fill(allowed_NW, 0, token_ids)
+    bits = (allowed_NW[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    return bits.sum((1, 2)) == 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_probabilities(
+    lora: Rig, taught_model: Path, temperature: float
+) -> None:
+    chat = Chat(taught_model)
+    change_adapter(lora.policy, size=0.02, seed=10)
+    lora.loop.run(lora.publisher.publish())
+    lora.policy._grammar = chat.grammar(json.dumps(VERDICT), vocab_size=VOCABULARY)
+
+    async def answers() -> list[Completion]:
+        how = [replace(sampling(i, 160), schema=json.dumps(VERDICT), temperature=temperature) for i in range(6)]
+        asked = zip(_questions(chat), how, strict=True)
+        return await asyncio.gather(*(lora.engine.generate(prompt, s) for prompt, s in asked))
+
+    completions = lora.loop.run(answers())
+    rows = [as_row(prompt, completion) for prompt, completion in zip(_questions(chat), completions, strict=True)]
+    assert all(completion.constrained_from == 0 for completion in completions)
+    # A small model may go on with the white space that JSON allows until its limit.
+    finished = [completion for completion in completions if completion.finished]
+    assert finished
+    for completion in finished:
+        jsonschema.validate(json.loads(chat.parse(completion.token_ids).message.content), VERDICT)
+    trainer = torch.cat(lora.policy.logprobs(rows, temperature=temperature, adapter=True))
+    engine = torch.tensor([x for c in completions for x in c.logprobs])
+    assert (trainer - engine).abs().mean() < SAME
+    # Where one token alone is allowed, such as the end of turn after a whole answer, both are certain.
+    forced = torch.cat([_forced(lora.policy._grammar, completion.token_ids) for completion in completions])
+    assert all(_forced(lora.policy._grammar, completion.token_ids)[-1] for completion in finished)
+    assert trainer[forced].abs().max() == 0 and engine[forced].abs().max() < 1e-4
+    free = [replace(row, constrained=()) for row in rows]
+    unmasked = torch.cat(lora.policy.logprobs(free, temperature=temperature, adapter=True))
+    assert (unmasked - engine).abs().mean() > 3 * TOLERANCE
+
+
 def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None:
     for seed in (1, 2):
         change_adapter(lora.policy, size=0.02, seed=seed)
@@ -221,10 +342,9 @@ def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None
     assert set(lora.loop.run(lora.engine._llm.list_loras())) == {lora.engine._lora.lora_int_id}
 
 
-def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig, smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    question = [{"role": "user", "content": "Is 2 + 2 = 4? Answer with JSON."}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig, taught_model: Path) -> None:
+    chat = Chat(taught_model)
+    prompt = chat.open([Message(role="user", content="Is 2 + 2 = 4? Answer with JSON.")], [])
     schema = {"type": "object", "properties": {"result": {"enum": [0, 1]}}, "required": ["result"]}
 
     def judged() -> list[int]:
@@ -240,11 +360,11 @@ def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig
         prompt[:] = prompt * 40
         judged()
     prompt[:] = prompt[: len(prompt) // 40]
-    assert json.loads(tokenizer.decode(before, skip_special_tokens=True))["result"] in (0, 1)
+    assert json.loads(chat.parse(before).message.content)["result"] in (0, 1)
 
 
-def test_the_base_model_plays_the_user_beside_the_adapter(lora: Rig, smollm2: Path) -> None:
-    chat = Chat(smollm2)
+def test_the_base_model_plays_the_user_beside_the_adapter(lora: Rig, taught_model: Path) -> None:
+    chat = Chat(taught_model)
     user = {"type": "engine", "prompt": "You want a red mug. You talk to a shop.", "max_tokens": 24}
     users = build_users(RemoteConfig.model_validate({"user": user}))
     assert isinstance(users, ModelUsers) and users.engine is not None
@@ -331,116 +451,3 @@ def test_engines_started_together_share_out_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     assert cores(8) == "2,3,5,7,8", "more processes than cores: each uses them all"
     assert os.environ["LOCAL_WORLD_SIZE"] == "9"
-
-
-VERDICT = {
-    "type": "object",
-    "properties": {
-        "explanation": {"type": "string", "maxLength": 60},
-        "score": {"type": "integer", "minimum": 0, "maximum": 100},
-        "kind": {"enum": ["right", "wrong"]},
-    },
-    "required": ["explanation", "score", "kind"],
-    "additionalProperties": False,
-}
-
-
-def _questions(smollm2: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    asked = [f"Is {i} + {i} = {2 * i + i % 2}? Explain, and give a score." for i in range(6)]
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        for text in asked
-    ]
-
-
-def _forced(grammar: Grammar, token_ids: Sequence[int]) -> torch.Tensor:
-    """Whether the grammar allows but one token at each place of an answer."""
-    allowed_NW = torch.full((len(token_ids), 49152 // 32), -1, dtype=torch.int32)
-    grammar.fill(allowed_NW, 0, token_ids)
-    bits = (allowed_NW[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
-    return bits.sum((1, 2)) == 1
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_probabilities(
-    merged: Rig, smollm2: Path, temperature: float
-) -> None:
-    chat = Chat(smollm2)
-    merged.policy._grammar = chat.grammar(json.dumps(VERDICT), vocab_size=49152)
-
-    async def answers() -> list[Completion]:
-        how = [replace(sampling(i, 160), schema=json.dumps(VERDICT), temperature=temperature) for i in range(6)]
-        asked = zip(_questions(smollm2), how, strict=True)
-        return await asyncio.gather(*(merged.engine.generate(prompt, s) for prompt, s in asked))
-
-    completions = merged.loop.run(answers())
-    rows = [as_row(prompt, completion) for prompt, completion in zip(_questions(smollm2), completions, strict=True)]
-    assert all(completion.constrained_from == 0 for completion in completions)
-    # A small model may go on with the white space that JSON allows until its limit.
-    finished = [completion for completion in completions if completion.finished]
-    assert finished
-    for completion in finished:
-        jsonschema.validate(json.loads(chat.parse(completion.token_ids).message.content), VERDICT)
-    trainer = torch.cat(merged.policy.logprobs(rows, temperature=temperature, adapter=merged.engine._version > 0))
-    engine = torch.tensor([x for c in completions for x in c.logprobs])
-    assert (trainer - engine).abs().mean() < TOLERANCE
-    # Where one token alone is allowed, such as the end of turn after a whole answer, both are certain.
-    forced = torch.cat([_forced(merged.policy._grammar, completion.token_ids) for completion in completions])
-    assert all(_forced(merged.policy._grammar, completion.token_ids)[-1] for completion in finished)
-    assert trainer[forced].abs().max() == 0 and engine[forced].abs().max() < 1e-4
-    free = [replace(row, constrained=()) for row in rows]
-    unmasked = torch.cat(merged.policy.logprobs(free, temperature=temperature, adapter=merged.engine._version > 0))
-    assert (unmasked - engine).abs().mean() > 3 * TOLERANCE
-
-
-def _thinking(smollm2: Path, folder: Path) -> Path:
-    """The model under a tokenizer in which its end of turn, which it writes readily, closes reasoning."""
-    for path in smollm2.iterdir():
-        if path.suffix not in (".json", ".jinja"):
-            (folder / path.name).symlink_to(path)
-            continue
-        text = path.read_text().replace("<|im_end|>", "</think>").replace("<repo_name>", "<think>")
-        (folder / path.name).write_text(text)
-    for name, key, value in (
-        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
-        ("generation_config.json", "eos_token_id", 0),
-        ("config.json", "eos_token_id", 0),
-    ):
-        values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(values | {key: value}))
-    return folder
-
-
-def test_under_a_reasoning_parser_the_schema_holds_after_the_reasoning(smollm2: Path, tmp_path: Path) -> None:
-    folder = _thinking(smollm2, tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    schema = json.dumps({"type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"]})
-    turns = [f'<think> I think it is right.</think>{{"score": {i}}}\n' for i in (3, 5, 2, 7, 4)]
-    # Reasoning that the prompt opens, that it has begun, that it has ended, and that finds no end in the turn.
-    heads = ["<think>", "<think> I think", "<think> I think it is right.</think>", "<think> I think"]
-    prompts = [tokenizer.encode("".join(turns) + head) for head in heads]
-    limits = [64, 64, 64, 2]
-    with start_rig(folder, "merged", model=ModelConfig(reasoning_parser="deepseek_r1"), stop_token_id=0) as rig:
-        rig.policy._grammar = Grammar(tokenizer, schema, vocab_size=49152, stop_token_ids=[0])
-
-        async def answers() -> list[Completion]:
-            how = [replace(sampling(i, limit), schema=schema) for i, limit in enumerate(limits)]
-            return await asyncio.gather(*(rig.engine.generate(p, s) for p, s in zip(prompts, how, strict=True)))
-
-        completions = rig.loop.run(answers())
-        rows = [as_row(p, c) for p, c in zip(prompts, completions, strict=True)]
-        trainer = rig.policy.logprobs(rows, temperature=1.0, adapter=False)
-    for completion, logprobs, limit in zip(completions, trainer, limits, strict=True):
-        start = completion.constrained_from
-        assert start is not None
-        reasoning, answer = completion.token_ids[:start], completion.token_ids[start:]
-        if limit == 2:
-            assert (len(reasoning), answer) == (2, [])
-        else:
-            assert not reasoning or reasoning.index(2) == start - 1
-            assert json.loads(tokenizer.decode(answer, skip_special_tokens=True)).keys() >= {"score"}
-        assert (logprobs - torch.tensor(completion.logprobs)).abs().mean() < TOLERANCE
-    assert completions[0].constrained_from and completions[1].constrained_from and completions[2].constrained_from == 0

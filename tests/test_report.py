@@ -237,10 +237,11 @@ def test_text_of_a_model_is_shown_and_never_becomes_markup(run: Path) -> None:
 
 def test_a_metric_with_markup_in_its_name_is_escaped_in_the_charts(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 3, f"train/part/{HOSTILE}": 1.0, f"loss/{HOSTILE}": 1.0}) + "\n")
+        file.write(json.dumps({"step": 3, f"train/part/{HOSTILE}": 1.0, f"loss/{HOSTILE}": 1.0, "logged": 3}) + "\n")
     page = _parse(write_report(run))
     assert not page.all("script") and not page.all("img")
-    assert any(HOSTILE in e["text"] for e in page.all("figcaption"))
+    titles = [e["text"] for e in page.all("figcaption")]
+    assert any(HOSTILE in title for title in titles) and "logged" in titles, "whatever a reward function logs"
 
 
 def test_the_page_needs_nothing_from_outside(run: Path) -> None:

@@ -19,6 +19,7 @@ from envs.errors import PublishError, UserError, WorldError
 from envs.finance.world import FinanceWorld
 from trainer.config import RunConfig
 from trainer.engine import PROBE_VERSION
+from trainer.measures.reference import is_known
 from trainer.runs import rollout_from_json
 from trainer.train import train
 
@@ -98,6 +99,7 @@ def test_every_step_and_both_evaluations_have_their_metrics(metrics):
     ]
     for row in metrics:
         assert all(math.isfinite(value) for value in row.values()), row
+        assert [key for key in row if not is_known(key)] == [], "docs/metrics.md says what each key is"
     for row in metrics[1:4]:
         assert row["train/rollouts"] == 8 and row["train/masked_rollouts"] == 0
         assert row["groups/reward_std"] > 0 and row["loss/grad_norm"] > 0 and row["loss/skipped_updates"] == 0

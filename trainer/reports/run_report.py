@@ -234,8 +234,7 @@ def _laps(data: RunData) -> list[Series]:
     return [*series, Series(name="other", points=rest)]
 
 
-_CURVES, _REWARD, _TIME = "Learning curves", "Where the reward comes from", "Time of a step"
-_GRADER, _SERVERS, _GROUPS = "Grader", "Servers", "Groups, and engine against trainer"
+_CURVES, _REWARD, _TIME, _GRADER = "Learning curves", "Where the reward comes from", "Time of a step", "Grader"
 _OTHER_TIME = "Time outside rollouts, training and publishing"
 _CHARTS: tuple[_Chart, ...] = (
     *(
@@ -276,20 +275,19 @@ _CHARTS: tuple[_Chart, ...] = (
     ),
 )
 _OWN_CHARTS = {
-    "http/": _SERVERS,
-    "grader/": _SERVERS,
-    "judge/": _SERVERS,
-    "sandbox/": _SERVERS,
+    "throughput/": _TIME,
+    **dict.fromkeys(("http/", "grader/", "judge/", "user/"), "Servers"),
     "loss/": "Loss",
-    "groups/": _GROUPS,
-    "canary/": _GROUPS,
+    **dict.fromkeys(("groups/", "curriculum/", "canary/"), "Groups, and engine against trainer"),
+    "": "Other figures",
 }
-"""Every metric of these prefixes has a picture of its own, under its own key."""
+"""Every other metric has a picture of its own, under its own key: by prefix, in which section."""
+_IN_CHARTS = ("train/", "eval/", "time/")
 
 
 def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
     """Pictures under their headings; those without data are left out."""
-    charts = [*_CHARTS, *(chart for prefix, section in _OWN_CHARTS.items() for chart in _each(data, prefix, section))]
+    charts = [*_CHARTS, *_own_charts(data)]
     sections: dict[str, list[Markup]] = {}
     for chart in charts:
         if drawn := chart.draw(data):
@@ -297,12 +295,15 @@ def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
     return list(sections.items())
 
 
-def _each(data: RunData, prefix: str, section: str) -> list[_Chart]:
+def _own_charts(data: RunData) -> list[_Chart]:
     charts = []
-    for key in data.keys(prefix):
-        is_share = "share" in key or "applied" in key
-        unit = "nats a token" if "mismatch" in key else "share" if is_share else "value"
-        charts.append(_Chart(section=section, title=key, unit=unit, series=_one(key, key.removeprefix(prefix))))
+    left = [key for key in data.keys("") if not key.startswith(_IN_CHARTS)]
+    for prefix, section in _OWN_CHARTS.items():
+        for key in [key for key in left if key.startswith(prefix)]:
+            left.remove(key)
+            is_share = "share" in key or "applied" in key
+            unit = "nats a token" if "mismatch" in key else "share" if is_share else "value"
+            charts.append(_Chart(section=section, title=key, unit=unit, series=_one(key, key.removeprefix(prefix))))
     return charts
 
 

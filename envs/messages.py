@@ -1,28 +1,30 @@
-"""Chat messages and tool definitions as users write them: rows, demonstrations and samples are read here alike.
+"""Chat messages and tool definitions as JSON: what users write is read here, what others read is written here.
 
-Null says the same as a missing key, as the dumps of SDKs write it.
+Rows, demonstrations and samples are read alike; null says the same as a missing key, as the dumps of SDKs write it.
+Chat Completions JSON is `Message.to_openai`; the forms that templates and trl have of it stand below.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from envs.errors import UserError
-from envs.reading.json_text import read_strict_json
+from envs.reading.json_text import read_json, read_strict_json
 from envs.types import Message, Role, ToolCall
 
 _MAX_NUMBER = 1e15
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "system": "system",
-    # The newer name, which open models' templates do not know.
+    # The newer name, which many open models' templates pass over without a word.
     "developer": "system",
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
 }
+"""Ours for each role that a message may have."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """One thing under the names that servers and data sets have for it."""
@@ -162,10 +164,10 @@ def read_weight(read: Reader) -> bool:
 def read_message(read: Reader) -> Message:
     """One message, whatever further keys it has."""
     role = read.required("role")
-    if role not in _ROLES:
-        raise read.refuse("role", f"expected {', '.join(_ROLES)}, got {role!r}")
+    if role not in ROLES:
+        raise read.refuse("role", f"expected {', '.join(ROLES)}, got {role!r}")
     return Message(
-        role=_ROLES[role],
+        role=ROLES[role],
         content=_content(read),
         reasoning=_reasoning(read),
         tool_calls=tuple(read_call(c) for c in read.items("tool_calls") or ()),
@@ -206,6 +208,59 @@ def read_call(read: Reader) -> ToolCall:
         raise function.refuse("arguments", "expected JSON text or an object, but it is missing")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return ToolCall(call_id=read.text("id") or "", name=name, arguments=text)
+
+
+def served_form(message: Message, *, as_list: bool) -> dict[str, Any]:
+    """The message as `vllm serve` hands it to the template: arguments as objects, reasoning under both its names.
+
+    `as_list`: the content as a list of parts, where the template wants one.
+    """
+    content: Any = message.content
+    if as_list and message.role != "tool":
+        content = [{"type": "text", "text": message.content}]
+    out: dict[str, Any] = {"role": message.role, "content": content}
+    if message.tool_calls:
+        out["tool_calls"] = [{"id": call.call_id, **_call_form(call, as_object)} for call in message.tool_calls]
+    if message.reasoning:
+        out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+    if message.role == "tool":
+        out |= {"tool_call_id": message.call_id, "name": message.name}
+    elif message.name:
+        out["name"] = message.name
+    return out
+
+
+def trl_form(message: Message) -> dict[str, Any]:
+    """The message as trl hands a completion's to reward functions: calls without ids, their arguments decoded."""
+    if message.role == "tool":
+        return {"role": "tool", "name": message.name, "content": message.content}
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        out["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        out["tool_calls"] = [_call_form(call, _as_any) for call in message.tool_calls]
+    return out
+
+
+def _call_form(call: ToolCall, decoded: Callable[[str], Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": call.name, "arguments": decoded(call.arguments)}}
+
+
+def as_object(arguments: str) -> dict[str, Any]:
+    """A call's arguments; as in vLLM, what is no JSON object is shown to the template as an empty one."""
+    try:
+        value = read_json(arguments, finite=False)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _as_any(arguments: str) -> Any:
+    """Text that is no JSON stays text: the call was answered with an error, and the grader may look at it."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _with_ids(messages: Sequence[Message]) -> list[Message]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from envs.errors import UserError
-from envs.reading.json_text import read_json
+from envs.messages import as_object, served_form
 from envs.types import Message
 from trainer.chat_parsing import content_is_a_list
 
@@ -46,7 +46,7 @@ class Renderer:
         as_list = _content_is_a_list(template)
         try:
             text = self._tokenizer.apply_chat_template(
-                [_served_message(m, as_list=as_list) for m in messages],
+                [served_form(m, as_list=as_list) for m in messages],
                 tools=tools,
                 chat_template=template,
                 add_generation_prompt=generate,
@@ -108,7 +108,7 @@ def shape_of(turn: Message) -> str:
         return bool(value) if isinstance(value, str) else type(value).__name__
 
     try:
-        calls = [[call.name, shape(_as_object(call.arguments))] for call in turn.tool_calls]
+        calls = [[call.name, shape(as_object(call.arguments))] for call in turn.tool_calls]
         text = json.dumps([bool(turn.content.strip()), bool(turn.reasoning.strip()), calls])
     except RecursionError:
         return ""
@@ -119,35 +119,6 @@ def calls_as_text(turn: Message) -> Message:
     """The turn with its calls as part of its text."""
     calls = [f'{{"name": "{c.name}", "arguments": {c.arguments}}}' for c in turn.tool_calls]
     return replace(turn, content="\n".join(filter(None, [turn.content, *calls])), tool_calls=())
-
-
-def _served_message(message: Message, *, as_list: bool) -> dict[str, Any]:
-    """The message as `vllm serve` hands it to the template: arguments as objects, reasoning under both its names."""
-    content: Any = message.content
-    if as_list and message.role != "tool":
-        content = [{"type": "text", "text": message.content}]
-    out: dict[str, Any] = {"role": message.role, "content": content}
-    if message.tool_calls:
-        out["tool_calls"] = [
-            {"id": c.call_id, "type": "function", "function": {"name": c.name, "arguments": _as_object(c.arguments)}}
-            for c in message.tool_calls
-        ]
-    if message.reasoning:
-        out |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
-    if message.role == "tool":
-        out |= {"tool_call_id": message.call_id, "name": message.name}
-    elif message.name:
-        out["name"] = message.name
-    return out
-
-
-def _as_object(arguments: str) -> dict[str, Any]:
-    # As vLLM does: what is no JSON object is shown to the template as an empty one.
-    try:
-        value = read_json(arguments, finite=False)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 _content_is_a_list = functools.lru_cache(maxsize=32)(content_is_a_list)

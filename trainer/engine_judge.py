@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import stopped_clocks
-from envs.types import Message, Role
+from envs.messages import ROLES
+from envs.types import Message
 from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
 from trainer.chat import Chat
 
 DEFAULT_MAX_TOKENS = 1024
 """Of one judgement, where the grader's sampling_params name no limit."""
-
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
 class BaseEngine(Protocol):
@@ -66,7 +65,7 @@ class EngineJudge:
 
     async def ask(self, request: JudgeRequest) -> JudgeReply:
         assert self._engine is not None and self._chat is not None, "the judge is bound when the engine has started"
-        messages = [Message(role=_ROLES[m["role"]], content=m["content"]) for m in request.messages]
+        messages = [Message(role=ROLES[m["role"]], content=m["content"]) for m in request.messages]
         prompt_ids = self._chat.open(messages, ())
         sampling = request.sampling
         start = time.perf_counter()

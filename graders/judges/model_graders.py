@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from envs.messages import ROLES
 from envs.settings import Settings
 from envs.text import one_line
 from envs.types import Episode, Task
@@ -212,10 +213,8 @@ class _Question:
         self._model = model
         self._sampling = sampling
         self._schema = schema
-        # Many chat templates pass over the role `developer` without a word; to those who know it, it is the system's.
         self._messages = [
-            ("system" if m.role == "developer" else m.role, Template(m.text, where=f"{where}: input[{i}].content"))
-            for i, m in enumerate(messages)
+            (ROLES[m.role], Template(m.text, where=f"{where}: input[{i}].content")) for i, m in enumerate(messages)
         ]
 
     async def ask(self, task: Task, episode: Episode) -> JudgeReply:

@@ -19,7 +19,6 @@ aside, which masks the rollout. Sync code runs in a thread.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -31,8 +30,9 @@ from pydantic import Field, field_validator, model_validator
 from envs.base import Checks, Closes, Counts
 from envs.custom.trl_env import live_environment
 from envs.errors import Unscored, UserError, first_error, nearest
+from envs.messages import trl_form
 from envs.settings import Settings
-from envs.types import Episode, Message, Task
+from envs.types import Episode, Task
 from envs.user_code import (
     TARGET_PATTERN,
     accepted,
@@ -307,29 +307,7 @@ def conversation(task: Task, episode: Episode) -> tuple[Any, Any]:
     if isinstance(prompt, str) and "messages" not in task.item:
         return prompt, "\n".join(message.content for message in written if message.content)
     messages = [message.to_openai() for message in episode.messages[:start] or task.messages]
-    return messages, [_completion_message(message) for message in written]
-
-
-def _completion_message(message: Message) -> dict[str, Any]:
-    if message.role == "tool":
-        return {"role": "tool", "name": message.name, "content": message.content}
-    out: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.reasoning:
-        out["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        out["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": _decoded(call.arguments)}}
-            for call in message.tool_calls
-        ]
-    return out
-
-
-def _decoded(arguments: str) -> Any:
-    """Text that is no JSON stays text: the call was answered with an error, and the grader may look at it."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
+    return messages, [trl_form(message) for message in written]
 
 
 async def _in_words_of(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from trainer.adapter import load_model
 from trainer.advice import Level, advise_memory
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
 from trainer.engine import VllmEngine
-from trainer.engine_arguments import check_engine, engine_arguments, seeds_requests
+from trainer.engine_arguments import check_engine, engine_arguments, engine_environment, seeds_requests
 from trainer.estimate import MemoryRow
 from trainer.family import check_attention
 from trainer.head import chunk_rows
@@ -81,6 +82,18 @@ def test_a_vllm_that_can_only_give_all_away_is_told_before_it_starts(monkeypatch
     check_engine(EngineConfig(sleep="weights"), on_cpu=False)
     with pytest.raises(UserError, match=r"^engine\.sleep: kv needs vLLM 0\.31 or newer, .* set it to weights$"):
         check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+
+
+def test_vllm_spawns_its_processes_on_a_card_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork fails after torch was asked whether there is a card, which vLLM does not see."""
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    monkeypatch.delenv(name, raising=False)
+    with engine_environment(EngineConfig(), device="cuda", local_rank=0):
+        assert os.environ[name] == "spawn"
+    assert name not in os.environ
+    monkeypatch.setenv(name, "fork")
+    with engine_environment(EngineConfig(), device="cuda", local_rank=0):
+        assert os.environ[name] == "fork"
 
 
 def test_vllm_is_started_so_that_it_can_sleep_only_where_it_will(tiny_model: Path) -> None:

@@ -23,6 +23,8 @@ _SHARED = Path("/dev/shm")
 _SHARED_MIB = 240
 """The larger of vLLM's two rings of messages between its engine and its worker, which a GPU's engine does without."""
 
+_START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
 _RELEASES_THE_CACHE = "release_kv_cache_memory"
 """Of vLLM's AsyncLLM since 0.31: the cache's memory goes and the weights stay where they are."""
 
@@ -162,6 +164,9 @@ def engine_environment(engine: EngineConfig, *, device: str, local_rank: int) ->
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         changes["CUDA_VISIBLE_DEVICES"] = visible[local_rank] if visible != [""] else str(local_rank)
+        # vLLM forks where it believes CUDA untouched, and does not see that whoever asks for a card touches it: the
+        # fork then fails ("Cannot re-initialize CUDA in forked subprocess").
+        changes[_START_METHOD] = os.environ.get(_START_METHOD, "spawn")
     former = {name: os.environ.get(name) for name in changes}
     _set_environment(changes)
     try:

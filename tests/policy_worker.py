@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
-from trainer.samples import Ledger, Sample
+from trainer.samples import Sample, sample_of
+from trainer.types import Ledger
 
 VOCABULARY = 97
 LOSS = LossConfig(kl_coef=0.05, normalisation="sequence")
@@ -71,7 +72,7 @@ def random_samples(num_groups: int = 3, group_size: int = 4, *, seed: int = 0) -
                 tokens = rng.choices(range(3, VOCABULARY), k=n)
                 ledger.append_sampled(tokens, [-rng.uniform(1, 8) for _ in range(n)], 0)
                 ledger.append_context(rng.choices(range(3, VOCABULARY), k=rng.randint(0, 4)))
-            samples.append(ledger.to_sample(advantage=advantage, rollout_id=f"r{i}", task_id=f"t{i // group_size}"))
+            samples.append(sample_of(ledger, advantage=advantage, rollout_id=f"r{i}", task_id=f"t{i // group_size}"))
     return samples
 
 

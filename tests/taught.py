@@ -20,6 +20,7 @@ from envs.types import Message
 from trainer.chat import Chat
 from trainer.config import load_config
 from trainer.job import build_world
+from trainer.samples import sample_of
 from trainer.warmstart import expert_ledger
 
 NUM_STEPS = 200
@@ -68,7 +69,7 @@ def _episodes(chat: Chat, config: str, num_tasks: int) -> list[Row]:
     rows = []
     for i, task in enumerate(world.tasks("train")[:num_tasks]):
         ledger = asyncio.run(expert_ledger(task, world.expert_episode(task, i), world=world, chat=chat))
-        sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+        sample = sample_of(ledger, advantage=0.0, rollout_id="r", task_id="t")
         rows.append((list(sample.token_ids), list(sample.trainable)))
     return rows
 

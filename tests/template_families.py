@@ -22,7 +22,7 @@ from envs.errors import UserError
 from envs.tools import tool
 from envs.types import Message
 from trainer.chat import FALLBACK_TEMPLATE, Chat
-from trainer.rollout import Rollout
+from trainer.types import Rollout
 
 IM_END = ("<|im_end|>",)
 _TOKEN = re.compile(

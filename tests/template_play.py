@@ -15,7 +15,8 @@ from graders.types import Grade
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+from trainer.rollout import RolloutWorker
+from trainer.types import Rollout, RolloutRequest
 
 _VOCABULARY = 2048
 QUESTION = Message(role="user", content="How much?")

@@ -12,8 +12,8 @@ import pytest
 from envs.errors import UserError
 from envs.types import Episode, StopReason, Task
 from graders.types import Grade
-from trainer.rollout import Rollout, derive_seed
-from trainer.samples import Ledger
+from trainer.seeds import derive_seed
+from trainer.types import Ledger, Rollout
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 

@@ -19,7 +19,9 @@ from graders.user.custom import CustomConfig, load_custom_grader
 from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig
 from trainer.engine import Engine, VllmEngine
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
+from trainer.rollout import RolloutWorker
+from trainer.seeds import derive_seed
+from trainer.types import Rollout, RolloutRequest
 
 EXAMPLE = str(REPOSITORY / "scripts" / "examples" / "bfcl.py")
 LIMITS = RolloutConfig(

@@ -35,8 +35,9 @@ from trainer.grammar import Grammar
 from trainer.model_users import ModelUsers, build_users
 from trainer.policy import Policy
 from trainer.publish import Publisher
-from trainer.samples import Ledger, Sample
+from trainer.samples import Sample, sample_of
 from trainer.scratch import Scratch
+from trainer.types import Ledger
 from trainer.watched import WatchedEngine
 
 pytestmark = [
@@ -144,7 +145,7 @@ def as_row(prompt: list[int], completion: Completion) -> Sample:
         completion.policy_version,
         constrained_from=completion.constrained_from,
     )
-    return ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t")
+    return sample_of(ledger, advantage=1.0, rollout_id="r", task_id="t")
 
 
 def sampling(seed: int, max_tokens: int = 24) -> Sampling:

@@ -28,9 +28,10 @@ from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert
 from trainer.offer import tools_offered
-from trainer.rollout import MALFORMED_ANSWER, RolloutRequest, RolloutWorker
+from trainer.rollout import MALFORMED_ANSWER, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
 from trainer.tasks import load_tasks
+from trainer.types import RolloutRequest
 from trainer.warmstart import demonstration_ledgers
 
 
@@ -530,7 +531,7 @@ async def test_an_expert_whose_tools_change_gives_a_row_for_each_set_and_each_tu
     assert [t["function"]["name"] for t in (*earlier.tools, *shown.tools)] == ["enter", "look"]
     assert shown.messages[: len(earlier.messages)] == earlier.messages
     trained = [
-        sum(demonstration_ledgers(d, chat=chat)[-1].to_sample(advantage=0, rollout_id="", task_id="").trainable)
+        sum(sample_of(demonstration_ledgers(d, chat=chat)[-1], advantage=0, rollout_id="", task_id="").trainable)
         for d in (earlier, shown)
     ]
     alone = [

@@ -59,6 +59,7 @@ def loaded_after(statement: str) -> list[str]:
         "trainer.config",
         "trainer.job",
         "trainer.train",
+        "trainer.types",
     ],
 )
 def test_importing_it_loads_nothing_heavy(module):

@@ -13,7 +13,8 @@ from trainer.adapter import trainable_parameters
 from trainer.advantages import group_advantages
 from trainer.config import LossConfig
 from trainer.losses import policy_loss
-from trainer.samples import Ledger
+from trainer.samples import sample_of
+from trainer.types import Ledger
 
 GROUP_SIZE, NUM_GROUPS, MAX_COMPLETION, TEMPERATURE = 4, 2, 24, 0.8
 
@@ -176,7 +177,7 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     for episode, exact in zip(
         data,
         policy.logprobs(
-            [ledger_of(e, [0.0] * len(e["noise"])).to_sample(advantage=0.0, rollout_id="", task_id="") for e in data],
+            [sample_of(ledger_of(e, [0.0] * len(e["noise"])), advantage=0.0, rollout_id="", task_id="") for e in data],
             temperature=TEMPERATURE,
         ),
         strict=True,
@@ -205,7 +206,7 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     advantages = [a for group in rewards for a in group_advantages(group, config.advantage).advantages]
     torch.testing.assert_close(torch.tensor(advantages), inputs["advantages"], atol=1e-5, rtol=1e-5)
     samples = [
-        ledger_of(e, e["logprobs"]).to_sample(advantage=a, rollout_id=str(i), task_id="t")
+        sample_of(ledger_of(e, e["logprobs"]), advantage=a, rollout_id=str(i), task_id="t")
         for i, (e, a) in enumerate(zip(data, advantages, strict=True))
     ]
     [work] = policy._work(samples, config, TEMPERATURE, MAX_COMPLETION, needs_old=True)

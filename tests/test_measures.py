@@ -13,8 +13,8 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.types import Grade
 from trainer.measures import reference
 from trainer.measures.catalogue import CATALOGUE, COUNTS
-from trainer.rollout import Rollout
 from trainer.runs import rollout_to_json
+from trainer.types import Rollout
 
 MEASURE = '''
     Measure(

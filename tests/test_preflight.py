@@ -38,8 +38,7 @@ from trainer.measures.masked import Masked
 from trainer.preflight import Options, adapter_of, preflight_requests
 from trainer.preflight_figures import best_at_k, figures_of, pass_at_k, worst_at_k
 from trainer.reports.drawing import Series, bars, bins_of, histogram, line_chart
-from trainer.rollout import Rollout
-from trainer.samples import Ledger
+from trainer.types import Ledger, Rollout
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,8 @@ from envs.types import Message, StopReason, Task
 from graders.rules.exact import ExactConfig, ExactGrader
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+from trainer.rollout import RolloutWorker
+from trainer.types import Rollout, RolloutRequest
 
 NUM_ROLLOUTS = 24
 LIMIT_S = 120

@@ -26,8 +26,9 @@ from trainer.head import Head, token_logprobs
 from trainer.job import prepare
 from trainer.offer import tools_offered
 from trainer.response_format import schema_text
-from trainer.samples import Ledger, Sample
+from trainer.samples import Sample, sample_of
 from trainer.train import train
+from trainer.types import Ledger
 
 SCHEMA = {
     "type": "object",
@@ -276,7 +277,7 @@ def constrained_sample(chat: Chat, *, advantage: float = 1.0) -> Sample:
     ledger.append_context(chat._encode("And now?"))
     second = answer_ids(chat, '{ "score": -1, "kind": "wrong"}')
     ledger.append_sampled(second, [-0.5] * len(second), 0, constrained_from=0)
-    return ledger.to_sample(advantage=advantage, rollout_id="r", task_id="t")
+    return sample_of(ledger, advantage=advantage, rollout_id="r", task_id="t")
 
 
 def test_a_ledger_keeps_which_tokens_a_grammar_constrained(chat):

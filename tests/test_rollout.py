@@ -22,8 +22,10 @@ from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
-from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, Rollout, RolloutRequest, RolloutWorker
+from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
 from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.samples import sample_of
+from trainer.types import Rollout, RolloutRequest
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))
 CONFIG = RolloutConfig(max_turns=6, max_tool_calls=4, max_turn_tokens=64, max_episode_tokens=900, world_retries=2)
@@ -228,7 +230,7 @@ async def play(
 def assert_ledgers_hold_what_was_sampled(played: Played) -> None:
     """Invariant 1: every prompt the engine got is a ledger's prefix, and what it sampled follows there, trainable."""
     ledgers = [ledger for rollout in played.rollouts for ledger in rollout.ledgers]
-    samples = [ledger.to_sample(advantage=1.0, rollout_id="r", task_id="t") for ledger in ledgers]
+    samples = [sample_of(ledger, advantage=1.0, rollout_id="r", task_id="t") for ledger in ledgers]
     if any(r.num_attempts > 1 for r in played.rollouts):
         return
     num_sampled = 0

@@ -18,8 +18,8 @@ from envs.reading.rows import DatasetSource, read_dataset
 from envs.types import Message, Task
 from graders.hosted.view import item_of
 from trainer.config import RunConfig
-from trainer.expert import Demonstration
 from trainer.tasks import load_demonstrations, load_tasks
+from trainer.types import Demonstration
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")
 WORLD = FinanceWorld(FinanceConfig(num_companies=8, num_train_tasks=6, num_eval_tasks=2))

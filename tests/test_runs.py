@@ -25,11 +25,10 @@ from trainer import processes
 from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.progress import Progress
-from trainer.rollout import Rollout, RolloutRequest
 from trainer.run_files import append_line, read_lines
 from trainer.run_lock import RunLock
 from trainer.runs import RunFolder, rollout_from_json, rollout_to_json
-from trainer.samples import Ledger
+from trainer.types import Kind, Ledger, Rollout, RolloutRequest
 
 TEXT = st.text(max_size=12)
 FLOATS = st.floats(-50, 0)
@@ -134,12 +133,12 @@ def test_a_row_that_is_its_tasks_item_is_stored_once_and_graders_find_it_whole_a
 
 
 def test_finished_rollouts_go_by_the_first_attempts_id_and_a_torn_line_is_cut_off(run):
-    path = run.rollouts_file("rollouts", 1)
+    path = run.rollouts_file(Kind.TRAIN, 1)
     for name in ("run-step1-0-a-0", "run-step1-0-a-1-retry2", "run-step1-0-x-retry1-2"):
         append_line(path, rollout_to_json(make_rollout(name)))
     with path.open("a") as file:
         file.write('{"episode": {"rollout')
-    assert list(run.finished_rollouts("rollouts", 1)) == [
+    assert list(run.finished_rollouts(Kind.TRAIN, 1)) == [
         "run-step1-0-a-0",
         "run-step1-0-a-1",
         "run-step1-0-x-retry1-2",
@@ -161,7 +160,7 @@ def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number
     task = Task(task_id="t", messages=(Message(role="user", content="?"),))
     requests = [RolloutRequest(task=task, rollout_id=f"r{i}", seed=i) for i in range(6)]
     for i, request in enumerate(requests):
-        path = RunFolder.open(config, rank=i % 2).rollouts_file("rollouts", 1)
+        path = RunFolder.open(config, rank=i % 2).rollouts_file(Kind.TRAIN, 1)
         append_line(path, rollout_to_json(make_rollout(request.rollout_id)))
     before = {p.name: p.read_text() for p in (run.path / "rollouts").iterdir()}
     with path.open("a") as file:
@@ -177,19 +176,19 @@ def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number
             )
             # Only this process's share comes back: there is no other to gather from.
             with contextlib.suppress(KeyError):
-                collector.collect("rollouts", 1, requests, temperature=1.0)
+                collector.collect(Kind.TRAIN, 1, requests, temperature=1.0)
     after = {p.name: p.read_text() for p in (run.path / "rollouts").iterdir() if p.stat().st_size}
     assert after == before | ({} if num_processes > 1 else {path.name: before[path.name] + '{"episode": '})
 
 
 def test_a_step_not_begun_has_no_finished_rollouts(run):
-    assert run.finished_rollouts("rollouts", 9) == {}
+    assert run.finished_rollouts(Kind.TRAIN, 9) == {}
 
 
 def test_each_process_writes_a_file_of_its_own(config, run):
     other = RunFolder.open(config, rank=1)
     assert other.run_id == run.run_id and run.is_main and not other.is_main
-    assert other.rollouts_file("rollouts", 1).name == "step-000001.rank1.jsonl"
+    assert other.rollouts_file(Kind.TRAIN, 1).name == "step-000001.rank1.jsonl"
     other.log({"step": 1})
     assert run.metrics() == []
 
@@ -272,10 +271,10 @@ def test_what_is_read_has_a_bound_however_large_the_file_is(config, run):
         with pytest.raises(UserError, match=rf"{name}: holds more than 64 MiB"):
             RunFolder.is_finished(config)
         path.write_bytes(kept)
-    endless = run.rollouts_file("rollouts", 1)
+    endless = run.rollouts_file(Kind.TRAIN, 1)
     append_line(endless, rollout_to_json(make_rollout("r")))
     os.truncate(endless, 2**40)
-    assert list(run.finished_rollouts("rollouts", 1)) == ["r"] and endless.stat().st_size < 10_000
+    assert list(run.finished_rollouts(Kind.TRAIN, 1)) == ["r"] and endless.stat().st_size < 10_000
 
 
 def test_foreign_files_and_a_file_in_its_place_are_refused(config):
@@ -333,7 +332,7 @@ def test_the_newest_checkpoint_counts_and_unfinished_ones_are_cleared(config, ru
 def test_rewinding_forgets_what_came_after_the_checkpoint_but_the_rollouts_in_flight(run):
     for step in range(5):
         run.log({"step": step})
-        for kind in ("rollouts", "evals"):
+        for kind in Kind:
             append_line(run.rollouts_file(kind, step), {"step": step})
     append_line(run.path / "rollouts" / "step-000004.rank1.jsonl", {})
     with (run.path / "metrics.jsonl").open("a") as file:

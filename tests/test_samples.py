@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.samples import Ledger, rollout_samples
+from trainer.samples import rollout_samples, sample_of
+from trainer.types import Ledger
 
 LOGPROBS = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False)
 SEGMENTS = st.lists(
@@ -36,7 +37,7 @@ def test_the_mask_of_the_documented_episode():
     ledger.append_context([13, 42, 12])
     assert ledger.prompt_ids == [10, 11, 12, 20, 21, 13, 42, 12]
     ledger.append_sampled([42, 21], [-0.4, -0.1], 7)
-    sample = ledger.to_sample(advantage=0.5, rollout_id="r", task_id="t")
+    sample = sample_of(ledger, advantage=0.5, rollout_id="r", task_id="t")
     assert sample.token_ids == (10, 11, 12, 20, 21, 13, 42, 12, 42, 21)
     assert sample.trainable == tuple(map(bool, (0, 0, 0, 1, 1, 0, 0, 0, 1, 1)))
     assert sample.logprobs == (0.0, 0.0, 0.0, -1.2, -0.1, 0.0, 0.0, 0.0, -0.4, -0.1)
@@ -50,7 +51,7 @@ def test_a_ledger_survives_json_bit_for_bit(segments):
     again = Ledger.from_json(json.loads(json.dumps(ledger.to_json(), allow_nan=False)))
     assert again == ledger
     as_sample = {"advantage": 0.0, "rollout_id": "r", "task_id": "t"}
-    assert again.to_sample(**as_sample) == ledger.to_sample(**as_sample)
+    assert sample_of(again, **as_sample) == sample_of(ledger, **as_sample)
 
 
 @given(SEGMENTS)

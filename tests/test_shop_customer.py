@@ -19,7 +19,8 @@ from graders.penalties import PenaltiesConfig
 from trainer.chat import Chat
 from trainer.config import RunConfig, load_config
 from trainer.expert import play_expert
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+from trainer.rollout import RolloutWorker
+from trainer.types import Rollout, RolloutRequest
 
 CONFIG = REPOSITORY / "configs" / "shop_customer.yaml"
 SMALL = [

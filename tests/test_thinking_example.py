@@ -15,8 +15,8 @@ from envs.finance.world import FinanceWorld
 from envs.types import Message, ToolCall
 from trainer.chat import Chat
 from trainer.config import load_config
-from trainer.expert import Demonstration
 from trainer.tasks import load_demonstrations
+from trainer.types import Demonstration
 from trainer.warmstart import demonstration_ledgers
 
 ROOT = Path(__file__).parent.parent

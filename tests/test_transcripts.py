@@ -18,10 +18,10 @@ from trainer.reports.run_report import write_report
 from trainer.reports.transcripts import write as transcripts
 from trainer.reports.transcripts.records import MALFORMED_CALL, UNKNOWN_TOOL
 from trainer.reports.transcripts.write import write_token_figures, write_transcripts
-from trainer.rollout import Rollout
 from trainer.run_files import append_line
 from trainer.runs import rollout_to_json
-from trainer.samples import Ledger, rollout_samples
+from trainer.samples import rollout_samples
+from trainer.types import Ledger, Rollout
 
 HOSTILE = (
     "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\u2028\u2029\ud800 \x00 & \"'"

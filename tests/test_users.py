@@ -30,7 +30,9 @@ from trainer.engine_judge import EngineJudge
 from trainer.job import prepare
 from trainer.live import NotMade
 from trainer.model_users import ModelUsers, build_users
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
+from trainer.rollout import RolloutWorker
+from trainer.seeds import derive_seed
+from trainer.types import Rollout, RolloutRequest
 
 SHOPPER = Task(
     task_id="t",

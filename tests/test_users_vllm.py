@@ -12,7 +12,8 @@ from envs.types import Message, StopReason, Task
 from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.model_users import ModelUsers, build_users
-from trainer.rollout import RolloutRequest, RolloutWorker
+from trainer.rollout import RolloutWorker
+from trainer.types import RolloutRequest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 TASK = Task(task_id="t", messages=(Message(role="user", content="A mug, please."),), item={"wish": "a large red mug"})

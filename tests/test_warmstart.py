@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from envs.errors import UserError
 from envs.types import Message
 from trainer.config import RunConfig
-from trainer.expert import Demonstration, play_expert
+from trainer.expert import play_expert
 from trainer.job import Job, prepare
 from trainer.policy import Policy
 from trainer.progress import Progress
 from trainer.runs import RunFolder
-from trainer.samples import Ledger, Sample
+from trainer.samples import Sample, sample_of
 from trainer.setup import canary_ids, load_policy
+from trainer.types import Demonstration, Ledger
 from trainer.warmstart import demonstration_ledgers, expert_ledger, expert_ledgers, in_steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -64,7 +65,7 @@ def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothi
     task = job.train_tasks[0]
     turns = job.world.expert_episode(task, 0)
     ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
-    sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+    sample = sample_of(ledger, advantage=0.0, rollout_id="r", task_id="t")
     own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
     given = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if not trained])
     assert own.count("<tool_call>") == sum(not isinstance(turn, str) for turn in turns)
@@ -109,7 +110,7 @@ def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_
         ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
         assert row == ledger.prompt_ids[-len(row) :] and len(row) < len(ledger) / 2
         assert job.chat.decode(row).endswith(f"{turns[-1]}<|im_end|>")
-        own = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t").trainable[-len(row) :]
+        own = sample_of(ledger, advantage=0.0, rollout_id="r", task_id="t").trainable[-len(row) :]
         assert sum(own) > 10, "tokens that the model itself writes"
 
 
@@ -135,7 +136,7 @@ def test_a_message_that_is_not_to_be_learned_is_context_of_the_row(job: Job) -> 
     words = [("user", "Q"), ("assistant", "WRONG"), ("user", "Again"), ("assistant", "RIGHT")]
     messages = tuple(Message(role=role, content=text) for role, text in words)
     ledger = demonstration_ledgers(Demonstration(messages=messages, untrained=frozenset({1})), chat=job.chat)[-1]
-    sample = ledger.to_sample(advantage=0.0, rollout_id="r", task_id="t")
+    sample = sample_of(ledger, advantage=0.0, rollout_id="r", task_id="t")
     own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
     assert own == "RIGHT<|im_end|>"
     whole = demonstration_ledgers(Demonstration(messages=messages), chat=job.chat)[-1]

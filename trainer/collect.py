@@ -14,11 +14,11 @@ from trainer import processes
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
-from trainer.measures.summary import Metrics
 from trainer.progress import Progress
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker
+from trainer.rollout import RolloutWorker
 from trainer.runs import RunFolder
 from trainer.samples import Sample, rollout_samples
+from trainer.types import Kind, Metrics, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,11 +44,13 @@ class Collector:
         self._progress = progress
         self._loop = loop
 
-    def collect(self, kind: str, step: int, requests: Sequence[RolloutRequest], *, temperature: float) -> list[Rollout]:
+    def collect(
+        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float
+    ) -> list[Rollout]:
         """All rollouts of the requests, in their order, on every process.
 
-        `kind` is rollouts or evals: the folder to which each rollout is written when it finishes. What an interrupted
-        run has already written there for this step is read and not rolled out again.
+        Each rollout is written to the folder of its `kind` when it finishes. What an interrupted run has already
+        written there for this step is read and not rolled out again.
         """
         rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
         mine = requests[rank::world_size]

@@ -9,9 +9,9 @@ from envs.errors import UserError
 from envs.types import Task
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.difficulty import Rule, Visit, Visits, choose_tasks, preflight_visits, tied_share, with_visits
-from trainer.rollout import Rollout
 from trainer.runs import RunFolder
 from trainer.tasks import tasks_of_step
+from trainer.types import Rollout
 
 
 def load_preflight(config: CurriculumConfig | None) -> dict[str, list[Visit]]:

@@ -21,13 +21,13 @@ is not resampled.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import UserError
+from trainer.seeds import hash_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ def choose_tasks(
     def priority(task_id: str) -> tuple[float, int]:
         known = [v for v in visits.get(task_id, ()) if v.step is None or v.step < step]
         last = max((v.step for v in known if v.step is not None), default=0)
-        return -weight(known, rule) * (step - last), _hash(seed, step, task_id)
+        return -weight(known, rule) * (step - last), hash_of(seed, step, task_id)
 
     order = sorted(task_ids, key=priority)
     return [order[i % len(order)] for i in range(num_tasks)]
@@ -163,8 +163,3 @@ def preflight_visits(tasks: Any, *, where: str) -> dict[str, list[Visit]]:
         n, mean, best, worst, std = values
         visits[task_id] = [Visit(step=None, stats=TaskStats(n=int(n), mean=mean, best=best, worst=worst, std=std))]
     return visits
-
-
-def _hash(*parts: object) -> int:
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")

@@ -11,8 +11,9 @@ from trainer.config import RunConfig
 from trainer.job import Job
 from trainer.measures.summary import prefixed, summarise
 from trainer.progress import Progress
-from trainer.rollout import RolloutRequest, derive_seed
 from trainer.runs import RunFolder
+from trainer.seeds import derive_seed
+from trainer.types import Kind, Phase, RolloutRequest
 
 
 def eval_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
@@ -42,8 +43,8 @@ def evaluate_if_due(job: Job, run: RunFolder, collector: Collector, progress: Pr
     if processes.from_main(lambda: any(r["step"] == step and "eval/rollouts" in r for r in run.metrics())):
         return
     requests = eval_requests(job.config, job.eval_tasks, run_id=run.run_id, step=step)
-    when = {0: " before", job.config.optim.num_steps: " after"}.get(step, "")
-    progress.phase(f"evaluating{when}", total=len(requests))
-    rollouts = collector.collect("evals", step, requests, temperature=job.config.eval.temperature)
+    at_the_ends = {0: Phase.EVALUATING_BEFORE, job.config.optim.num_steps: Phase.EVALUATING_AFTER}
+    progress.phase(at_the_ends.get(step, Phase.EVALUATING), total=len(requests))
+    rollouts = collector.collect(Kind.EVAL, step, requests, temperature=job.config.eval.temperature)
     run.log({"step": step, **prefixed("eval", summarise(rollouts))})
     run.vouch_for(step)

@@ -13,22 +13,8 @@ from envs.types import Message, Task, ToolCall, Turn
 from envs.users import Exchange, ScriptUsers, Users, hear
 from trainer.config import RolloutConfig
 from trainer.offer import tools_offered
-from trainer.rollout import derive_seed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
-    """A conversation to imitate: the assistant messages of it are the expert's."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Definitions (Chat Completions JSON) of the tools that the expert was offered."""
-    untrained: frozenset[int] = frozenset()
-    """Places of messages that are context, though they may be the assistant's: mistakes that are put right, say."""
-    where: str = "warmstart"
-    """The file and line, or what else it came of."""
-    earlier: tuple[Demonstration, ...] = ()
-    """The same episode up to where the tools changed; what was done before is context here and trained on there."""
+from trainer.seeds import derive_seed
+from trainer.types import Demonstration
 
 
 @dataclass(slots=True)

@@ -30,7 +30,6 @@ from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
 from trainer.engine_arguments import check_engine, shared_memory_is_short
 from trainer.engine_judge import EngineJudge
-from trainer.expert import Demonstration
 from trainer.grammar import Grammar, check_schema, in_words
 from trainer.model_cache import resolve_config, resolve_model, resolve_texts
 from trainer.model_users import ModelUsers, build_users
@@ -39,6 +38,7 @@ from trainer.reachable import check_servers
 from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
+from trainer.types import Demonstration
 from trainer.warmstart import check_company, check_demonstrations
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from envs.base import Env
 from envs.tools import Tool
 from envs.types import Episode, Message, Task, Turn
 from trainer.admission import Place
-from trainer.samples import Ledger
-
-if TYPE_CHECKING:
-    from trainer.rollout import RolloutRequest
+from trainer.types import Ledger, RolloutRequest
 
 
 class NotMade:

@@ -46,10 +46,11 @@ from trainer.manifest import checkpoints
 from trainer.preflight_figures import Figures, figures_of
 from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
-from trainer.rollout import Rollout, RolloutRequest, derive_seed
 from trainer.run_files import append_text, open_to_read, sealed, write_atomically
 from trainer.runs import RunFolder, rollout_to_json
 from trainer.samples import rollout_samples
+from trainer.seeds import derive_seed
+from trainer.types import Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     from trainer.policy import Policy
@@ -215,7 +216,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         policy = load_policy(job, run, accelerator, progress, loop)
         if options.adapter is not None:
             _load_adapter(policy, options.adapter)
-        progress.phase("starting the engine")
+        progress.phase(Phase.STARTING)
         scratch = stack.enter_context(open_scratch(job, policy))
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=0))
         stack.callback(engine.shutdown)
@@ -224,7 +225,7 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
         canary = Canary(canary_rows, tolerance=config.engine.canary_mean_tolerance)
         publisher = Publisher(policy, engine, canary, scratch.path)
         worker = make_worker(job, engine, run)
-        progress.phase("publishing")
+        progress.phase(Phase.PUBLISHING)
         loop.run(publisher.note_base())
         loop.run(publisher.probe())
         publish_start = time.perf_counter()

@@ -24,7 +24,7 @@ from graders.types import Grade
 from trainer.difficulty import TaskStats, stats_of
 from trainer.measures.catalogue import num_tool_errors
 from trainer.measures.masked import Masked, masked_causes
-from trainer.rollout import Rollout
+from trainer.types import Rollout
 
 Curve = list[tuple[int, float]]
 """(k, value)."""

@@ -27,8 +27,9 @@ from envs.errors import UserError
 from envs.terminal import clean
 from trainer.log_file import LogFile
 from trainer.measures.catalogue import CATALOGUE
+from trainer.types import Phase
 
-STEP_PHASES = frozenset({"rollouts", "training", "publishing"})
+STEP_PHASES = frozenset({Phase.ROLLOUTS, Phase.TRAINING, Phase.PUBLISHING})
 """Phases that every step repeats: they leave no line of their own, the step leaves one."""
 _RECENT_STEPS = 5
 """Time left is estimated from so many of the last steps: episodes get shorter as the policy learns."""
@@ -125,7 +126,7 @@ class Progress:
         self._phase_total, self._phase_done, self._phase_tokens = total, 0, 0
         self._phase, self._phase_start = name, time.monotonic()
         # Weights are published before the first step too, and then evaluated: that is no part of it.
-        if name == "rollouts" and self._step_start is None:
+        if name == Phase.ROLLOUTS and self._step_start is None:
             self._step_start = self._phase_start
         self._note(f"phase: {name}")
 
@@ -191,9 +192,9 @@ class Progress:
 
     def _finish_phase(self) -> None:
         phase_s = time.monotonic() - self._phase_start
-        if self._phase == "evaluating before":
+        if self._phase == Phase.EVALUATING_BEFORE:
             self._evaluation_s = phase_s
-        if self._phase == "rollouts":
+        if self._phase == Phase.ROLLOUTS:
             self._rollouts_speed = self._speed()
         elif self._phase and self._phase not in STEP_PHASES:
             self._line(", ".join(filter(None, [f"{self._phase}: {_clock(phase_s)}", self._speed()])), style="green")

@@ -10,6 +10,7 @@ from envs.errors import UserError
 from trainer.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
 from trainer.run_about import read_about
 from trainer.run_files import digest, step_files
+from trainer.types import Kind
 
 
 def check_resumable(run: Path, run_id: str) -> list[str]:
@@ -71,7 +72,7 @@ def export_digests(adapter: Path) -> dict[str, str]:
 
 def _refuse_leftovers(run: Path) -> None:
     left = [name for name in RESTS_ON if (run / name).exists() and (run / name).stat().st_size]
-    left += [kind for kind in ("rollouts", "evals", "tokens") if step_files(run / kind)]
+    left += [kind for kind in (*Kind, "tokens") if step_files(run / kind)]
     if "finished_steps" in read_about(run):
         left.append("run.json")
     if left:

@@ -7,10 +7,9 @@ tool never holds up the others. What an episode waits for because of us (the eng
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from envs.base import Ends, Env, Observes, OrdersCalls, World
@@ -20,9 +19,9 @@ from envs.limits.threads import let_loop_end
 from envs.secrets import hidden_in
 from envs.state import read_state
 from envs.tools import Tool, call_tool
-from envs.types import NOT_PARSED, Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
+from envs.types import NOT_PARSED, Episode, Message, StopReason, ToolCall, ToolErrorKind, ToolResult, Turn
 from envs.users import Exchange, Users, hear
-from graders.types import Grade, Grader
+from graders.types import Grader
 from trainer.admission import Place, Places
 from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
@@ -31,45 +30,11 @@ from trainer.grading import Graded, Grading
 from trainer.live import Live
 from trainer.offer import tools_offered
 from trainer.response_format import schema_text
-from trainer.samples import Ledger, completion_ids
+from trainer.seeds import derive_seed
+from trainer.types import Ledger, Rollout, RolloutRequest, completion_ids
 
 MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
 OVER_BUDGET_ANSWER = "Error: the tool call budget is used up. Answer now."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """An episode with its token ledger and its grade."""
-
-    episode: Episode
-    task: Task
-    ledgers: tuple[Ledger, ...]
-    """Usually one training row; one more for every turn at which the template rewrote the earlier text."""
-    grade: Grade | None
-    """None where there is none to learn from: masked out of the loss. `measures.masked_by` says why."""
-    watch: Grade | None = None
-    """What the grader that is never trained on gave; None without one, and where it failed."""
-    is_unscored: bool = False
-    """The user's reward functions all gave None: masked, but no fault of the world's, and not tried again."""
-    num_drifted_turns: int = 0
-    """Turns whose raw text differs from what serving would render for the parsed message."""
-    num_attempts: int = 1
-    """More than one where the world failed, and the episode was played again, or a grading, and was tried again."""
-    unclosed: tuple[str, ...] = ()
-    """Why environments of it did not close, those of earlier attempts included."""
-
-    @property
-    def reward(self) -> float | None:
-        return None if self.grade is None else self.grade.reward
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutRequest:
-    """What to roll out: the task and how its randomness is fixed."""
-
-    task: Task
-    rollout_id: str
-    seed: int
 
 
 class LiveRollouts(Protocol):
@@ -78,12 +43,6 @@ class LiveRollouts(Protocol):
     def opened(self, rollout_id: str) -> None: ...
 
     def closed(self, rollout_id: str) -> None: ...
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any values; stable over processes and Python versions."""
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class RolloutWorker:

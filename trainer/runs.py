@@ -40,7 +40,6 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
 from trainer.resuming import check_resumable, export_is_whole
-from trainer.rollout import Rollout
 from trainer.run_about import differences, plain_config, read_about, saved_config, versions
 from trainer.run_files import (
     UNFINISHED,
@@ -61,11 +60,11 @@ from trainer.run_files import (
     write_atomically,
 )
 from trainer.run_lock import LOCK_NAME, RunLock
-from trainer.samples import Ledger, completion_ids
+from trainer.types import Kind, Ledger, Rollout, completion_ids
 
 _EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
-_FOLDERS = ("rollouts", "evals", "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
+_FOLDERS = (*Kind, "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
 """What a run makes in its folder; the last is TensorBoard's."""
 
 
@@ -180,7 +179,7 @@ class RunFolder:
         # Without the aliases that YAML writes for what stands in it twice.
         written_out = json.loads(json.dumps(plain_config(config)))
         write_atomically(path / "config.yaml", yaml.safe_dump(written_out, sort_keys=False))
-        for name in ("rollouts", "evals", "checkpoints"):
+        for name in (*Kind, "checkpoints"):
             (path / name).mkdir(exist_ok=True)
         clear_unfinished(path, _FOLDERS)
         for name, text in (beside or {}).items():
@@ -232,16 +231,16 @@ class RunFolder:
 
     # ---- rollouts
 
-    def rollouts_file(self, kind: str, step: int) -> Path:
-        """`kind` is rollouts or evals. Each process has a file of its own."""
+    def rollouts_file(self, kind: Kind, step: int) -> Path:
+        """Each process has a file of its own."""
         suffix = f".rank{self._rank}" if self._rank else ""
         return self.path / kind / f"step-{step:06d}{suffix}.jsonl"
 
-    def keep_rollout(self, kind: str, step: int, rollout: Rollout) -> None:
+    def keep_rollout(self, kind: Kind, step: int, rollout: Rollout) -> None:
         """Write it down, with a digest of the line."""
         append_text(self.rollouts_file(kind, step), sealed(rollout_to_json(rollout)))
 
-    def finished_rollouts(self, kind: str, step: int) -> dict[str, Rollout]:
+    def finished_rollouts(self, kind: Kind, step: int) -> dict[str, Rollout]:
         """What an interrupted run had already rolled out for this step, by the first attempt's rollout id.
 
         Of all its processes: there may have been more or fewer than now. Only this process's own file is mended.
@@ -336,13 +335,13 @@ class RunFolder:
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
         intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)
-        for kind, last in (("rollouts", step + 1), ("evals", step), ("tokens", step)):
+        for kind, last in ((Kind.TRAIN, step + 1), (Kind.EVAL, step), ("tokens", step)):
             for path in sorted(step_files(self.path / kind)):
                 if int(path.name[5:].partition(".")[0]) > last:
                     clear(path)
             for path in [] if kind == "tokens" else sorted(step_files(self.path / kind, last)):
                 if num_damaged := drop_damaged(path, intact=intact):
-                    is_over = kind == "evals" and is_evaluated
+                    is_over = kind == Kind.EVAL and is_evaluated
                     then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
                     told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
         return told

@@ -18,9 +18,11 @@ from trainer.engine_arguments import publishes_merged
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
-from trainer.rollout import RolloutWorker, derive_seed
+from trainer.rollout import RolloutWorker
 from trainer.runs import RunFolder
 from trainer.scratch import Scratch
+from trainer.seeds import derive_seed
+from trainer.types import Phase
 from trainer.warmstart import expert_ledger, expert_ledgers, in_steps
 from trainer.watched import WatchedEngine
 
@@ -40,7 +42,7 @@ _FILE_OVERHEAD_BYTES = 2**20
 def load_policy(job: Job, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: asyncio.Runner) -> Policy:
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = job.config
-    progress.phase("loading the model")
+    progress.phase(Phase.LOADING)
     policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)
     checkpoint = run.last_checkpoint()
     processes.wait_for_all()
@@ -63,7 +65,7 @@ def _warm_start(job: Job, run: RunFolder, policy: Policy, progress: Progress, lo
     """Imitate the demonstrations. An interrupted warm start is done again from its beginning, to the same adapter."""
     config = job.config
     assert config.warmstart is not None
-    progress.phase("expert episodes")
+    progress.phase(Phase.EXPERT)
     ledgers = expert_ledgers(
         config,
         job.train_tasks,
@@ -75,7 +77,7 @@ def _warm_start(job: Job, run: RunFolder, policy: Policy, progress: Progress, lo
         users=job.users,
     )
     steps = in_steps(ledgers, config.warmstart)
-    progress.phase("warm start", total=len(steps))
+    progress.phase(Phase.WARM_START, total=len(steps))
     losses: list[float] = []
 
     def on_step(loss: float) -> None:

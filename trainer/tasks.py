@@ -14,9 +14,9 @@ from envs.schemas.words import schema_fault
 from envs.tools import Tool
 from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig
-from trainer.expert import Demonstration
 from trainer.offer import tools_offered
-from trainer.rollout import RolloutRequest, derive_seed
+from trainer.seeds import derive_seed
+from trainer.types import Demonstration, RolloutRequest
 
 
 def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:

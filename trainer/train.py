@@ -16,11 +16,12 @@ from trainer.curriculum import Curriculum
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
 from trainer.measures.summary import prefixed, summarise
-from trainer.measures.timing import Stopwatch
+from trainer.measures.timing import Lap, Stopwatch
 from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
 from trainer.runs import RunFolder
 from trainer.tasks import train_requests
+from trainer.types import Kind, Phase
 
 if TYPE_CHECKING:
     from trainer.setup import StartEngine
@@ -59,7 +60,7 @@ def train(
         loop.run(release_left_open(job, run, progress))
         sweep_default_roots()
         policy = load_policy(job, run, accelerator, progress, loop)
-        progress.phase("starting the engine")
+        progress.phase(Phase.STARTING)
         scratch = stack.enter_context(open_scratch(job, policy))
         engine = loop.run(open_engine(job, accelerator, start_engine, first_step=first_step))
         stack.callback(engine.shutdown)
@@ -68,7 +69,7 @@ def train(
         canary = Canary(canary_rows, tolerance=config.engine.canary_mean_tolerance)
         publisher = Publisher(policy, engine, canary, scratch.path)
         worker = make_worker(job, engine, run)
-        progress.phase("publishing")
+        progress.phase(Phase.PUBLISHING)
         loop.run(publisher.note_base())
         loop.run(publisher.probe())
         loop.run(publisher.publish())
@@ -79,12 +80,12 @@ def train(
         for step in range(first_step + 1, num_steps + 1):
             clock = Stopwatch()
             requests = train_requests(config, curriculum.choose(step), run_id=run.run_id, step=step)
-            progress.phase("rollouts", total=len(requests))
-            rollouts = collector.collect("rollouts", step, requests, temperature=config.rollout.temperature)
+            progress.phase(Phase.ROLLOUTS, total=len(requests))
+            rollouts = collector.collect(Kind.TRAIN, step, requests, temperature=config.rollout.temperature)
             loop.run(engine.sleep())
-            clock.lap("rollouts")
+            clock.lap(Lap.ROLLOUTS)
 
-            progress.phase("training")
+            progress.phase(Phase.TRAINING)
             samples, group_metrics = to_samples(rollouts, config)
             watch_for_no_ops(rollouts, group_metrics, run, progress)
             update = policy.update(
@@ -93,19 +94,19 @@ def train(
                 temperature=config.rollout.temperature,
                 constant_tokens=config.rollout.max_episode_tokens,
             )
-            clock.lap("training")
+            clock.lap(Lap.TRAINING)
 
-            progress.phase("publishing")
+            progress.phase(Phase.PUBLISHING)
             loop.run(engine.wake_up())
             canary_metrics = loop.run(publisher.publish())
-            clock.lap("publish")
+            clock.lap(Lap.PUBLISH)
 
             if run.is_main:
                 write_token_figures(run.path, step, samples, update.logprobs)
             checkpoint = None
             if run.is_main and (step % config.checkpoint.every_steps == 0 or step == num_steps):
                 checkpoint = write_checkpoint(run, policy, step=step)
-            clock.lap("checkpoint")
+            clock.lap(Lap.CHECKPOINT)
             metrics = {
                 **prefixed("train", summarise(rollouts)),
                 **group_metrics,
@@ -122,7 +123,7 @@ def train(
             progress.step_done(step, metrics)
             evaluate_if_due(job, run, collector, progress, step=step)
 
-        progress.phase("exporting")
+        progress.phase(Phase.EXPORTING)
         if run.is_main:
             export_adapter(job, run, policy)
             write_transcripts(run.path, lambda token_id: job.chat.decode([token_id]))

@@ -17,9 +17,10 @@ from envs.users import ScriptUsers, Users
 from trainer import processes
 from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig, WarmstartConfig
-from trainer.expert import Demonstration, play_expert
-from trainer.rollout import derive_seed
-from trainer.samples import Ledger, Sample
+from trainer.expert import play_expert
+from trainer.samples import Sample, sample_of
+from trainer.seeds import derive_seed
+from trainer.types import Demonstration, Ledger
 
 _EXPERT_VERSION = 0
 
@@ -174,7 +175,7 @@ def expert_ledgers(
 def in_steps(ledgers: Sequence[Ledger], config: WarmstartConfig) -> list[list[Sample]]:
     """The samples of each supervised step: what the expert did is to become likelier, so its advantage is 1."""
     samples = [
-        ledger.to_sample(advantage=1.0, rollout_id=f"expert-{i}", task_id="") for i, ledger in enumerate(ledgers)
+        sample_of(ledger, advantage=1.0, rollout_id=f"expert-{i}", task_id="") for i, ledger in enumerate(ledgers)
     ]
     size = config.episodes_per_step
     return [samples[i : i + size] for i in range(0, len(samples), size)]

@@ -42,10 +42,12 @@ from trainer.config import RunConfig
 from trainer.engine import Completion, Engine, Sampling, VllmEngine
 from trainer.engine_arguments import seeds_requests
 from trainer.job import Job, prepare
-from trainer.rollout import Rollout, RolloutRequest, RolloutWorker, derive_seed
+from trainer.rollout import RolloutWorker
 from trainer.run_files import append_line
 from trainer.runs import rollout_to_json
+from trainer.seeds import derive_seed
 from trainer.tasks import tasks_of_step, train_requests
+from trainer.types import Rollout, RolloutRequest
 from trainer.warmstart import expert_ledger
 
 

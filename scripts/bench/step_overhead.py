@@ -19,9 +19,10 @@ from typing import Any
 from common import Figure, report, run_main
 
 from envs.errors import UserError
+from trainer.measures.timing import Lap
 from trainer.run_files import read_lines
 
-_LAPS = ("step", "rollouts", "training", "publish", "checkpoint")
+_LAPS = ("step", *Lap)
 
 
 def step_figures(records: Sequence[Mapping[str, Any]]) -> list[Figure]:

@@ -38,7 +38,9 @@ from trainer.chat import Chat
 from trainer.config import RolloutConfig
 from trainer.engine import Completion, Sampling
 from trainer.job import prepare
-from trainer.rollout import RolloutRequest, RolloutWorker, derive_seed
+from trainer.rollout import RolloutWorker
+from trainer.seeds import derive_seed
+from trainer.types import RolloutRequest
 
 TEMPERATURE = 1.0
 SERVER = Path(__file__).with_name("sleeping_tool.py")

@@ -30,16 +30,18 @@ from common import Figure, bench_config, load_policy, parser, ratio, report, run
 
 from envs.errors import UserError
 from trainer.config import RunConfig
+from trainer.samples import sample_of
 
 if TYPE_CHECKING:
     from trainer.job import Job
     from trainer.packing import Microbatch
-    from trainer.samples import Ledger, Sample
+    from trainer.samples import Sample
+    from trainer.types import Ledger
 
 
 def expert_samples(job: Job, num_rows: int) -> list[Sample]:
     """The first tasks' expert episodes that fit into an episode's length, cycled where tasks are fewer than rows."""
-    from trainer.rollout import derive_seed
+    from trainer.seeds import derive_seed
     from trainer.warmstart import expert_ledger
 
     async def play() -> list[Ledger]:
@@ -56,7 +58,7 @@ def expert_samples(job: Job, num_rows: int) -> list[Sample]:
 
     ledgers = asyncio.run(play())
     return [
-        ledger.to_sample(advantage=_advantage(i), rollout_id=f"expert-{i}", task_id="")
+        sample_of(ledger, advantage=_advantage(i), rollout_id=f"expert-{i}", task_id="")
         for i, ledger in enumerate(ledgers)
     ]
 

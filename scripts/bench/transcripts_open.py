@@ -26,10 +26,10 @@ from common import Figure, report, run_main
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.types import Grade
 from trainer.reports.transcripts.write import write_token_figures, write_transcripts
-from trainer.rollout import Rollout
 from trainer.run_files import append_line
 from trainer.runs import rollout_to_json
-from trainer.samples import Ledger, rollout_samples
+from trainer.samples import rollout_samples
+from trainer.types import Ledger, Rollout
 
 _VOCABULARY = 8000
 _GROUP_SIZE, _TASKS_PER_STEP = 8, 8

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trainer.measures.masked import masked_by
-from trainer.rollout import Rollout
+from trainer.types import Rollout
 
 
 class Place(StrEnum):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from envs.types import StopReason
-from trainer.rollout import Rollout
+from trainer.types import Rollout
 
 
 class Masked(StrEnum):

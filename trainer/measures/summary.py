@@ -8,9 +8,7 @@ from statistics import fmean
 
 from trainer.measures.catalogue import CATALOGUE, COUNTS
 from trainer.measures.masked import masked_causes
-from trainer.rollout import Rollout
-
-Metrics = dict[str, float]
+from trainer.types import Metrics, Rollout
 
 
 def summarise(rollouts: Sequence[Rollout]) -> Metrics:

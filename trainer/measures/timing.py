@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from enum import StrEnum
 
-from trainer.measures.summary import Metrics
-from trainer.rollout import Rollout
 from trainer.samples import Sample
+from trainer.types import Metrics, Rollout
+
+
+class Lap(StrEnum):
+    """A part of a step, by which `metrics.jsonl` names its time: `time/rollouts_s`."""
+
+    ROLLOUTS = "rollouts"
+    TRAINING = "training"
+    PUBLISH = "publish"
+    CHECKPOINT = "checkpoint"
 
 
 class Stopwatch:
@@ -15,9 +24,9 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._start = self._lap_start = time.perf_counter()
-        self._laps_s: dict[str, float] = {}
+        self._laps_s: dict[Lap, float] = {}
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: Lap) -> None:
         """What has passed since the last lap belongs to `name`."""
         now = time.perf_counter()
         self._laps_s[name] = now - self._lap_start
@@ -31,10 +40,10 @@ class Stopwatch:
         num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
         num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage or has_kl)
         step_s = time.perf_counter() - self._start
-        work_s = self._laps_s["rollouts"] + self._laps_s["training"]
+        work_s = self._laps_s[Lap.ROLLOUTS] + self._laps_s[Lap.TRAINING]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {
             "time/step_s": step_s,
             "time/other_share": 1 - work_s / step_s,
-            "throughput/sampled_tokens_per_s": num_sampled_tokens / self._laps_s["rollouts"],
-            "throughput/trained_tokens_per_s": num_trained_tokens / self._laps_s["training"],
+            "throughput/sampled_tokens_per_s": num_sampled_tokens / self._laps_s[Lap.ROLLOUTS],
+            "throughput/trained_tokens_per_s": num_trained_tokens / self._laps_s[Lap.TRAINING],
         }

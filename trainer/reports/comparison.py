@@ -24,7 +24,7 @@ from trainer.measures.catalogue import Measure, Place, measure, shown_in
 from trainer.measures.intervals import Floats, Interval, intervals
 from trainer.measures.masked import Masked, masked_causes
 from trainer.reports.evaluations import Evaluation
-from trainer.rollout import Rollout
+from trainer.types import Rollout
 
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "max": 1.0}
 _NUM_GAINS, _NUM_LOSSES = 3, 2

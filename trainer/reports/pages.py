@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from envs.types import Message
 from trainer.reports.comparison import Comparison
-from trainer.rollout import Rollout
 from trainer.run_files import write_atomically
+from trainer.types import Rollout
 
 _MAX_TEXT_CHARS = 4000
 """A longer message is cut on the page; the whole stands in the JSONL file."""

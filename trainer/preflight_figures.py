@@ -94,7 +94,7 @@ class Figures:
 
 
 def figures_of(rollouts: Sequence[Rollout], *, samples_per_task: int) -> Figures:
-    """Of at least one graded rollout."""
+    """What the rollouts show; at least one of them is graded."""
     graded = [r for r in rollouts if r.grade is not None]
     assert graded
     by_task: dict[str, list[Rollout]] = {}

@@ -121,7 +121,7 @@ def _kind(rollout: Rollout, by: str) -> str:
 
 
 def _lines(graded: Sequence[Mapping[str, Sequence[Rollout]]], tasks: Sequence[str], seed: int) -> list[Line]:
-    """Of every measure that all tasks of all policies have."""
+    """A line for every measure that all tasks of all policies have."""
     lines = []
     for shown in shown_in(Place.TABLE):
         values_PT = _task_means(graded, tasks, shown)

@@ -35,105 +35,108 @@ _DEMO = {
 """What the hosted service's published demo reported after ten steps."""
 
 
-def grids(c: Comparison, *, demo: bool) -> list[Grid]:
+def grids(comparison: Comparison, *, demo: bool) -> list[Grid]:
     """Every table of the comparison, in the order shown."""
-    out = [side_by_side(c, c.lines, id="policies", title=f"{c.num_tasks} shared tasks")]
+    out = [side_by_side(comparison, comparison.lines, id="policies", title=f"{comparison.num_tasks} shared tasks")]
     if demo:
-        out.append(_demo_grid(c))
-    names = ["", *(e.name for e in c.evaluations)]
+        out.append(_demo_grid(comparison))
+    names = ["", *(e.name for e in comparison.evaluations)]
     tails = [
         Row(cells=[f"{measure(key).title}, {quantile}", *(measure(key).show(tail[quantile]) for tail in by_policy)])
-        for key, by_policy in c.tails.items()
+        for key, by_policy in comparison.tails.items()
         if all(by_policy)
         for quantile in by_policy[0]
     ]
     out.append(Grid(id="tails", title="Tails, over single rollouts", headers=names, rows=tails))
-    if c.errors or c.num_masked:
-        rows = [[name, *(f"{x:.3f}" for x in by_policy)] for name, by_policy in c.errors.items()]
-        rows += [[f"rollouts in all that were {WHY_MASKED[kind]}", *map(str, n)] for kind, n in c.num_masked.items()]
+    if comparison.errors or comparison.num_masked:
+        rows = [[name, *(f"{x:.3f}" for x in by_policy)] for name, by_policy in comparison.errors.items()]
+        masked = comparison.num_masked.items()
+        rows += [[f"rollouts in all that were {WHY_MASKED[kind]}", *map(str, numbers)] for kind, numbers in masked]
         errors = [Row(cells=cells) for cells in rows]
         out.append(Grid(id="errors", title="Errors per rollout", headers=names, rows=errors))
-    for kind, lines in c.kinds.items():
-        title = f"{c.by}: {kind} ({lines[0].means[0].num_tasks} tasks)"
-        out.append(side_by_side(c, lines, id=f"by-{kind}", title=title))
+    for kind, lines in comparison.kinds.items():
+        title = f"{comparison.by}: {kind} ({lines[0].means[0].num_tasks} tasks)"
+        out.append(side_by_side(comparison, lines, id=f"by-{kind}", title=title))
     return out
 
 
-def side_by_side(c: Comparison, lines: Sequence[Line], *, id: str, title: str = "", corner: str = "") -> Grid:
+def side_by_side(comparison: Comparison, lines: Sequence[Line], *, id: str, title: str = "", corner: str = "") -> Grid:
     """The baseline, then each policy with its change and the change in percent. `corner`: the first column's name.
 
     A change is judged where its interval does not hold zero.
     """
-    headers = [corner, c.evaluations[0].name]
-    for evaluation in c.evaluations[1:]:
+    headers = [corner, comparison.evaluations[0].name]
+    for evaluation in comparison.evaluations[1:]:
         headers += [evaluation.name, "change", "in %"]
     return Grid(id=id, title=title, headers=headers, rows=list(map(_row, lines)))
 
 
-def remarks(c: Comparison) -> list[str]:
+def remarks(comparison: Comparison) -> list[str]:
     """What the figures do not rest on (files that could not be read, tasks that not all have), and what they mean."""
-    told = [f"{e.name}: {note}" for e in c.evaluations for note in e.notes]
-    if c.num_left_out:
-        told.append(f"{c.num_left_out} tasks without a graded rollout of every policy are left out.")
+    told = [f"{e.name}: {note}" for e in comparison.evaluations for note in e.notes]
+    if comparison.num_left_out:
+        told.append(f"{comparison.num_left_out} tasks without a graded rollout of every policy are left out.")
     return [*told, METHOD, LATENCY]
 
 
-def render_terminal(c: Comparison, *, demo: bool) -> RenderableType:
+def render_terminal(comparison: Comparison, *, demo: bool) -> RenderableType:
     """For the terminal."""
-    parts: list[RenderableType] = [Text(f"{e.name}: {e.source}", style="dim") for e in c.evaluations]
-    for grid in grids(c, demo=demo):
+    parts: list[RenderableType] = [Text(f"{e.name}: {e.source}", style="dim") for e in comparison.evaluations]
+    for grid in grids(comparison, demo=demo):
         parts += [to_terminal(grid), Text("")]
-    return Group(*parts, *(Text(note, style="dim" if note in (METHOD, LATENCY) else "yellow") for note in remarks(c)))
+    parts += [Text(note, style="dim" if note in (METHOD, LATENCY) else "yellow") for note in remarks(comparison)]
+    return Group(*parts)
 
 
-def render_markdown(c: Comparison, *, demo: bool) -> str:
+def render_markdown(comparison: Comparison, *, demo: bool) -> str:
     """For README and RESULTS."""
-    return "\n".join([*map(to_markdown, grids(c, demo=demo)), *(f"- {escaped(note)}" for note in remarks(c)), ""])
+    tables = map(to_markdown, grids(comparison, demo=demo))
+    return "\n".join([*tables, *(f"- {escaped(note)}" for note in remarks(comparison)), ""])
 
 
-def write_comparison_page(c: Comparison, path: Path, *, demo: bool) -> Path:
+def write_comparison_page(comparison: Comparison, path: Path, *, demo: bool) -> Path:
     """Write the page to `path` and return it."""
     return write_page(
         path,
         "comparison.html",
-        title=" → ".join(e.name for e in c.evaluations),
-        facts=[(e.name, e.source) for e in c.evaluations],
-        tables=grids(c, demo=demo),
-        sections=[(name, [p for p in pictures if p]) for name, pictures in _sections(c)],
-        notes=remarks(c),
-        pairs=pairs_shown(c),
+        title=" → ".join(e.name for e in comparison.evaluations),
+        facts=[(e.name, e.source) for e in comparison.evaluations],
+        tables=grids(comparison, demo=demo),
+        sections=[(name, [p for p in pictures if p]) for name, pictures in _sections(comparison)],
+        notes=remarks(comparison),
+        pairs=pairs_shown(comparison),
     )
 
 
-def _sections(c: Comparison) -> list[tuple[str, list[Markup]]]:
-    names = [e.name for e in c.evaluations]
+def _sections(comparison: Comparison) -> list[tuple[str, list[Markup]]]:
+    names = [e.name for e in comparison.evaluations]
     changes = [
         (f"all, {name}", [change])
-        for line in c.lines
+        for line in comparison.lines
         if line.measure.key == "reward"
         for name, change in zip(names[1:], line.differences, strict=True)
     ]
     intervals = [
-        _by_kind(c, measure("reward")),
+        _by_kind(comparison, measure("reward")),
         interval_rows(f"Change in reward from {names[0]}", changes, ["change"], unit="reward"),
-        _by_kind(c, measure("tool_calls")),
+        _by_kind(comparison, measure("tool_calls")),
     ]
     distributions = [
-        histogram(m.title, _laid_over(c, m), unit=m.unit, whole=m.is_whole) for m in shown_in(Place.HISTOGRAM)
+        histogram(m.title, _laid_over(comparison, m), unit=m.unit, whole=m.is_whole) for m in shown_in(Place.HISTOGRAM)
     ]
     return [("Reward and calls", intervals), ("Distributions", distributions)]
 
 
-def _by_kind(c: Comparison, shown: Measure) -> Markup:
+def _by_kind(comparison: Comparison, shown: Measure) -> Markup:
     """The measure's means, in all and by kind of question."""
-    all_lines = {"all": c.lines, **c.kinds}
+    all_lines = {"all": comparison.lines, **comparison.kinds}
     rows = [(name, line.means) for name, lines in all_lines.items() for line in lines if line.measure is shown]
-    title = f"{shown.title} by {c.by}" if c.kinds else shown.title
-    return interval_rows(title, rows, [e.name for e in c.evaluations], unit=shown.unit)
+    title = f"{shown.title} by {comparison.by}" if comparison.kinds else shown.title
+    return interval_rows(title, rows, [e.name for e in comparison.evaluations], unit=shown.unit)
 
 
-def _laid_over(c: Comparison, shown: Measure) -> Mapping[str, Sequence[float]]:
-    values = {e.name: shown.values(e.rollouts) for e in c.evaluations}
+def _laid_over(comparison: Comparison, shown: Measure) -> Mapping[str, Sequence[float]]:
+    values = {e.name: shown.values(e.rollouts) for e in comparison.evaluations}
     # A model that does not reason has nothing to show there.
     return values if any(map(any, values.values())) else {}
 
@@ -167,11 +170,11 @@ def _change(shown: Measure, change: Interval) -> str:
     return f"{shown.show_change(change.mean)}{points} {interval}"
 
 
-def _demo_grid(c: Comparison) -> Grid:
+def _demo_grid(comparison: Comparison) -> Grid:
     """The hosted demo's columns: first policy → last one, beside what the demo reported."""
     rows = []
     for key, (before, after, change) in _DEMO.items():
-        if (line := c.line(key)) is None:
+        if (line := comparison.line(key)) is None:
             continue
         published = before if before == after else f"{before} → {after}"
         percent = line.percent(len(line.differences) - 1)

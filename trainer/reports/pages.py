@@ -38,10 +38,10 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     return path
 
 
-def pairs_shown(c: Comparison) -> list[dict[str, Any]]:
+def pairs_shown(comparison: Comparison) -> list[dict[str, Any]]:
     """What the macro `pairs` reads: the tasks that changed most, with a typical rollout of each policy."""
     out = []
-    for pair in c.pairs:
+    for pair in comparison.pairs:
         task = pair.rollouts[0].task
         item = {k: v for k, v in task.item.items() if isinstance(v, str | int | float | bool)}
         means = " → ".join(f"{mean:.2f}" for mean in pair.means)
@@ -52,7 +52,7 @@ def pairs_shown(c: Comparison) -> list[dict[str, Any]]:
                 "question": cut(task.messages[-1].content if task.messages else "", _MAX_QUESTION_CHARS),
                 "prompt": [message(m) for m in task.messages],
                 "item": cut(json.dumps(item, ensure_ascii=False), _MAX_QUESTION_CHARS) if item else "",
-                "sides": [shown(e.name, r) for e, r in zip(c.evaluations, pair.rollouts, strict=True)],
+                "sides": [shown(e.name, r) for e, r in zip(comparison.evaluations, pair.rollouts, strict=True)],
             }
         )
     return out

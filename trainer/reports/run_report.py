@@ -87,12 +87,12 @@ def _compared(data: RunData, run_folder: Path) -> tuple[Comparison | None, list[
         return compare(readable[:1]), [*notes, str(e)]
 
 
-def _remarks(c: Comparison) -> list[str]:
+def _remarks(comparison: Comparison) -> list[str]:
     """How much the table's figures rest on."""
-    numbers = ", ".join(f"{len(e.rollouts)} ({e.name})" for e in c.evaluations)
-    said = [note for e in c.evaluations for note in e.notes]
-    rest = [remark for remark in remarks(c) if not any(remark.endswith(note) for note in said)]
-    return [f"{c.num_tasks} held-out tasks; graded rollouts of them: {numbers}.", *rest]
+    numbers = ", ".join(f"{len(e.rollouts)} ({e.name})" for e in comparison.evaluations)
+    said = [note for e in comparison.evaluations for note in e.notes]
+    rest = [remark for remark in remarks(comparison) if not any(remark.endswith(note) for note in said)]
+    return [f"{comparison.num_tasks} held-out tasks; graded rollouts of them: {numbers}.", *rest]
 
 
 def _facts(data: RunData) -> list[tuple[str, str]]:

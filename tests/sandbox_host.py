@@ -20,8 +20,8 @@ from sandbox_attempts import ATTEMPTS, HONEST, Attempt
 from sandbox_attempts_deep import DEEP_ATTEMPTS
 
 from graders.sandbox.isolation import Isolation, try_out
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
+from graders.sandbox.protocol import Limits
 
 # What gradings may read, whatever the sandbox shows.
 PACKAGES = [

@@ -13,7 +13,7 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.build import build_scorer
 from graders.sandbox import isolation
 from graders.sandbox.isolation import Isolation
-from graders.sandbox.limits import Limits
+from graders.sandbox.protocol import Limits
 from graders.types import Grade, GraderErrorKind
 from graders.user import python
 from graders.user.python import PythonConfig, PythonGrader

@@ -17,8 +17,8 @@ from sandbox_host import WALLS, descendants
 
 from graders.sandbox import kernel, seccomp, syscalls
 from graders.sandbox.isolation import Imports, Isolation, command, environment, try_out
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Pool
+from graders.sandbox.protocol import Limits
 
 ROOT = Path(__file__).parents[1]
 SOURCE = """

@@ -16,8 +16,8 @@ from test_sandbox import pool_of
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.sandbox import isolation, worker
 from graders.sandbox.isolation import Isolation, try_out
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
+from graders.sandbox.protocol import Limits
 from graders.types import GraderErrorKind
 from graders.user.python import PythonConfig, PythonGrader
 

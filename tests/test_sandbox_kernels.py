@@ -16,8 +16,8 @@ from sandbox_host import EVERY_ATTEMPT, PACKAGES, Cell, Host, runs_here
 
 from graders.sandbox import isolation, landlock
 from graders.sandbox.isolation import Isolation, try_out
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Pool
+from graders.sandbox.protocol import Limits
 
 KERNELS = [
     *((Isolation.LANDLOCK, abi) for abi in (1, 2, 3, 4, 6)),

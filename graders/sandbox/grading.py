@@ -17,7 +17,6 @@ import types
 from typing import Any, NoReturn
 
 from graders.sandbox import kernel, landlock, seccomp
-from graders.sandbox.limits import Limits
 from graders.sandbox.namespaces import NOBODY_INSIDE, SCRATCH, die_with_parent
 from graders.sandbox.protocol import (
     FAILED,
@@ -25,6 +24,7 @@ from graders.sandbox.protocol import (
     MAX_RESULT_BYTES,
     READY,
     SOURCE_NAME,
+    Limits,
     Settings,
     read_frame,
     write_all,

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from envs.errors import UserError
 from graders.sandbox.kernel import MACHINES
-from graders.sandbox.limits import Limits
-from graders.sandbox.protocol import HEADER, Settings, frame
+from graders.sandbox.protocol import HEADER, Limits, Settings, frame
 
 Imports = Sequence[tuple[str, Sequence[str]]]
 """Modules that a source surely imports, each with the names that it takes from it."""
@@ -45,7 +44,7 @@ class Isolation(StrEnum):
 # The worker is told its own source, so that nothing of the repository needs to be visible to it.
 _PACKAGE = "graders.sandbox"
 _MODULES = (
-    *("limits", "protocol", "kernel", "landlock", "syscalls"),
+    *("protocol", "kernel", "landlock", "syscalls"),
     *("seccomp", "namespaces", "scores", "grading", "worker"),
 )
 _BOOT = """

@@ -21,8 +21,7 @@ from typing import IO
 from envs.errors import WorldError
 from envs.limits.clocks import place_in
 from graders.sandbox.isolation import Imports, Isolation, boot_frame, command, environment
-from graders.sandbox.limits import Limits
-from graders.sandbox.protocol import FAILED, HEADER, MARK_BYTES, MAX_REPLY_BYTES, READY, REPLY, frame
+from graders.sandbox.protocol import FAILED, HEADER, MARK_BYTES, MAX_REPLY_BYTES, READY, REPLY, Limits, frame
 
 _TRIES = 2
 _CLOSE_S = 5.0

@@ -1,7 +1,8 @@
-"""Frames between the trainer and a worker: four bytes of length, then that many more. Nothing is ever unpickled.
+"""What trainer and worker tell each other, in frames: four bytes of length, then that many more.
 
-What a worker is told, and whether it could start, is JSON. What it answers to a grading's frame is `REPLY`, what the
-grading wrote as its result, and the end of what it printed: bytes that the worker passes on and never looks into.
+Nothing is ever unpickled. What a worker is told, and whether it could start, is JSON. What it answers to a grading's
+frame is `REPLY`, what the grading wrote as its result, and the end of what it printed: bytes that the worker passes on
+and never looks into.
 """
 
 from __future__ import annotations
@@ -25,6 +26,26 @@ FAILED = b"E"
 """What it writes instead where it could not give them up, why after it."""
 MARK_BYTES = 16
 SOURCE_NAME = "<grader>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one grading may use: the hosted service's limits, and ours where it names none."""
+
+    wall_s: float = 120.0
+    cpu_s: int = 240
+    """Of all threads together: two cores for the whole wall time."""
+    memory_bytes: int = 2 << 30
+    """Address space, what the libraries map included; the scratch folder counts apart."""
+    scratch_bytes: int = 1 << 30
+    """Of all files together, and of one."""
+    scratch_inodes: int = 16_384
+    threads: int = 64
+    open_files: int = 256
+    output_bytes: int = 4_000
+    """How much of the end of what it printed is kept."""
+    start_s: float = 60.0
+    """For a worker to come up, and to answer beyond a grading's wall time, on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

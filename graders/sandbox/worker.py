@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from graders.sandbox import grading, kernel, landlock, namespaces, seccomp
-from graders.sandbox.limits import Limits
 from graders.sandbox.protocol import (
     HEADER,
     MARK_BYTES,
@@ -33,6 +32,7 @@ from graders.sandbox.protocol import (
     READY,
     REPLY,
     SOURCE_NAME,
+    Limits,
     Settings,
     frame,
     write_all,

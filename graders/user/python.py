@@ -17,9 +17,8 @@ from envs.errors import UserError
 from envs.types import Episode, Task
 from graders.hosted.view import item_of, sample_of
 from graders.sandbox.isolation import Imports, choose, import_paths
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Outcome, Pool
-from graders.sandbox.protocol import SOURCE_NAME
+from graders.sandbox.protocol import SOURCE_NAME, Limits
 from graders.settings import Continuous, Name
 from graders.types import Grade, GraderErrorKind
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from common import Figure, report, run_main
 
 from graders.sandbox.isolation import choose
-from graders.sandbox.limits import Limits
 from graders.sandbox.pool import Pool
+from graders.sandbox.protocol import Limits
 
 _SOURCE = "def grade(sample, item):\n    return float(sample['output_text'] == item['answer'])\n"
 _PAYLOAD = b'{"sample": {"output_text": "42"}, "item": {"answer": "42"}}'

@@ -15,64 +15,21 @@ import itertools
 import json
 import statistics
 import sys
-import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from envs.base import Closes
-from envs.errors import Unscored, UserError, WorldError
-from envs.reading.documents import check_writable, from_file, read_document
-from envs.settings import Settings
+from envs.errors import UserError
+from envs.reading.documents import check_writable, read_document
 from envs.terminal import console, run, say, without_control
-from envs.types import StopReason, Task
 from envs.validation import on_one_screen
-from graders.build import build_grader
-from graders.config import GraderConfig, MultiConfig
-from graders.hosted.sample_file import Row, read_samples
-from graders.judges.base import JudgeConfig, NobodyAsked
-from graders.judges.cache import CachedJudge
-from graders.judges.openai_judge import build_judge
-from graders.penalties import PenaltiesConfig
-from graders.types import Grade, Grader, GraderErrorKind
-
-_SERVER_KINDS = {
-    "endpoint": GraderErrorKind.UNRESPONSIVE_REWARD,
-    "python": GraderErrorKind.PYTHON_GRADER_SERVER,
-    "score_model": GraderErrorKind.MODEL_GRADER_SERVER,
-    "label_model": GraderErrorKind.MODEL_GRADER_SERVER,
-}
-
-
-class _Settings(Settings, extra="ignore"):
-    """What of a run config concerns grading."""
-
-    grader: Annotated[GraderConfig, BeforeValidator(from_file("grader"))]
-    penalties: PenaltiesConfig = PenaltiesConfig()
-    judge: JudgeConfig = JudgeConfig()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Graded:
-    """One line with its grade."""
-
-    row: Row
-    grade: Grade | None
-    """None where there is nothing to train on: in training the rollout is masked."""
-    lost: str = ""
-    """What kind of reason there is for that: one for each kind of fault."""
-    fault: str = ""
-    """Why there is none, in full."""
-    errors: tuple[GraderErrorKind, ...] = ()
-    latency_s: float
+from graders.hosted.sample_file import read_samples
+from graders.trial import Graded, TrialSettings, as_hosted, build_trial, grade_all
 
 
 def main() -> int:
@@ -81,7 +38,7 @@ def main() -> int:
         settings = _read_settings(arguments)
         rows = list(itertools.islice(read_samples(arguments.samples), arguments.limit)) if arguments.samples else []
         if arguments.command == "validate":
-            _build(settings, rows, arguments.samples, asks=False)
+            build_trial(settings, rows, arguments.samples, asks=False)
             # As the hosted graders/validate answers.
             shown = {"grader": settings.grader.model_dump(mode="json")}
             text = json.dumps(shown, ensure_ascii=False, indent=2)
@@ -89,7 +46,7 @@ def main() -> int:
             return 0
         if arguments.json:
             check_writable(arguments.json, "--json")
-        graded = asyncio.run(_grade_all(settings, rows, arguments.samples, arguments.concurrency))
+        graded = asyncio.run(grade_all(settings, rows, arguments.samples, arguments.concurrency))
         if arguments.json:
             lines = (json.dumps(as_hosted(g, settings.grader), ensure_ascii=False) for g in graded)
             arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
@@ -122,10 +79,7 @@ def _parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-# ---- what the user gives
-
-
-def _read_settings(arguments: argparse.Namespace) -> _Settings:
+def _read_settings(arguments: argparse.Namespace) -> TrialSettings:
     path: Path = arguments.grader
     data = read_document(path, str(path))
     if isinstance(data, dict) and "type" in data:
@@ -141,121 +95,9 @@ def _read_settings(arguments: argparse.Namespace) -> _Settings:
     if judge and isinstance(data, dict):
         data = {**data, "judge": {**(data.get("judge") or {}), **judge}}
     try:
-        return _Settings.model_validate(data)
+        return TrialSettings.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"grader {path}", e, _Settings, data)) from None
-
-
-# ---- grading
-
-
-def _types(config: GraderConfig) -> set[str]:
-    return {"multi", *(g.type for g in config.graders.values())} if isinstance(config, MultiConfig) else {config.type}
-
-
-def _build(
-    settings: _Settings, rows: Sequence[Row], source: Path | None, *, asks: bool = True
-) -> tuple[Grader, CachedJudge | None]:
-    judge = None if asks else CachedJudge(NobodyAsked(), 0)
-    if asks and _types(settings.grader) & {"score_model", "label_model"}:
-        if settings.judge.base_url == "engine":
-            raise UserError("judge.base_url: the run's own engine does not run here; name a server with --judge-url")
-        judge = CachedJudge(build_judge(settings.judge), settings.judge.cache_size)
-    checked: list[int] = []
-
-    def tasks() -> Iterator[Task]:
-        for row in rows:
-            checked.append(row.line)
-            yield row.task
-
-    try:
-        return build_grader(settings.grader, settings.penalties, judge=judge, tasks=tasks()), judge
-    except UserError as e:
-        raise UserError(f"{source}, line {checked[-1]}: {e}" if checked else str(e)) from e
-
-
-async def _grade_all(settings: _Settings, rows: Sequence[Row], source: Path, concurrency: int) -> list[Graded]:
-    grader, judge = _build(settings, rows, source)
-    slots = asyncio.Semaphore(concurrency)
-    types = _types(settings.grader)
-
-    async def one(row: Row) -> Graded:
-        async with slots:
-            return await _grade(grader, row, types, where=f"{source}, line {row.line}")
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(one(row)) for row in rows]
-    except ExceptionGroup as e:
-        raise e.exceptions[0] from None
-    finally:
-        for part in (grader, judge):
-            if isinstance(part, Closes):
-                await part.aclose()
-    return [task.result() for task in running]
-
-
-async def _grade(grader: Grader, row: Row, types: set[str], *, where: str) -> Graded:
-    if row.episode.stop_reason is StopReason.WORLD_FAULT:
-        lost = "the world broke it off"
-        return Graded(row=row, grade=None, lost=lost, fault=f"{lost}: {row.episode.error}", latency_s=0.0)
-    start = time.perf_counter()
-    try:
-        grade = await grader.grade(row.task, row.episode)
-    except Unscored as e:
-        took_s = time.perf_counter() - start
-        return Graded(row=row, grade=None, lost="every reward function gave None", fault=str(e), latency_s=took_s)
-    except WorldError as e:
-        took_s = time.perf_counter() - start
-        kinds = {_SERVER_KINDS[name] for name in types if name in _SERVER_KINDS}
-        kind = kinds.pop() if len(kinds) == 1 else GraderErrorKind.OTHER
-        return Graded(row=row, grade=None, lost="its grading failed", fault=str(e), errors=(kind,), latency_s=took_s)
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from e
-    except Exception as e:
-        if "custom" not in types:
-            raise
-        # The user's own code: what it raised, and where.
-        frame = traceback.extract_tb(e.__traceback__)[-1]
-        place = f"{frame.filename}, line {frame.lineno}"
-        raise UserError(f"{where}: the grader raised {type(e).__name__}: {e} ({place})") from e
-    return Graded(row=row, grade=grade, errors=grade.errors, latency_s=time.perf_counter() - start)
-
-
-# ---- what is told
-
-
-def as_hosted(graded: Graded, config: GraderConfig) -> dict[str, Any]:
-    """The grade under the keys of the hosted graders/run, and which row it is; without a grade the reward is null."""
-    grade = graded.grade
-    tokens = dict(grade.judge_tokens) if grade else {}
-    scores = dict(grade.scores or grade.parts) if grade else {}
-    errors: dict[str, Any] = {f"{kind.value}_error": kind in graded.errors for kind in GraderErrorKind}
-    told = graded.fault or (grade.explanation if grade else "")
-    details = {
-        "model_grader_server_error_details": (GraderErrorKind.MODEL_GRADER_SERVER, graded.fault),
-        "python_grader_runtime_error_details": (GraderErrorKind.PYTHON_GRADER_RUNTIME, told),
-        "python_grader_server_error_type": (GraderErrorKind.PYTHON_GRADER_SERVER, graded.fault),
-    }
-    errors |= {key: text if kind in graded.errors and text else None for key, (kind, text) in details.items()}
-    return {
-        "line": graded.row.line,
-        "task_id": graded.row.task.task_id,
-        "reward": grade.reward if grade else None,
-        "passed": grade.passed if grade else None,
-        "explanation": told,
-        "sub_rewards": dict(grade.scores) if grade else {},
-        "metadata": {
-            "name": getattr(config, "name", config.type),
-            "type": config.type,
-            "errors": errors,
-            "execution_time": graded.latency_s,
-            "scores": scores,
-            "token_usage": sum(tokens.values()) if tokens else None,
-            "sampled_model_name": next(iter(tokens), None),
-        },
-        "model_grader_token_usage_per_model": tokens,
-    }
+        raise UserError(on_one_screen(f"grader {path}", e, TrialSettings, data)) from None
 
 
 def print_tables(console: Console, graded: Sequence[Graded], *, num_worst: int) -> None:

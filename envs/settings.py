@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -21,6 +22,15 @@ class WorldSettings(Settings):
     """Settings of a world."""
 
     type: str
+
+
+@runtime_checkable
+class AsksServers(Protocol):
+    """Settings that name servers of others."""
+
+    def servers(self) -> Mapping[str, str]:
+        """Their URLs as they are written, by the keys that hold them; somebody has to answer there before a run."""
+        ...
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:

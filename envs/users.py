@@ -45,6 +45,9 @@ class UrlUserConfig(Settings):
     )
     timeout_s: float = Field(default=60.0, gt=0, description="Of one attempt; there are up to four.")
 
+    def servers(self) -> dict[str, str]:
+        return {"url": self.url}
+
 
 class _Spoken(Settings):
     prompt: str = Field(
@@ -69,6 +72,9 @@ class ModelUserConfig(_Spoken):
     max_concurrency: int = Field(default=32, ge=1, description="Requests in flight.")
     timeout_s: float = Field(default=120.0, gt=0, description="Of one request.")
     max_retries: int = Field(default=3, ge=0, description="Further attempts at a request that failed.")
+
+    def servers(self) -> dict[str, str]:
+        return {"base_url": self.base_url}
 
 
 class EngineUserConfig(_Spoken):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from envs.base import Checks
 from envs.errors import told_of
 from envs.types import Task
-from graders.config import MultiConfig
+from graders.config import MultiConfig, singles
 from graders.judges.base import Judge
 from graders.multi import MultiGrader, formula_of
 from graders.penalties import PenalisedGrader, PenaltiesConfig, check_penalties
@@ -43,11 +43,10 @@ def check_grader(config: GraderSettings) -> None:
     """
     if isinstance(config, MultiConfig):
         formula_of(config)
-        for name, inner in config.graders.items():
-            with told_of(f"graders.{name}"):
-                check_grader(inner)
-    elif isinstance(config, ChecksTexts):
-        config.check_texts()
+    for key, single in singles(config).items():
+        with told_of(key.removeprefix(".")):
+            if isinstance(single, ChecksTexts):
+                single.check_texts()
 
 
 def build_scorer(config: GraderSettings, *, judge: Judge | None = None) -> Grader:

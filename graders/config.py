@@ -57,3 +57,10 @@ if TYPE_CHECKING:
 else:
     _ALONE = (settings_of(name) for name in GRADER_TYPES if name in GRADERS)
     GraderConfig = Annotated[functools.reduce(operator.or_, (*_ALONE, MultiConfig)), Field(discriminator="type")]
+
+
+def singles(grader: GraderSettings) -> dict[str, GraderSettings]:
+    """The grader, or those of a multi, by what stands behind the grader's own key in a config."""
+    if isinstance(grader, MultiConfig):
+        return {f".graders.{name}": inner for name, inner in grader.graders.items()}
+    return {"": grader}

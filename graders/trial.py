@@ -18,7 +18,7 @@ from envs.reading.documents import from_file
 from envs.settings import Settings
 from envs.types import StopReason, Task
 from graders.build import build_grader
-from graders.config import GraderConfig, MultiConfig
+from graders.config import GraderConfig, singles
 from graders.hosted.sample_file import Row
 from graders.judges.base import JudgeConfig, NobodyAsked
 from graders.judges.cache import CachedJudge
@@ -52,7 +52,7 @@ class Graded:
 
 
 def _types(config: GraderConfig) -> set[str]:
-    return {g.type for g in config.graders.values()} if isinstance(config, MultiConfig) else {config.type}
+    return {single.type for single in singles(config).values()}
 
 
 def build_trial(

@@ -11,9 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from envs.secrets import VARIABLE, without_secrets
-from graders.config import MultiConfig
+from graders.config import singles
 from graders.judges.base import JudgeConfig
 from graders.judges.model_graders import LabelModelConfig, ScoreModelConfig
+from graders.settings import GraderSettings
 from graders.user.python import PythonConfig
 from trainer.config import EvalConfig, ModelConfig, OptimConfig, RolloutConfig
 from trainer.hosted_schema import OF_THE_JOB_OBJECT, HostedJob, Hyperparameters, Reinforcement
@@ -152,11 +153,7 @@ def left_open(method: Reinforcement, given: Mapping[str, Any]) -> Iterator[str]:
                 )
 
 
-def _graders(method: Reinforcement) -> Iterator[tuple[str, BaseModel]]:
+def _graders(method: Reinforcement) -> Iterator[tuple[str, GraderSettings]]:
     """The grader, or those of a multi, by their keys in the job."""
-    grader = method.grader
-    if isinstance(grader, MultiConfig):
-        for name, inner in grader.graders.items():
-            yield f"{METHOD}.grader.graders.{name}", inner
-    else:
-        yield f"{METHOD}.grader", grader
+    for inner, grader in singles(method.grader).items():
+        yield f"{METHOD}.grader{inner}", grader

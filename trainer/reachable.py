@@ -24,14 +24,13 @@ from urllib.parse import urlsplit
 
 from envs.errors import UserError
 from envs.reading.variables import expand
-from envs.remote.config import RemoteConfig
 from envs.secrets import hidden_in
+from envs.settings import AsksServers
 from envs.terminal import say
-from envs.users import ModelUserConfig, UrlUserConfig, user_of
-from graders.config import GraderConfig, MultiConfig
+from envs.users import ModelUserConfig, user_of
+from graders.config import singles
 from graders.registry import GRADERS
 from graders.settings import GraderSettings
-from graders.user.endpoint import EndpointConfig
 from trainer.config import RunConfig
 
 PATIENCE_S = 60.0
@@ -83,27 +82,14 @@ def check_servers(config: RunConfig, *, patience_s: float = 0.0) -> None:
 
 def judges_of(config: RunConfig) -> bool:
     """Whether one of the graders asks the judge."""
-    graders = [g for _, grader in _graders(config) for _, g in _inside(grader)]
-    return any(GRADERS[grader.type].judge for grader in graders if grader.type in GRADERS)
+    return any(GRADERS[single.type].judge for single in _graders(config).values())
 
 
 def _servers(config: RunConfig) -> Iterator[tuple[str, str]]:
-    world = config.world
-    if isinstance(world, RemoteConfig):
-        for i, tool in enumerate(world.tools):
-            yield f"world.tools.{i}.server_url", tool.server_url
-        for key, hook in (("open_url", world.open_url), ("close_url", world.close_url)):
-            if hook is not None:
-                yield f"world.{key}", hook
-    user = user_of(world)
-    if isinstance(user, UrlUserConfig):
-        yield "world.user.url", user.url
-    if isinstance(user, ModelUserConfig):
-        yield "world.user.base_url", user.base_url
-    for key, grader in _graders(config):
-        for inside, single in _inside(grader):
-            if isinstance(single, EndpointConfig):
-                yield f"{key}{inside}.url", single.url
+    parts = {"world": config.world, "world.user": user_of(config.world), **_graders(config)}
+    for key, part in parts.items():
+        if isinstance(part, AsksServers):
+            yield from ((f"{key}.{inner}", url) for inner, url in part.servers().items())
     if config.judge.base_url != "engine" and judges_of(config):
         yield "judge.base_url", config.judge.base_url
 
@@ -149,17 +135,10 @@ def _is_refused(base_url: str, key: str) -> bool:
     return False
 
 
-def _graders(config: RunConfig) -> Iterator[tuple[str, GraderConfig]]:
-    yield "grader", config.grader
-    if config.watch_grader is not None:
-        yield "watch_grader", config.watch_grader
-
-
-def _inside(grader: GraderConfig) -> Iterator[tuple[str, GraderSettings]]:
-    if isinstance(grader, MultiConfig):
-        yield from ((f".graders.{name}", inner) for name, inner in grader.graders.items())
-    else:
-        yield "", grader
+def _graders(config: RunConfig) -> dict[str, GraderSettings]:
+    """By their keys; those of a multi in its place."""
+    named = {"grader": config.grader, "watch_grader": config.watch_grader}
+    return {f"{key}{inner}": one for key, grader in named.items() if grader for inner, one in singles(grader).items()}
 
 
 def _address(key: str, url: str) -> tuple[str, int] | None:

@@ -80,6 +80,12 @@ class RemoteConfig(WorldSettings):
     hook_timeout_s: float = Field(default=60.0, gt=0, description="Of one attempt at either hook.")
     user: UserConfig | None = Field(default=None, description="A simulated user who answers turns without calls.")
 
+    def servers(self) -> dict[str, str]:
+        """Those of tools and hooks; an MCP server is asked for its tools as the world is built."""
+        hooks = {"open_url": self.open_url, "close_url": self.close_url}
+        tools = {f"tools.{i}.server_url": tool.server_url for i, tool in enumerate(self.tools)}
+        return tools | {key: url for key, url in hooks.items() if url is not None}
+
     @model_validator(mode="after")
     def _has_distinct_tools(self) -> RemoteConfig:
         names = [tool.name for tool in self.tools]

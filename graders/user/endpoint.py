@@ -33,6 +33,9 @@ class EndpointConfig(Continuous):
     rate_limit: float | None = Field(default=None, gt=0, description="Requests a second.")
     timeout_s: float = Field(default=600.0, gt=0, description="Of one request.")
 
+    def servers(self) -> dict[str, str]:
+        return {"url": self.url}
+
 
 class EndpointGrader:
     """POSTs `{sample, item, trace_id}` and reads `{"score": number}`. The `trace_id` is the one that the tools got.

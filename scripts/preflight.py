@@ -80,8 +80,8 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from trainer.preflight import Options, adapter_of, preflight
-    from trainer.preflight_page import render_preflight, write_preflight_page
+    from trainer.preflight.measured import Options, adapter_of, preflight
+    from trainer.preflight.page import render_preflight, write_preflight_page
 
     out = arguments.out or config.output_dir.with_name(f"{config.output_dir.name}-preflight")
     options = Options(
@@ -116,8 +116,9 @@ def _refuse_estimate_options(arguments: argparse.Namespace) -> None:
 
 
 def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from trainer.gpu_estimate import Assumptions, estimate_only, find_gpu
-    from trainer.preflight_page import render_estimate
+    from trainer.preflight.computed import Assumptions, estimate_only
+    from trainer.preflight.machines import find_gpu
+    from trainer.preflight.page import render_estimate
 
     gpu = find_gpu(
         arguments.gpu,

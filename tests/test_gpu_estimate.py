@@ -12,31 +12,29 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from trainer.advice import Level, advise_memory
 from trainer.config import RunConfig, load_config
 from trainer.engine_arguments import check_engine
-from trainer.estimate import GIB, ModelShape, memory_bytes, memory_rows
-from trainer.gpu_estimate import (
+from trainer.model_cache import resolve_config
+from trainer.preflight.advice import Level, advise_memory
+from trainer.preflight.computed import (
     BANDWIDTH_UTILISATION,
     DECODING_OVERHEAD_S,
     DISK_BYTES_PER_S,
-    GPUS,
     PREFILL_UTILISATION,
     PUBLISH_S,
     START_S,
     TRAINING_UTILISATION,
+    AssumedRollout,
     Assumptions,
-    Episode,
     Estimate,
-    Gpu,
     computed_time,
+    decoding_of,
     episode_of,
     estimate_only,
-    find_gpu,
-    sampling,
     training_passes,
 )
-from trainer.model_cache import resolve_config
+from trainer.preflight.machines import GIB, GPUS, Gpu, find_gpu
+from trainer.preflight.memory import ModelShape, memory_bytes, memory_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +135,7 @@ def test_an_engine_without_room_for_one_whole_episode_is_refused():
 # ---- time
 
 
-EPISODE = Episode(tool_calls=3, turns=4, generated_tokens=200, row_tokens=500)
+EPISODE = AssumedRollout(tool_calls=3, turns=4, generated_tokens=200, row_tokens=500)
 WEIGHT_BYTES = 2 * SHAPE.num_weights
 KV_ROW = 2 * 2 * 32 * 2 * 500
 """2·L·K·b for each of 500 tokens."""
@@ -145,7 +143,7 @@ ROOMY = Gpu(name="G", memory_bytes=1e9, flops=1e12, bandwidth=1e9)
 
 
 def test_decoding_reads_weights_and_cache_once_a_step_where_the_bandwidth_binds():
-    found = sampling(small_config(), SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8)
+    found = decoding_of(small_config(), SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8)
     # All eight at once; the longest takes twice the mean of 200, so that four are live on average.
     assert (found.at_once, found.live, found.read_anew) == (8, 4, False)
     read_s = (WEIGHT_BYTES + 4 * KV_ROW / 2) / (BANDWIDTH_UTILISATION * 1e9)
@@ -156,19 +154,19 @@ def test_decoding_reads_weights_and_cache_once_a_step_where_the_bandwidth_binds(
 
 def test_decoding_takes_its_operations_where_the_arithmetic_binds():
     slow = Gpu(name="G", memory_bytes=1e9, flops=1e9, bandwidth=1e15)
-    found = sampling(small_config(), SHAPE, SHAPE.num_weights, slow, EPISODE, 8)
+    found = decoding_of(small_config(), SHAPE, SHAPE.num_weights, slow, EPISODE, 8)
     assert found.step_s == pytest.approx(4 * 2 * SHAPE.num_weights / (PREFILL_UTILISATION * 1e9) + DECODING_OVERHEAD_S)
 
 
 def test_rollouts_that_do_not_fit_the_cache_wait_and_read_their_conversations_anew():
     tight = Gpu(name="G", memory_bytes=2 * (WEIGHT_BYTES + 2.5 * KV_ROW), flops=1e12, bandwidth=1e9)
-    found = sampling(small_config(), SHAPE, SHAPE.num_weights, tight, EPISODE, 8)
+    found = decoding_of(small_config(), SHAPE, SHAPE.num_weights, tight, EPISODE, 8)
     assert found.at_once == 2 and found.read_anew
     assert found.live == pytest.approx(8 / (4 + 1)), "four rounds, and the longest of the last one alone"
     assert found.decoding_s == pytest.approx(200 * 5 * found.step_s)
     assert found.prefill_s == pytest.approx(8 * 4 * 250 * 2 * SHAPE.num_weights / (PREFILL_UTILISATION * 1e12))
     few = small_config(engine={"max_num_seqs": 3})
-    assert sampling(few, SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8).at_once == 3
+    assert decoding_of(few, SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8).at_once == 3
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_the_passes_of_an_update(sections, passes):
 def test_the_run_is_the_sum_of_its_parts_and_shares_what_can_be_shared():
     config = small_config()
     one = computed_time(config, SHAPE, SHAPE.num_weights, ROOMY, EPISODE, gpus=1)
-    step = sampling(config, SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8)
+    step = decoding_of(config, SHAPE, SHAPE.num_weights, ROOMY, EPISODE, 8)
     assert one.rollouts_s == pytest.approx(10 * step.total_s)
     assert one.evaluation_s == pytest.approx(3 * step.total_s), "at steps 0, 5 and 10, eight rollouts each"
     assert one.training_s == pytest.approx(10 * 8 * 500 * 4 * SHAPE.num_weights / (TRAINING_UTILISATION * 1e12))

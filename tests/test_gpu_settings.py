@@ -18,15 +18,15 @@ from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from trainer import estimate
 from trainer.adapter import load_model
-from trainer.advice import Level, advise_memory
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
 from trainer.engine import VllmEngine
 from trainer.engine_arguments import check_engine, engine_arguments, engine_environment, seeds_requests
-from trainer.estimate import MemoryRow
 from trainer.family import check_attention
 from trainer.head import chunk_rows
 from trainer.job import prepare
 from trainer.policy import Policy
+from trainer.preflight.advice import Level, advise_memory
+from trainer.preflight.memory import MemoryRow
 from trainer.train import train
 
 pytestmark = [

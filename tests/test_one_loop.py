@@ -130,7 +130,7 @@ def test_experts_the_canary_rollouts_and_the_worlds_end_share_one_event_loop(con
 
 
 def test_a_preflight_keeps_to_one_event_loop_too(config: dict[str, Any], tmp_path: Path) -> None:
-    from trainer.preflight import Options, preflight
+    from trainer.preflight.measured import Options, preflight
 
     options = Options(out=tmp_path / "preflight", num_tasks=2, samples=2)
     preflight(RunConfig.model_validate(config), options, start_engine=engine_starter(script))

@@ -19,24 +19,16 @@ from hypothesis import strategies as st
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, GraderErrorKind
-from trainer.advice import Level, advise, advise_memory, verdict
 from trainer.config import RunConfig
 from trainer.difficulty import preflight_visits, stats_of
 from trainer.engine import PROBE_VERSION
-from trainer.estimate import (
-    GIB,
-    ModelShape,
-    Speeds,
-    memory_bytes,
-    memory_rows,
-    num_lora_weights,
-    read_shape,
-    stored_weights,
-    time_estimate,
-)
 from trainer.measures.masked import Masked
-from trainer.preflight import Options, adapter_of, preflight_requests
-from trainer.preflight_figures import best_at_k, figures_of, pass_at_k, worst_at_k
+from trainer.preflight.advice import Level, advise, advise_memory, verdict
+from trainer.preflight.duration import Speeds, time_estimate
+from trainer.preflight.figures import best_at_k, figures_of, pass_at_k, worst_at_k
+from trainer.preflight.machines import GIB
+from trainer.preflight.measured import Options, adapter_of, preflight_requests
+from trainer.preflight.memory import ModelShape, memory_bytes, memory_rows, num_lora_weights, read_shape, stored_weights
 from trainer.reports.drawing import Series, bars, bins_of, histogram, line_chart
 from trainer.types import Ledger, Rollout
 
@@ -407,8 +399,8 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
     from scripted_engine import engine_starter, finance_script
 
     from envs.finance.world import FinanceWorld
-    from trainer.preflight import preflight
-    from trainer.preflight_page import render_preflight, write_preflight_page
+    from trainer.preflight.measured import preflight
+    from trainer.preflight.page import render_preflight, write_preflight_page
     from trainer.run_files import read_lines
     from trainer.runs import rollout_from_json
 
@@ -455,7 +447,7 @@ def test_a_preflight_of_an_adapter_leaves_the_warm_start_out_and_says_so(tiny_mo
 
     from envs.finance.world import FinanceWorld
     from trainer.policy import Policy
-    from trainer.preflight import preflight
+    from trainer.preflight.measured import preflight
 
     settings = scripted_config(tmp_path / "run", tiny_model)
     config = RunConfig.model_validate(settings | {"warmstart": {"num_steps": 1, "episodes_per_step": 1}})

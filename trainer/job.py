@@ -343,7 +343,8 @@ def _check_cache(config: RunConfig, folder: Path) -> None:
     """Whether the engine's cache on a CPU can be had and holds one episode, or vLLM would refuse to start."""
     import psutil
 
-    from trainer.estimate import GIB, kv_token_bytes, read_shape
+    from trainer.preflight.machines import GIB
+    from trainer.preflight.memory import kv_token_bytes, read_shape
 
     given, memory = config.engine.kv_cache_gib * GIB, psutil.virtual_memory().total
     if given > memory:

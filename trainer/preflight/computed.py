@@ -25,28 +25,26 @@ rollouts lost and repeated.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from envs.errors import UserError
-from trainer.advice import Advice, advise_memory
 from trainer.config import RunConfig
 from trainer.engine_arguments import check_engine, publishes_merged
-from trainer.estimate import (
+from trainer.model_cache import resolve_config
+from trainer.preflight.advice import Advice, advise_memory
+from trainer.preflight.duration import TimeEstimate, num_evaluations
+from trainer.preflight.machines import GIB, Gpu, Machine, check_option, this_machine
+from trainer.preflight.memory import (
     DTYPE_BYTES,
-    GIB,
     MemoryRow,
     ModelShape,
-    TimeEstimate,
-    check_option,
     engine_weight_bytes,
     kv_token_bytes,
     memory_rows,
-    num_evaluations,
     num_lora_weights,
     num_weights_of,
     read_shape,
 )
-from trainer.model_cache import resolve_config
 
 TRAINING_UTILISATION = 0.2
 """μ: share of the GPU's bf16 peak that forward and backward passes reach. 0.23 (checkpointed 0.13 and 0.22) was
@@ -77,31 +75,7 @@ TOOL_RESULT_TOKENS = 800.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One GPU as its vendor's data sheet describes it."""
-
-    name: str
-    memory_bytes: float
-    flops: float | None = None
-    """Dense bfloat16 operations a second; None: time is not estimated."""
-    bandwidth: float | None = None
-    """Of its memory, bytes a second."""
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu(name="H200", memory_bytes=141e9, flops=989e12, bandwidth=4.8e12),
-        Gpu(name="H100", memory_bytes=80e9, flops=989e12, bandwidth=3.35e12),
-        Gpu(name="A100", memory_bytes=80e9, flops=312e12, bandwidth=2.039e12),
-        Gpu(name="L40S", memory_bytes=48e9, flops=362e12, bandwidth=0.864e12),
-    )
-}
-"""SXM modules (the L40S is a card). Gigabytes are taken as 10⁹ bytes, the least that the data sheets can mean."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Episode:
+class AssumedRollout:
     """A rollout of middling length, as the estimate takes it."""
 
     tool_calls: float
@@ -139,65 +113,33 @@ class Estimate:
     gpu_hour_price: float | None
 
 
-def find_gpu(
-    name: str | None, *, memory_gib: float | None, tflops: float | None, bandwidth_gb_per_s: float | None
-) -> Gpu | None:
-    """A GPU by name, numbers given beside it in place of the data sheet's; None when nothing is given."""
-    for option, value in (
-        ("--gpu-memory-gib", memory_gib),
-        ("--gpu-tflops", tflops),
-        ("--gpu-bandwidth", bandwidth_gb_per_s),
-    ):
-        check_option(option, value)
-    gpu = None
-    if name is not None:
-        gpu = GPUS.get(name.upper())
-        if gpu is None:
-            raise UserError(
-                f"--gpu {name}: not in the table, which has {', '.join(GPUS)}; give --gpu-memory-gib, --gpu-tflops and "
-                "--gpu-bandwidth instead"
-            )
-    elif memory_gib is not None:
-        gpu = Gpu(name="GPU", memory_bytes=memory_gib * GIB)
-    elif tflops is not None or bandwidth_gb_per_s is not None:
-        raise UserError("--gpu-memory-gib: required beside --gpu-tflops and --gpu-bandwidth, or a --gpu by name")
-    if gpu is None:
-        return None
-    return replace(
-        gpu,
-        memory_bytes=gpu.memory_bytes if memory_gib is None else memory_gib * GIB,
-        flops=gpu.flops if tflops is None else tflops * 1e12,
-        bandwidth=gpu.bandwidth if bandwidth_gb_per_s is None else bandwidth_gb_per_s * 1e9,
-    )
-
-
 def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
     """Needs the model's `config.json` and nothing else. Raises `UserError`."""
     _check(assumptions)
     gpu = assumptions.gpu
-    on_cpu, memory_bytes = (False, gpu.memory_bytes) if gpu else _this_machine()
-    check_engine(config.engine, on_cpu=on_cpu)
+    machine = Machine(on_cpu=False, memory_bytes=gpu.memory_bytes) if gpu else this_machine()
+    check_engine(config.engine, on_cpu=machine.on_cpu)
     folder = resolve_config(config.model.name)
     shape = read_shape(folder)
     if shape is None:
         raise UserError(f"model.name {config.model.name}: its config.json is of a kind that the formulas do not cover")
     num_weights = num_weights_of(folder, shape)
-    rows = memory_rows(config, shape, num_weights, on_cpu=on_cpu)
+    rows = memory_rows(config, shape, num_weights, on_cpu=machine.on_cpu)
     time = None
     if gpu and gpu.flops and gpu.bandwidth:
         episode = episode_of(config, assumptions)
         time = computed_time(config, shape, num_weights, gpu, episode, gpus=assumptions.gpus)
     return Estimate(
         where=f"{assumptions.gpus} × {gpu.name}" if gpu else "this machine",
-        engine_share_bytes=None if on_cpu else memory_bytes * config.engine.gpu_memory_utilization,
+        engine_share_bytes=None if machine.on_cpu else machine.memory_bytes * config.engine.gpu_memory_utilization,
         memory=rows,
-        advice=advise_memory(rows, config, total_bytes=memory_bytes, on_cpu=on_cpu),
+        advice=advise_memory(rows, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu),
         time=time,
         gpu_hour_price=assumptions.gpu_hour_price,
     )
 
 
-def episode_of(config: RunConfig, assumptions: Assumptions) -> Episode:
+def episode_of(config: RunConfig, assumptions: Assumptions) -> AssumedRollout:
     """The assumed rollout, cut to the config's limits as a real one would be."""
     limits = config.rollout
     calls = TOOL_CALLS if assumptions.tool_calls is None else assumptions.tool_calls
@@ -209,11 +151,11 @@ def episode_of(config: RunConfig, assumptions: Assumptions) -> Episode:
     if row is None:
         row = PROMPT_TOKENS + generated + calls * TOOL_RESULT_TOKENS
     row = min(max(row, generated), limits.max_episode_tokens)
-    return Episode(tool_calls=calls, turns=turns, generated_tokens=generated, row_tokens=row)
+    return AssumedRollout(tool_calls=calls, turns=turns, generated_tokens=generated, row_tokens=row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class Decoding:
     """How one engine gets through its rollouts; see the formulas above."""
 
     at_once: float
@@ -232,9 +174,9 @@ class Sampling:
         return self.decoding_s + self.prefill_s
 
 
-def sampling(
-    config: RunConfig, shape: ModelShape, num_weights: int, gpu: Gpu, episode: Episode, num_rollouts: float
-) -> Sampling:
+def decoding_of(
+    config: RunConfig, shape: ModelShape, num_weights: int, gpu: Gpu, episode: AssumedRollout, num_rollouts: float
+) -> Decoding:
     """Of `num_rollouts` on one GPU."""
     assert gpu.flops and gpu.bandwidth, "asked for the time of a GPU whose speeds are not known"
     g, r = episode.generated_tokens, episode.row_tokens
@@ -250,7 +192,7 @@ def sampling(
     step_s = max(reading_s, live * forward_s) + DECODING_OVERHEAD_S
     read_anew = cached < num_rollouts
     prefilled = episode.turns * r / 2 if read_anew else r - g
-    return Sampling(
+    return Decoding(
         at_once=at_once,
         live=live,
         step_s=step_s,
@@ -269,15 +211,15 @@ def training_passes(config: RunConfig) -> int:
 
 
 def computed_time(
-    config: RunConfig, shape: ModelShape, num_weights: int, gpu: Gpu, episode: Episode, *, gpus: int
+    config: RunConfig, shape: ModelShape, num_weights: int, gpu: Gpu, episode: AssumedRollout, *, gpus: int
 ) -> TimeEstimate:
     """Seconds of the configured run by the formulas at the head of this file."""
     assert gpu.flops, "asked for the time of a GPU whose speeds are not known"
     steps, b = config.optim.num_steps, DTYPE_BYTES[config.model.dtype]
     rollouts = config.rollout.tasks_per_step * config.rollout.group_size / gpus
     held_out = config.eval.num_tasks * config.eval.samples_per_task / gpus
-    step = sampling(config, shape, num_weights, gpu, episode, rollouts)
-    evaluation = sampling(config, shape, num_weights, gpu, episode, held_out)
+    step = decoding_of(config, shape, num_weights, gpu, episode, rollouts)
+    evaluation = decoding_of(config, shape, num_weights, gpu, episode, held_out)
     trained_s = rollouts * episode.row_tokens * training_passes(config) * num_weights
     merged = publishes_merged(config.engine, on_cpu=False)
     published_bytes = num_weights * b if merged else 4 * num_lora_weights(config, shape)
@@ -292,7 +234,7 @@ def computed_time(
     )
 
 
-def _notes(config: RunConfig, gpu: Gpu, episode: Episode, step: Sampling, rollouts: float) -> list[str]:
+def _notes(config: RunConfig, gpu: Gpu, episode: AssumedRollout, step: Decoding, rollouts: float) -> list[str]:
     assert gpu.flops and gpu.bandwidth
     notes = [
         f"data sheet: {gpu.memory_bytes / GIB:.1f} GiB, {gpu.flops / 1e12:g} dense bf16 TFLOP/s, "
@@ -317,13 +259,6 @@ def _notes(config: RunConfig, gpu: Gpu, episode: Episode, step: Sampling, rollou
     if config.warmstart is not None:
         notes.append("the warm start is not in it either")
     return notes
-
-
-def _this_machine() -> tuple[bool, float]:
-    from trainer.preflight import this_machine
-
-    machine = this_machine()
-    return machine.on_cpu, machine.memory_bytes
 
 
 def _check(assumptions: Assumptions) -> None:

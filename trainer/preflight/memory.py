@@ -1,6 +1,4 @@
-"""What the run that a config describes will need: memory by formula, time and cost from measured speeds.
-
-Time without any measurement, for a GPU that is not at hand: `trainer.gpu_estimate`.
+"""The memory that the run of a config will need, by formula.
 
 Legend of the formulas: P weights, L layers, H hidden size, I size of the MLP, Q and K widths of all query and all key
 heads, A query heads, r rank, b bytes of a base weight, T padded tokens of a microbatch (`optim.max_microbatch_tokens`,
@@ -23,23 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from envs.errors import UserError
 from trainer.config import RunConfig
-from trainer.preflight_figures import Figures
+from trainer.preflight.machines import GIB
 
-GIB = 2**30
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_ROWS = 1024
 """As `trainer.head.chunk_rows` has them."""
-
-
-def check_option(option: str, value: float | None, *, least: float | None = None) -> None:
-    """Raise `UserError` where an option's number is NaN, infinite, or under the `least`; without that, not above 0."""
-    if value is None or (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-        return
-    expected = "a number above 0" if least is None else f"a number of at least {least:g}"
-    raise UserError(f"{option} {value:g}: expected {expected}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +113,6 @@ def num_weights_of(model_path: Path, shape: ModelShape) -> int:
     return max(stored_weights(model_path) or 0, shape.num_weights)
 
 
-def num_evaluations(config: RunConfig) -> int:
-    """Before training, every so many steps, and after it."""
-    every, steps = config.eval.every_steps, config.optim.num_steps
-    return len({0, steps, *(range(every, steps + 1, every) if every else ())})
-
-
 def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
     """r · (inputs + outputs) of each adapted module; modules that `ModelShape.linears` does not know count 0."""
     wanted = config.model.lora.target_modules
@@ -201,77 +183,3 @@ def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cp
 
 def memory_bytes(rows: Sequence[MemoryRow], where: str | None = None) -> float:
     return math.fsum(row.num_bytes for row in rows if where in (None, row.where))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speeds:
-    """What the preflight has measured on this machine."""
-
-    sampled_tokens_per_s: float
-    """Generated tokens of all rollouts together."""
-    num_rollouts: int
-    """Rolled out at once; fewer than a step's leave the engine with room."""
-    trained_tokens_per_s: float | None
-    """Of rows, by a whole update (all its epochs) of one microbatch; None where it was not measured."""
-    publish_s: float
-    start_s: float
-    """Loading, warm start and the engine's start."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimeEstimate:
-    """Seconds of the whole run. Linear in the number of GPUs, which the parts that are not split do not profit of."""
-
-    start_s: float
-    rollouts_s: float
-    training_s: float | None
-    """None: not estimated."""
-    publish_s: float
-    evaluation_s: float
-    gpus: int
-    notes: Sequence[str]
-
-    @property
-    def total_s(self) -> float:
-        return self.start_s + self.rollouts_s + (self.training_s or 0.0) + self.publish_s + self.evaluation_s
-
-    def cost(self, gpu_hour_price: float) -> float:
-        return self.total_s / 3600 * self.gpus * gpu_hour_price
-
-
-def time_estimate(config: RunConfig, figures: Figures, speeds: Speeds, *, gpus: int) -> TimeEstimate:
-    """The configured run, should its rollouts stay as long as the preflight's.
-
-    rollouts     steps · rollouts a step · tokens a rollout / (sampled tokens/s · GPUs)
-    training     steps · rollouts a step · share of varied tasks · row tokens a rollout / (trained tokens/s · GPUs)
-    publishing   steps · seconds of one publish
-    evaluation   evaluations · tasks · samples · tokens a rollout / (sampled tokens/s · GPUs)
-    """
-    steps, num_graded = config.optim.num_steps, len(figures.tokens)
-    tokens, row_tokens = sum(figures.tokens) / num_graded, sum(figures.episode_tokens) / num_graded
-    per_step = config.rollout.tasks_per_step * config.rollout.group_size
-    per_evaluation = config.eval.num_tasks * config.eval.samples_per_task
-    sampled_per_s = max(speeds.sampled_tokens_per_s, 1e-9) * gpus
-    training_s = None
-    if speeds.trained_tokens_per_s is not None:
-        trained = steps * per_step * figures.varied_share * row_tokens
-        training_s = trained / (speeds.trained_tokens_per_s * gpus)
-    notes = ["rollouts are taken to stay as long as now; where training shortens them, the run is faster"]
-    if speeds.num_rollouts < per_step:
-        notes.append(
-            f"measured with {speeds.num_rollouts} rollouts at once, a step has {per_step}: "
-            "a fuller engine samples faster, so rollouts may take less"
-        )
-    if training_s is None:
-        notes.append("training was not measured and is not in the total")
-    if gpus > 1:
-        notes.append(f"measured on one process; rollouts and training are taken to split evenly over {gpus}")
-    return TimeEstimate(
-        start_s=speeds.start_s,
-        rollouts_s=steps * per_step * tokens / sampled_per_s,
-        training_s=training_s,
-        publish_s=steps * speeds.publish_s,
-        evaluation_s=num_evaluations(config) * per_evaluation * tokens / sampled_per_s,
-        gpus=gpus,
-        notes=notes,
-    )

@@ -13,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from envs.secrets import without_secrets
-from trainer.advice import Advice, Level
-from trainer.estimate import MemoryRow, TimeEstimate, memory_bytes
-from trainer.gpu_estimate import Estimate
 from trainer.measures.masked import WHY_MASKED
-from trainer.preflight import Preflight, gib
+from trainer.preflight.advice import Advice, Level
+from trainer.preflight.computed import Estimate
+from trainer.preflight.duration import TimeEstimate
+from trainer.preflight.machines import gib
+from trainer.preflight.measured import Preflight
+from trainer.preflight.memory import MemoryRow, memory_bytes
 from trainer.reports.drawing import Series, bars, histogram, line_chart, number
 from trainer.reports.pages import write_page
 from trainer.reports.tables import facts, to_terminal

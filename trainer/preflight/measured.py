@@ -26,24 +26,16 @@ from envs.reading.documents import check_writable
 from envs.secrets import without_secrets
 from envs.types import Task
 from trainer import processes
-from trainer.advice import Advice, advise, advise_memory, verdict
 from trainer.canary import Canary
 from trainer.collect import refuse_if_none_graded, warn_of_unclosed
 from trainer.config import RunConfig
-from trainer.estimate import (
-    GIB,
-    MemoryRow,
-    Speeds,
-    TimeEstimate,
-    check_option,
-    memory_rows,
-    num_weights_of,
-    read_shape,
-    time_estimate,
-)
 from trainer.job import Job, prepare
 from trainer.manifest import checkpoints
-from trainer.preflight_figures import Figures, figures_of
+from trainer.preflight.advice import Advice, advise, advise_memory, verdict
+from trainer.preflight.duration import Speeds, TimeEstimate, time_estimate
+from trainer.preflight.figures import Figures, figures_of
+from trainer.preflight.machines import Machine, check_option, this_machine
+from trainer.preflight.memory import MemoryRow, memory_rows, num_weights_of, read_shape
 from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
 from trainer.run_files import append_text, open_to_read, sealed, write_atomically
@@ -176,24 +168,6 @@ def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[Memo
     if shape is None:
         return []
     return memory_rows(config, shape, num_weights_of(model_path, shape), on_cpu=on_cpu)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where it was measured."""
-
-    on_cpu: bool
-    memory_bytes: float
-    """Of one GPU, or of the machine."""
-
-
-def this_machine() -> Machine:
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return Machine(on_cpu=False, memory_bytes=float(torch.cuda.get_device_properties(0).total_memory))
-    return Machine(on_cpu=True, memory_bytes=float(psutil.virtual_memory().total))
 
 
 def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
@@ -350,7 +324,3 @@ def _policy_in_words(config: RunConfig, options: Options) -> str:
     if config.warmstart is not None:
         return f"{config.model.name} after the warm start of {config.warmstart.num_steps} steps"
     return f"{config.model.name}, untrained"
-
-
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,0 +1,96 @@
+"""The machine that a run is for: the one at hand, or a GPU by its data sheet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from envs.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where it was measured."""
+
+    on_cpu: bool
+    memory_bytes: float
+    """Of one GPU, or of the machine."""
+
+
+def this_machine() -> Machine:
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return Machine(on_cpu=False, memory_bytes=float(torch.cuda.get_device_properties(0).total_memory))
+    return Machine(on_cpu=True, memory_bytes=float(psutil.virtual_memory().total))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU as its vendor's data sheet describes it."""
+
+    name: str
+    memory_bytes: float
+    flops: float | None = None
+    """Dense bfloat16 operations a second; None: time is not estimated."""
+    bandwidth: float | None = None
+    """Of its memory, bytes a second."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(name="H200", memory_bytes=141e9, flops=989e12, bandwidth=4.8e12),
+        Gpu(name="H100", memory_bytes=80e9, flops=989e12, bandwidth=3.35e12),
+        Gpu(name="A100", memory_bytes=80e9, flops=312e12, bandwidth=2.039e12),
+        Gpu(name="L40S", memory_bytes=48e9, flops=362e12, bandwidth=0.864e12),
+    )
+}
+"""SXM modules (the L40S is a card). Gigabytes are taken as 10⁹ bytes, the least that the data sheets can mean."""
+
+
+def find_gpu(
+    name: str | None, *, memory_gib: float | None, tflops: float | None, bandwidth_gb_per_s: float | None
+) -> Gpu | None:
+    """A GPU by name, numbers given beside it in place of the data sheet's; None when nothing is given."""
+    for option, value in (
+        ("--gpu-memory-gib", memory_gib),
+        ("--gpu-tflops", tflops),
+        ("--gpu-bandwidth", bandwidth_gb_per_s),
+    ):
+        check_option(option, value)
+    gpu = None
+    if name is not None:
+        gpu = GPUS.get(name.upper())
+        if gpu is None:
+            raise UserError(
+                f"--gpu {name}: not in the table, which has {', '.join(GPUS)}; give --gpu-memory-gib, --gpu-tflops and "
+                "--gpu-bandwidth instead"
+            )
+    elif memory_gib is not None:
+        gpu = Gpu(name="GPU", memory_bytes=memory_gib * GIB)
+    elif tflops is not None or bandwidth_gb_per_s is not None:
+        raise UserError("--gpu-memory-gib: required beside --gpu-tflops and --gpu-bandwidth, or a --gpu by name")
+    if gpu is None:
+        return None
+    return replace(
+        gpu,
+        memory_bytes=gpu.memory_bytes if memory_gib is None else memory_gib * GIB,
+        flops=gpu.flops if tflops is None else tflops * 1e12,
+        bandwidth=gpu.bandwidth if bandwidth_gb_per_s is None else bandwidth_gb_per_s * 1e9,
+    )
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def check_option(option: str, value: float | None, *, least: float | None = None) -> None:
+    """Raise `UserError` where an option's number is NaN, infinite, or under the `least`; without that, not above 0."""
+    if value is None or (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+        return
+    expected = "a number above 0" if least is None else f"a number of at least {least:g}"
+    raise UserError(f"{option} {value:g}: expected {expected}")

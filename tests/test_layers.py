@@ -1,6 +1,7 @@
 """Imports point one way: scripts → trainer → graders → envs; and what loads torch or vllm does so when it is needed."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,32 @@ def test_worlds_and_judgement_know_neither_torch_nor_vllm(layer):
     # A sentence-embedding model is a tool of worlds and graders alike; it loads torch with the first text.
     for path in {*(ROOT / layer).rglob("*.py")} - {ROOT / "envs/embedding.py"}:
         assert not imported(path) & {"torch", "vllm", "transformers", "peft", "trl", "accelerate"}, path
+
+
+def rooms_of(layer: str) -> dict[str, set[str]]:
+    """Files and folders of a layer, and which of the others each imports."""
+    rooms: dict[str, set[str]] = {}
+    for path in (ROOT / layer).rglob("*.py"):
+        own = path.relative_to(ROOT / layer).parts[0].removesuffix(".py")
+        modules = [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        others = {module.split(".")[1] for module in modules if module.startswith(f"{layer}.")}
+        rooms.setdefault(own, set()).update(others - {own})
+    return rooms
+
+
+@pytest.mark.parametrize("layer", ["envs", "graders"])
+def test_rooms_of_a_layer_do_not_import_each_other_in_a_circle(layer):
+    rooms = rooms_of(layer)
+    assert len(rooms) > 10
+    graphlib.TopologicalSorter(rooms).prepare()
+
+
+@pytest.mark.parametrize(("layer", "most"), [("envs", 18), ("graders", 12)])
+def test_a_room_has_no_more_files_than_one_sees_at_a_glance(layer, most):
+    folders = [ROOT / layer, *(path for path in (ROOT / layer).rglob("*") if (path / "__init__.py").exists())]
+    for folder in folders:
+        limit = most if folder == ROOT / layer else 12
+        assert len([*folder.glob("*.py")]) <= limit, folder
 
 
 def loaded_after(statement: str) -> list[str]:

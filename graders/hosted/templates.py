@@ -2,7 +2,8 @@
 
 Covered: paths of names, list places and quoted keys (`sample.output_tools[0].function['name']`); each fault of the text
 is named when the grader is built. Not covered, and refused: expressions, filters, other namespaces. What is filled in
-is never read as a template again, so a model can't write `{{ item.answer }}` into its answer and be shown it.
+is never read as a template again, so a model can't write `{{ item.answer }}` into its answer and be shown it. Jinja2's
+parser would not do: it takes `item.ref-answer` for a difference and writes line ends its own way.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from test_families import config_alone
 
 from envs.errors import UserError
 from envs.finance.world import FinanceWorld
-from trainer import estimate
 from trainer.adapter import load_model
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
 from trainer.engine import VllmEngine
@@ -26,7 +25,7 @@ from trainer.head import chunk_rows
 from trainer.job import prepare
 from trainer.policy import Policy
 from trainer.preflight.advice import Level, advise_memory
-from trainer.preflight.memory import MemoryRow
+from trainer.preflight.memory import MemoryRow, head_bytes
 from trainer.train import train
 
 pytestmark = [
@@ -169,8 +168,8 @@ def test_a_gpu_reads_the_head_once_for_a_thousand_tokens_and_the_estimate_knows_
     assert chunk_rows(2_048, on_gpu=True) == chunk_rows(2_048, on_gpu=False) == 8192
     shape = SimpleNamespace(vocabulary=152_064)
     held = 4 * shape.vocabulary * chunk_rows(shape.vocabulary, on_gpu=True)
-    assert estimate.head_bytes(shape, on_cpu=False) == 2 * held, "logits and exponentials"  # type: ignore[arg-type]
-    assert estimate.head_bytes(shape, on_cpu=True) == 3 * 64 * 2**20  # type: ignore[arg-type]
+    assert head_bytes(shape, on_cpu=False) == 2 * held, "logits and exponentials"  # type: ignore[arg-type]
+    assert head_bytes(shape, on_cpu=True) == 3 * 64 * 2**20  # type: ignore[arg-type]
 
 
 def test_the_trainers_attention_is_the_one_that_is_asked_for(tiny_model: Path) -> None:

@@ -24,10 +24,10 @@ from typing import Any, Generic, TypeVar
 from envs.errors import ToolError, UserError
 
 MAX_CHARS = 10_000
-"""Of a formula."""
+"""The longest formula."""
 MAX_DEPTH = 50
 MAX_TOOL_CHARS = 200
-"""Of an expression for the `calculate` tool."""
+"""The longest expression for the `calculate` tool."""
 MAX_RESULT = Decimal(10) ** 15
 
 Number = TypeVar("Number", float, Decimal)

@@ -84,7 +84,7 @@ class OrdersCalls(Protocol):
 
 @runtime_checkable
 class Checks(Protocol):
-    """Of a world, a grader or users: can tell before the run which tasks it can't serve."""
+    """A world, a grader or users that can tell before the run which tasks they can't serve."""
 
     def check(self, task: Task) -> None:
         """Raises `UserError` for a task that it can't open, grade or answer; called before any model is loaded."""
@@ -93,7 +93,7 @@ class Checks(Protocol):
 
 @runtime_checkable
 class Counts(Protocol):
-    """Of a world, a grader, a judge or users: has figures of its own."""
+    """A world, a grader, a judge or users with figures of their own."""
 
     def take_metrics(self) -> dict[str, float]:
         """Those since the last call, by their keys in the metrics."""
@@ -102,7 +102,7 @@ class Counts(Protocol):
 
 @runtime_checkable
 class Closes(Protocol):
-    """Of a world, a grader, a judge or users: holds what must be released, such as connections."""
+    """A world, a grader, a judge or users that hold what must be released, such as connections."""
 
     async def aclose(self) -> None:
         """Called once, at the end of the run."""
@@ -111,7 +111,7 @@ class Closes(Protocol):
 
 @runtime_checkable
 class Sweeps(Protocol):
-    """Of a world: what a rollout holds outlives the process, and can be released by the rollout's id."""
+    """A world where what a rollout holds outlives the process, and can be released by the rollout's id."""
 
     async def sweep(self, rollout_ids: Sequence[str]) -> None:
         """Release what rollouts of a killed run left open; a failure is counted, not raised."""

@@ -84,7 +84,7 @@ def nearest(word: object, known: Iterable[object]) -> str:
 
 @contextlib.asynccontextmanager
 async def first_error() -> AsyncIterator[None]:
-    """Of the errors that end a task group, raise one: ours before the world's, the first of its kind."""
+    """Raise one of the errors that end a task group: ours before the world's, the first of its kind."""
     try:
         yield
     except ExceptionGroup as e:

@@ -64,10 +64,10 @@ class Reader:
 
     def get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
         if not isinstance(self.value, Mapping):
-            raise UserError(f"{self.where.removesuffix(':')}: expected an object, got {in_words(self.value)}")
+            raise UserError(f"{self.where.removesuffix(':')}: expected an object, got {kind_of(self.value)}")
         found = self.value.get(key)
         if found is not None and (not isinstance(found, kind) or isinstance(found, bool)):
-            raise self.refuse(key, f"expected {expected}, got {in_words(found)}")
+            raise self.refuse(key, f"expected {expected}, got {kind_of(found)}")
         return found
 
     def text(self, key: str) -> str | None:
@@ -100,7 +100,7 @@ class Reader:
                 raise self.refuse(key, f"not understood, and not to be dropped unseen; known are {', '.join(known)}")
 
 
-def in_words(value: object) -> str:
+def kind_of(value: object) -> str:
     """What kind of JSON value it is."""
     return _KINDS.get(type(value), type(value).__name__)
 
@@ -145,7 +145,7 @@ def read_task_id(read: Reader, default: str) -> str:
     if found is None:
         return default
     if isinstance(found, bool) or not isinstance(found, str | int):
-        raise read.refuse("task_id", f"expected text or a whole number, got {in_words(found)}")
+        raise read.refuse("task_id", f"expected text or a whole number, got {kind_of(found)}")
     if not str(found).strip():
         raise read.refuse("task_id", "expected text or a whole number, got empty text")
     return str(found)
@@ -341,7 +341,7 @@ def _has_definitions(functions: Any) -> bool:
 def _tool(read: Reader) -> dict[str, Any]:
     expected = 'expected {"type": "function", "function": {"name", "description", "parameters"}}'
     if not isinstance(read.value, Mapping):
-        raise UserError(f"{read.where}: {expected}, got {in_words(read.value)}")
+        raise UserError(f"{read.where}: {expected}, got {kind_of(read.value)}")
     if read.value.get("type") != "function":
         raise UserError(f"{read.where}: type {read.value.get('type')!r}; {expected}")
     tool = dict(read.value)

@@ -89,7 +89,7 @@ _kept: dict[str, str] = {}
 
 
 def keep_secret(name: str, value: str) -> None:
-    """Of a variable whose value went where secrets go: it is left out of all that is said from here on.
+    """A variable's value went where secrets go: it is left out of all that is said from here on.
 
     Where the variable's name speaks of one, or its value has the form of a key; not of less than 8 characters, which
     would be found everywhere.

@@ -112,7 +112,7 @@ class Exchange:
     turns: tuple[Turn, ...]
     """The last has no reply yet."""
     seed: int
-    """Of this reply: derived from the rollout's."""
+    """This reply's, derived from the rollout's."""
 
     @property
     def num_replies(self) -> int:

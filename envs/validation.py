@@ -27,7 +27,9 @@ _PATTERNS = {
 """What the patterns of our settings ask for."""
 
 
-def on_one_screen(what: str, error: ValidationError, root: type[BaseModel] | None = None, given: Any = None) -> str:
+def validation_problems(
+    what: str, error: ValidationError, root: type[BaseModel] | None = None, given: Any = None
+) -> str:
     """Every bad key as it stands in the file, what was expected and, for an unknown one, the nearest known key.
 
     `root` is the section that was validated; without it keys are named as pydantic names them. `given` is what stood

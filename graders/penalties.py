@@ -104,7 +104,8 @@ class PenalisedGrader:
         reasons = [grade.explanation]
         for name, setting in self._penalties.items():
             amount = _MEASURES[name](episode)
-            taken[name] = penalty(amount, setting) if passes_or_all(passed, setting) else 0.0
+            is_due = passed or not setting.only_passing
+            taken[name] = penalty(amount, setting) if is_due else 0.0
             if taken[name]:
                 words = name.replace("_", " ")
                 reasons.append(f"{amount} {words}, {setting.free} free: {taken[name]:.3g}")
@@ -123,7 +124,3 @@ class PenalisedGrader:
     async def aclose(self) -> None:
         if isinstance(self._grader, Closes):
             await self._grader.aclose()
-
-
-def passes_or_all(passed: bool | None, setting: PenaltyConfig) -> bool:
-    return bool(passed) or not setting.only_passing

@@ -19,7 +19,7 @@ from envs.settings import Settings
 from envs.types import StopReason, Task
 from graders.build import build_grader
 from graders.config import GraderConfig, singles
-from graders.hosted.sample_file import Row
+from graders.hosted.sample_file import SampleRow
 from graders.judges.base import JudgeConfig, NobodyAsked
 from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
@@ -40,7 +40,7 @@ class TrialSettings(Settings, extra="ignore"):
 class Graded:
     """One line with its grade."""
 
-    row: Row
+    row: SampleRow
     grade: Grade | None
     """None where there is nothing to train on: in training the rollout is masked."""
     lost: str = ""
@@ -56,7 +56,7 @@ def _types(config: GraderConfig) -> set[str]:
 
 
 def build_trial(
-    settings: TrialSettings, rows: Sequence[Row], source: Path | None, *, asks: bool = True
+    settings: TrialSettings, rows: Sequence[SampleRow], source: Path | None, *, asks: bool = True
 ) -> tuple[Grader, CachedJudge | None]:
     """The grader and, where it asks one, its judge; without `asks` nobody can be asked, and no key is needed.
 
@@ -80,13 +80,13 @@ def build_trial(
         raise UserError(f"{source}, line {checked[-1]}: {e}" if checked else str(e)) from e
 
 
-async def grade_all(settings: TrialSettings, rows: Sequence[Row], source: Path, concurrency: int) -> list[Graded]:
+async def grade_all(settings: TrialSettings, rows: Sequence[SampleRow], source: Path, concurrency: int) -> list[Graded]:
     """Each row with its grade, in their order. Raises `UserError` that names the row."""
     grader, judge = build_trial(settings, rows, source)
     slots = asyncio.Semaphore(concurrency)
     types = _types(settings.grader)
 
-    async def one(row: Row) -> Graded:
+    async def one(row: SampleRow) -> Graded:
         async with slots:
             return await _grade(grader, row, types, where=f"{source}, line {row.line}")
 
@@ -102,7 +102,7 @@ async def grade_all(settings: TrialSettings, rows: Sequence[Row], source: Path, 
     return [task.result() for task in running]
 
 
-async def _grade(grader: Grader, row: Row, types: set[str], *, where: str) -> Graded:
+async def _grade(grader: Grader, row: SampleRow, types: set[str], *, where: str) -> Graded:
     if row.episode.stop_reason is StopReason.WORLD_FAULT:
         lost = "the world broke it off"
         return Graded(row=row, grade=None, lost=lost, fault=f"{lost}: {row.episode.error}", latency_s=0.0)

@@ -27,7 +27,7 @@ from rich.text import Text
 from envs.errors import UserError
 from envs.reading.documents import check_writable, read_document
 from envs.terminal import console, run, say, without_control
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from graders.hosted.sample_file import read_samples
 from graders.trial import Graded, TrialSettings, as_hosted, build_trial, grade_all
 
@@ -97,7 +97,7 @@ def _read_settings(arguments: argparse.Namespace) -> TrialSettings:
     try:
         return TrialSettings.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"grader {path}", e, TrialSettings, data)) from None
+        raise UserError(validation_problems(f"grader {path}", e, TrialSettings, data)) from None
 
 
 def print_tables(console: Console, graded: Sequence[Graded], *, num_worst: int) -> None:

@@ -20,7 +20,7 @@ from envs.registry import WorldConfig
 from envs.remote.config import RemoteConfig
 from envs.settings import JsonObject, Settings
 from envs.users import user_of
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from graders.build import check_grader
 from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
@@ -377,7 +377,7 @@ def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"config {source}", e, RunConfig, data)) from None
+        raise UserError(validation_problems(f"config {source}", e, RunConfig, data)) from None
     for key, grader in (("grader", config.grader), ("watch_grader", config.watch_grader)):
         if grader is not None:
             file = f", in {data[key]}" if isinstance(data.get(key), str) else ""

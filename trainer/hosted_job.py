@@ -23,7 +23,7 @@ from envs.errors import UserError
 from envs.reading.rows import FileOrDataset, read_rows
 from envs.remote.config import RemoteToolConfig
 from envs.secrets import hidden_in, without_secrets
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from trainer.config import OptimConfig, RolloutConfig, RunConfig, read_sections, validate_config
 from trainer.hosted_remarks import HYPER, METHOD, MISSING, find, is_open, left_open, not_taken
 from trainer.hosted_schema import HostedJob, Hyperparameters, Reinforcement, read_job
@@ -262,7 +262,7 @@ def _read_rows(rows: Any, source: str) -> Iterator[Any]:
     try:
         named: Any = TypeAdapter(FileOrDataset).validate_python(rows)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"hosted job: {source}", e)) from None
+        raise UserError(validation_problems(f"hosted job: {source}", e)) from None
     return (row for _, _, row in read_rows(named, key=source))
 
 

@@ -15,7 +15,7 @@ from envs.errors import UserError
 from envs.reading.documents import read_document
 from envs.remote.config import RemoteToolConfig
 from envs.settings import JsonObject, Settings
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from graders.config import GraderConfig
 
 
@@ -175,11 +175,11 @@ def _validated(raw: dict[str, Any], path: Path) -> HostedJob:
     try:
         job = HostedJob.model_validate(raw)
     except ValidationError as e:
-        raise UserError(on_one_screen(where, e, HostedJob)) from None
+        raise UserError(validation_problems(where, e, HostedJob)) from None
     try:
         older = Hyperparameters.model_validate(job.hyperparameters)
     except ValidationError as e:
-        raise UserError(on_one_screen(f"{where}: hyperparameters", e, Hyperparameters)) from None
+        raise UserError(validation_problems(f"{where}: hyperparameters", e, Hyperparameters)) from None
     # What `method` says goes before the older place.
     assert job.method.reinforcement is not None
     said = job.method.reinforcement.hyperparameters.model_dump(exclude_unset=True)

@@ -44,7 +44,7 @@ class HttpLimits:
     """How much of a server is asked, and for how long."""
 
     timeout_s: float = 600.0
-    """Of one attempt, from connecting to the last byte."""
+    """For one attempt, from connecting to the last byte."""
     max_retries: int = 3
     backoff_s: float = 1.0
     """Mean pause before the first retry; it doubles with each, up to `max_backoff_s`."""

@@ -24,7 +24,7 @@ from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, 
 from envs.users import UserConfig
 
 _NUM_OWN_TASKS = 64
-"""Of an environment that owns its data; each is a `seed`, for those whose `reset` takes one."""
+"""An environment has so many where it owns its data; each is a `seed`, for those whose `reset` takes one."""
 
 
 class CustomEnvConfig(WorldSettings):

@@ -15,7 +15,7 @@ from envs.errors import UserError
 from envs.secrets import VARIABLE, keep_secret
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-"""Of an environment variable."""
+"""What an environment variable may be called."""
 _ASKED = re.compile(r"\$\{input:[^{}]*\}")
 """What an editor asks its user for; nobody is there to be asked here."""
 _ITEM = re.compile(r"\{\{\s*item((?:\.[\w-]+|\[\d+\])+)\s*\}\}")

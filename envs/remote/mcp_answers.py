@@ -24,14 +24,14 @@ _ID = re.compile(r'"id"\s*:\s*(\d+|"[^"\\]*")')
 _KINDS = ("text", "image", "audio", "resource", "resource_link")
 _MAX_SHOWN = 200
 MAX_MESSAGE_BYTES = 16 * 2**20
-"""Of one message that is read at all. Over HTTP a larger one breaks the connection; over stdio it is cut there."""
+"""The largest message that is read at all. Over HTTP a larger one breaks the connection; over stdio it is cut there."""
 BOUNDED_LINES = "agent-rft-bounded-lines"
 """The name of UTF-8 whose lines end after `MAX_MESSAGE_BYTES` characters: the SDK keeps what a server writes over stdio
 until the line ends, and knows of no end but the encoding's."""
 
 
 class _BoundedLines(codecs.IncrementalDecoder):
-    """Of a line that is too long the rest is left out, up to its end; what is given out of it can be read by nobody."""
+    """The rest of a line that is too long is left out, up to its end; what is given out of it can be read by nobody."""
 
     def __init__(self, errors: str = "strict") -> None:
         super().__init__(errors)

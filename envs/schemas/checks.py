@@ -35,9 +35,9 @@ from envs.schemas.references import all_in, broken_reference
 _DRAFTS = (jsonschema.Draft202012Validator, jsonschema.Draft7Validator, jsonschema.Draft4Validator)
 """Tried in turn where a schema does not name its own: each forbids some of what the earlier ones allowed."""
 _PATTERNS_S = 0.25
-"""Of all patterns together in one check: a pattern can take hours."""
+"""For all patterns together in one check: a pattern can take hours."""
 _CHECK_S = 1.0
-"""Of one check, in the time of its own thread: a schema that refers to itself twice at each step takes for ever."""
+"""For one check, in the time of its own thread: a schema that refers to itself twice at each step takes for ever."""
 _DEEP = 100
 """Values nested so deep are what a check broke off at, and not a schema that winds round itself."""
 _TURNS_UNKNOWN_INTO_WRONG = {
@@ -209,7 +209,7 @@ class _State:
 
 
 _state: ContextVar[_State] = ContextVar("_state")
-"""Of the check that runs here; several may run in threads."""
+"""The check's that runs here; several may run in threads."""
 
 
 def _is_deep(value: Any) -> bool:

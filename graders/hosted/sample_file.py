@@ -10,17 +10,17 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.messages import Reader, in_words, read_messages, read_task_id
+from envs.messages import Reader, kind_of, read_messages, read_task_id
 from envs.reading.rows import read_rows
 from envs.types import Episode, Task
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from graders.hosted.reader import episode_from_sample
 
 _EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class SampleRow:
     """One line of the samples."""
 
     line: int
@@ -28,27 +28,27 @@ class Row:
     episode: Episode
 
 
-def read_samples(path: Path) -> Iterator[Row]:
+def read_samples(path: Path) -> Iterator[SampleRow]:
     """Raises `UserError` that names file and line."""
     for number, where, data in read_rows(path, key="samples"):
         try:
             yield _read_row(data, number)
         except ValidationError as e:
-            raise UserError(on_one_screen(where, e)) from None
+            raise UserError(validation_problems(where, e)) from None
         except UserError as e:
             raise UserError(f"{where}: {e}") from None
 
 
-def _read_row(data: Any, number: int) -> Row:
+def _read_row(data: Any, number: int) -> SampleRow:
     if not isinstance(data, dict):
-        raise UserError(f"expected an object, got {in_words(data)}")
+        raise UserError(f"expected an object, got {kind_of(data)}")
     if "episode" in data and "task" in data:
         task, episode = _TASK.validate_python(data["task"]), _EPISODE.validate_python(data["episode"])
-        return Row(line=number, task=task, episode=replace(episode, completion_ids=_completion_ids(data)))
+        return SampleRow(line=number, task=task, episode=replace(episode, completion_ids=_completion_ids(data)))
     item = data.get("item", data.get("datasource_item"))
     item = {} if item is None else item
     if not isinstance(item, dict):
-        raise UserError(f"item: expected an object, got {in_words(item)}")
+        raise UserError(f"item: expected an object, got {kind_of(item)}")
     sample = data.get("sample")
     if isinstance(data.get("model_sample"), str):
         sample = {"output_text": data["model_sample"]}
@@ -59,7 +59,7 @@ def _read_row(data: Any, number: int) -> Row:
     # Reward functions are shown the prompt, as in training.
     messages = read_messages(Reader(item, "item"), "messages") if item.get("messages") else ()
     task = Task(task_id=task_id, messages=messages, item=item)
-    return Row(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
+    return SampleRow(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
 
 
 def _completion_ids(rollout: dict[str, Any]) -> tuple[int, ...] | None:

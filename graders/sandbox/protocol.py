@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_RESULT_BYTES = 16_384
-"""Of what a grading writes as its result; more is no result."""
+"""What a grading may write as its result; more is no result."""
 MAX_REPLY_BYTES = 262_144
-"""Of what a worker answers; more is a fault of the sandbox."""
+"""What a worker may answer; more is a fault of the sandbox."""
 HEADER = struct.Struct("!I")
 REPLY = struct.Struct("!?BI")
 """Whether the grading ran out of time, the signal that ended it (0: none), how many bytes of result follow."""
@@ -34,11 +34,11 @@ class Limits:
 
     wall_s: float = 120.0
     cpu_s: int = 240
-    """Of all threads together: two cores for the whole wall time."""
+    """For all threads together: two cores for the whole wall time."""
     memory_bytes: int = 2 << 30
     """Address space, what the libraries map included; the scratch folder counts apart."""
     scratch_bytes: int = 1 << 30
-    """Of all files together, and of one."""
+    """For all files together, and for one."""
     scratch_inodes: int = 16_384
     threads: int = 64
     open_files: int = 256

@@ -205,7 +205,7 @@ class _ClassGrader:
             self.aclose = grader.aclose
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        given = await _in_words_of(self._name, self._grader.grade, task, episode)
+        given = await _call_named(self._name, self._grader.grade, task, episode)
         if not isinstance(given, Grade):
             reward = _number(given, self._name)
             return Grade(reward=reward, parts={self._name: reward})
@@ -269,7 +269,7 @@ class _FunctionGrader:
             )
         if (environment := live_environment(episode.rollout_id)) is not None:
             offered["environments"] = [environment]
-        given = await _in_words_of(self._name, self._function, **accepted(self._function, offered))
+        given = await _call_named(self._name, self._function, **accepted(self._function, offered))
         # Of an object or text a list could be made too, of its keys or letters.
         if (
             isinstance(given, str | bytes | Mapping)
@@ -310,7 +310,7 @@ def conversation(task: Task, episode: Episode) -> tuple[Any, Any]:
     return messages, [trl_form(message) for message in written]
 
 
-async def _in_words_of(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def _call_named(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return await call_user(function, *args, **kwargs)
     except Exception as e:

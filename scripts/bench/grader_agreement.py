@@ -38,7 +38,7 @@ from envs.errors import UserError, WorldError
 from envs.finance.config import FinanceConfig
 from envs.finance.library import load_library
 from envs.types import Episode, Message, StopReason, Turn
-from envs.validation import on_one_screen
+from envs.validation import validation_problems
 from graders.build import build_grader
 from graders.judges.base import JudgeConfig
 from graders.judges.cache import CachedJudge
@@ -63,7 +63,7 @@ class Scored:
     """None where no judge was asked, or none answered."""
 
     def score(self, who: str) -> float | None:
-        """Of `label`, `numeric` or `judge`."""
+        """What `label`, `numeric` or `judge` says."""
         if who == "label":
             return self.row.label
         grade = self.numeric if who == "numeric" else self.judge
@@ -311,7 +311,7 @@ def read_grader(path: Path) -> ScoreModelConfig:
     except OSError as e:
         raise UserError(f"--grader {path}: {e.strerror or e}") from e
     except ValidationError as e:
-        raise UserError(on_one_screen(f"--grader {path}", e, ScoreModelConfig)) from e
+        raise UserError(validation_problems(f"--grader {path}", e, ScoreModelConfig)) from e
 
 
 def world_of(arguments: argparse.Namespace) -> FinanceConfig:

@@ -46,7 +46,7 @@ async def measure(gradings: int, workers: int) -> tuple[float, float]:
 
 
 def cpu_s() -> float:
-    """Of this process and of all that it has started and waited for."""
+    """This process's and that of all that it has started and waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 

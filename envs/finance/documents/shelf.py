@@ -12,7 +12,7 @@ from itertools import accumulate
 from envs.finance.documents.search import words_of
 
 _MAX_OCCURRENCES = 60
-"""Of one word in one document that are looked at; a word that stands more often tells lines apart no better."""
+"""So many of one word in one document are looked at; a word that stands more often tells lines apart no better."""
 
 
 def paginate(text: str, page_chars: int) -> tuple[str, ...]:

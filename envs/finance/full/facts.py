@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from envs.finance.full.reports import FullReport
-from envs.finance.full.tables import Row, rows_of
+from envs.finance.full.tables import TableRow, rows_of
 from envs.finance.program import read_number
 
 
@@ -42,7 +42,7 @@ class Question:
     text: str
     program: str
     unit: str
-    """Of the answer: `million`, `thousand`, `percent` (the program's result times 100), `dollars` or `` for none."""
+    """The answer's: `million`, `thousand`, `percent` (the program's result times 100), `dollars` or `` for none."""
     facts: Sequence[Fact]
     about: Sequence[str]
     """Labels of the lines that it asks about."""
@@ -57,7 +57,7 @@ class OpenReport:
     def __init__(self, report: FullReport) -> None:
         self.report = report
         self.sections = report.sections()
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, TableRow] = {}
         for _, _, row in rows_of(self.sections):
             self._rows.setdefault(row.label, row)
 
@@ -68,7 +68,7 @@ class OpenReport:
         """A cell of a row; columns of a statement are this year (0) and the year before (1)."""
         return self.cell(self._rows[label], column)
 
-    def cell(self, row: Row, column: int) -> Fact:
+    def cell(self, row: TableRow, column: int) -> Fact:
         return Fact(path=self.report.path, line=row.text, cell=row.cells[column], unit=row.unit)
 
     def pair(self, label: str) -> tuple[Fact, Fact]:

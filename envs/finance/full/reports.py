@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from envs.finance.companies import Company
 from envs.finance.full import prose
 from envs.finance.full.books import Lines
-from envs.finance.full.tables import Row, Section, Table, amount, cents, per_mille, split
+from envs.finance.full.tables import Section, Table, TableRow, amount, cents, per_mille, split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,14 +67,14 @@ def _statement(r: FullReport, heading: str, labels: Sequence[str], years: Sequen
     )
 
 
-def _line(r: FullReport, label: str, years: Sequence[int]) -> Row:
+def _line(r: FullReport, label: str, years: Sequence[int]) -> TableRow:
     values = [r.books[year][label] for year in years]
     if label.endswith("per share"):
-        return Row(label=f"{label} (dollars)", cells=tuple(map(cents, values)), unit="dollars")
+        return TableRow(label=f"{label} (dollars)", cells=tuple(map(cents, values)), unit="dollars")
     if label == "Employees":
-        return Row(label=label, cells=tuple(f"{v:,}" for v in values), unit="count")
+        return TableRow(label=label, cells=tuple(f"{v:,}" for v in values), unit="count")
     unit = r.company.unit
-    return Row(label=label, cells=tuple(amount(v, unit) for v in values), unit=unit)
+    return TableRow(label=label, cells=tuple(amount(v, unit) for v in values), unit=unit)
 
 
 def _in_unit(r: FullReport) -> str:
@@ -182,7 +182,7 @@ def _parts(r: FullReport, heading: str, total: str, names: Sequence[str], templa
     columns = [split(r.books[y][total], len(names), r.rng(key, y)) for y in (r.year, r.year - 1)]
     unit = r.company.unit
     rows = [
-        Row(label=template.format(name), cells=tuple(amount(column[i], unit) for column in columns), unit=unit)
+        TableRow(label=template.format(name), cells=tuple(amount(column[i], unit) for column in columns), unit=unit)
         for i, name in enumerate(names)
     ]
     return Table(
@@ -216,7 +216,7 @@ def _debt(r: FullReport) -> Section:
     maturities = Table(
         heading=f"Payments due {_in_unit(r)}",
         columns=years,
-        rows=(Row(label="Maturities of long-term debt", cells=tuple(amount(v, unit) for v in due), unit=unit),),
+        rows=(TableRow(label="Maturities of long-term debt", cells=tuple(amount(v, unit) for v in due), unit=unit),),
     )
     words = f"The weighted average interest rate of our debt was {sum(rates) / 20:.1f}%. We met all covenants."
     return Section(title="Note: Debt", paragraphs=(words,), tables=(table, maturities))
@@ -235,7 +235,7 @@ def _pay(r: FullReport) -> Section:
     }
     prices = [cents(rng.randint(900, 6500)) for _ in counts]
     rows = tuple(
-        Row(label=label, cells=(amount(n, "thousand"), price), unit="thousand")
+        TableRow(label=label, cells=(amount(n, "thousand"), price), unit="thousand")
         for (label, n), price in zip(counts.items(), prices, strict=True)
     )
     words = (
@@ -254,7 +254,7 @@ def _taxes(r: FullReport) -> Section:
         **{k: [r.books[y][k] for y in years] for k in ("State taxes, net", "Foreign rate differential")},
         "Effective tax rate": [r.books[y]["Effective tax rate"] for y in years],
     }
-    rows = tuple(Row(label=k, cells=tuple(map(per_mille, v)), unit="percent") for k, v in rates.items())
+    rows = tuple(TableRow(label=k, cells=tuple(map(per_mille, v)), unit="percent") for k, v in rates.items())
     table = Table(heading="Reconciliation of the tax rate", columns=tuple(map(str, years)), rows=rows)
     open_years = (f"${r.amount('Unrecognized tax benefits', y)} {r.company.unit} at the end of {y}" for y in years)
     words = f"Unrecognized tax benefits were {' and '.join(open_years)}."
@@ -271,7 +271,7 @@ def _leases(r: FullReport) -> Section:
     table = Table(
         heading=f"Operating leases {_in_unit(r)}",
         columns=years,
-        rows=(Row(label="Minimum lease payments", cells=tuple(amount(v, unit) for v in due), unit=unit),),
+        rows=(TableRow(label="Minimum lease payments", cells=tuple(amount(v, unit) for v in due), unit=unit),),
     )
     rent = (f"${r.amount('Rent expense', year)} {unit} in {year}" for year in (r.year, r.year - 1))
     words = f"Rent expense was {' and '.join(rent)}."
@@ -281,7 +281,7 @@ def _leases(r: FullReport) -> Section:
 def _repurchases(r: FullReport) -> Section:
     rng = r.rng("repurchases", r.year)
     rows = tuple(
-        Row(
+        TableRow(
             label=f"{quarter} quarter repurchases",
             cells=(amount(rng.randint(110, 1890), "thousand"), cents(rng.randint(1100, 9000))),
             unit="thousand",
@@ -296,7 +296,7 @@ def _repurchases(r: FullReport) -> Section:
 def _quarters(r: FullReport) -> Section:
     unit = r.company.unit
     rows = tuple(
-        Row(
+        TableRow(
             label=f"Quarterly {line.lower()}",
             cells=tuple(
                 amount(v, unit) for v in split(r.books[r.year][line], 4, r.rng("quarters", line, r.year), 0.15)

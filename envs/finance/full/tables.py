@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TableRow:
     """One row of a table, its cells as they stand there."""
 
     label: str
@@ -27,7 +27,7 @@ class Table:
 
     heading: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @property
     def text(self) -> str:
@@ -68,7 +68,7 @@ def split(total: int, parts: int, rng: random.Random, spread: float = 0.5) -> li
     return [*shares, total - sum(shares)]
 
 
-def rows_of(sections: Sequence[Section]) -> Iterator[tuple[Section, Table, Row]]:
+def rows_of(sections: Sequence[Section]) -> Iterator[tuple[Section, Table, TableRow]]:
     """Every row of the tables, in the order of the document."""
     for section in sections:
         for table in section.tables:

@@ -12,11 +12,11 @@ from pydantic import Field, TypeAdapter, model_validator
 from envs.arithmetic import format_number
 from envs.finance.full.questions import YES_NO_RULE
 from envs.finance.program import ProgramError, execute, expression, parse, read_number, unnested
-from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to
+from envs.finance.real.rows import YEAR, Candidate, Gold, SourceEntry, document, parse_rows, rounds_to
 from envs.reading.rows import FileOrDataset
 
 
-class _FinQA(Row):
+class _FinQA(SourceEntry):
     question: str = Field(min_length=1)
     program: str = Field(min_length=1)
     exe_ans: float | str | None
@@ -24,7 +24,7 @@ class _FinQA(Row):
     answer: str = ""
 
 
-class _FinContext(Row):
+class _FinContext(SourceEntry):
     id: str = Field(min_length=1)
     filename: str = Field(pattern=r"^[^/]+/[0-9]{4}/[^/]+$")
     pre_text: list[str]

@@ -16,7 +16,7 @@ from envs.reading.rows import DatasetSource, FileOrDataset, read_dataset
 YEAR = re.compile(r"(?:19|20)[0-9]{2}")
 
 
-class Row(BaseModel):
+class SourceEntry(BaseModel):
     """An entry of a source, or a part of one; keys that are not used here are passed over."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)

@@ -10,23 +10,23 @@ from pydantic import Field, TypeAdapter
 from envs.arithmetic import calculate
 from envs.errors import ToolError
 from envs.finance.program import read_number
-from envs.finance.real.rows import YEAR, Candidate, Gold, Row, document, parse_rows, rounds_to
+from envs.finance.real.rows import YEAR, Candidate, Gold, SourceEntry, document, parse_rows, rounds_to
 from envs.reading.rows import FileOrDataset
 
 _SCALES = ("", "thousand", "million", "billion", "percent")
 
 
-class _TatTable(Row):
+class _TatTable(SourceEntry):
     uid: str = Field(min_length=1)
     table: list[list[str]]
 
 
-class _TatParagraph(Row):
+class _TatParagraph(SourceEntry):
     order: int
     text: str
 
 
-class _TatQuestion(Row):
+class _TatQuestion(SourceEntry):
     uid: str = Field(min_length=1)
     question: str = Field(min_length=1)
     answer: list[str] | str | int | float
@@ -35,7 +35,7 @@ class _TatQuestion(Row):
     scale: str = ""
 
 
-class _TatContext(Row):
+class _TatContext(SourceEntry):
     table: _TatTable
     paragraphs: list[_TatParagraph]
     questions: list[_TatQuestion]

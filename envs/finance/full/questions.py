@@ -69,134 +69,141 @@ def _source(report: FullReport) -> str:
     return f"According to the {report.year} annual report of {report.company.name},"
 
 
-def _line(a: Asker, o: OpenReport) -> str | None:
+def _line(asker: Asker, opened: OpenReport) -> str | None:
     """A line of any statement or note with two years, both above 0."""
-    labels = o.labels(*a.rng.choice(_TWO_YEARS))
-    return a.rng.choice(labels) if labels else None
+    labels = opened.labels(*asker.rng.choice(_TWO_YEARS))
+    return asker.rng.choice(labels) if labels else None
 
 
-def _two_lines(a: Asker, o: OpenReport) -> tuple[str, str] | None:
-    labels = [k for k in o.labels(*a.rng.choice(_TWO_YEARS)) if not k.endswith("(dollars)")]
+def _two_lines(asker: Asker, opened: OpenReport) -> tuple[str, str] | None:
+    labels = [k for k in opened.labels(*asker.rng.choice(_TWO_YEARS)) if not k.endswith("(dollars)")]
     if len(labels) < 2:
         return None
-    first, second = a.rng.sample(labels, 2)
+    first, second = asker.rng.sample(labels, 2)
     return first, second
 
 
-def _change(a: Asker, o: OpenReport) -> Question | None:
-    r, label = o.report, _line(a, o)
+def _change(asker: Asker, opened: OpenReport) -> Question | None:
+    report, label = opened.report, _line(asker, opened)
     if label is None:
         return None
-    now, before = o.pair(label)
-    text = f"{_source(r)} by how much did {in_words(label)} change from {r.year - 1} to {r.year}?"
+    now, before = opened.pair(label)
+    text = f"{_source(report)} by how much did {in_words(label)} change from {report.year - 1} to {report.year}?"
     program = f"subtract({now.plain}, {before.plain})"
-    return Question(text=text, program=program, unit=now.unit, facts=(now, before), about=(label,), reports=(r,))
+    return Question(text=text, program=program, unit=now.unit, facts=(now, before), about=(label,), reports=(report,))
 
 
-def _percentage(a: Asker, o: OpenReport) -> Question | None:
-    r, label = o.report, _line(a, o)
+def _percentage(asker: Asker, opened: OpenReport) -> Question | None:
+    report, label = opened.report, _line(asker, opened)
     if label is None:
         return None
-    now, before = o.pair(label)
-    text = f"{_source(r)} by what percentage did {in_words(label)} change from {r.year - 1} to {r.year}?"
+    now, before = opened.pair(label)
+    text = f"{_source(report)} by what percentage did {in_words(label)} change from {report.year - 1} to {report.year}?"
     program = f"subtract({now.plain}, {before.plain}), divide(#0, {before.plain})"
-    return Question(text=text, program=program, unit="percent", facts=(now, before), about=(label,), reports=(r,))
+    return Question(text=text, program=program, unit="percent", facts=(now, before), about=(label,), reports=(report,))
 
 
-def _sum(a: Asker, o: OpenReport) -> Question | None:
-    r, labels = o.report, _two_lines(a, o)
+def _sum(asker: Asker, opened: OpenReport) -> Question | None:
+    report, labels = opened.report, _two_lines(asker, opened)
     if labels is None:
         return None
-    x, y = (o.fact(label) for label in labels)
-    text = f"{_source(r)} what was the sum of {in_words(labels[0])} and {in_words(labels[1])} for {r.year}?"
+    x, y = (opened.fact(label) for label in labels)
+    text = f"{_source(report)} what was the sum of {in_words(labels[0])} and {in_words(labels[1])} for {report.year}?"
     return Question(
-        text=text, program=f"add({x.plain}, {y.plain})", unit=x.unit, facts=(x, y), about=labels, reports=(r,)
+        text=text, program=f"add({x.plain}, {y.plain})", unit=x.unit, facts=(x, y), about=labels, reports=(report,)
     )
 
 
-def _ratio(a: Asker, o: OpenReport) -> Question | None:
-    r, labels = o.report, _two_lines(a, o)
+def _ratio(asker: Asker, opened: OpenReport) -> Question | None:
+    report, labels = opened.report, _two_lines(asker, opened)
     if labels is None:
         return None
-    x, y = (o.fact(label) for label in labels)
+    x, y = (opened.fact(label) for label in labels)
     if not Decimal("0.05") < x.number / y.number < 50:
         return None
-    text = f"{_source(r)} what was the ratio of {in_words(labels[0])} to {in_words(labels[1])} for {r.year}?"
+    text = f"{_source(report)} what was the ratio of {in_words(labels[0])} to {in_words(labels[1])} for {report.year}?"
     return Question(
-        text=text, program=f"divide({x.plain}, {y.plain})", unit="", facts=(x, y), about=labels, reports=(r,)
+        text=text, program=f"divide({x.plain}, {y.plain})", unit="", facts=(x, y), about=labels, reports=(report,)
     )
 
 
-def _product(a: Asker, o: OpenReport) -> Question | None:
-    r, quarter = o.report, a.rng.choice(QUARTERS)
+def _product(asker: Asker, opened: OpenReport) -> Question | None:
+    report, quarter = opened.report, asker.rng.choice(QUARTERS)
     label = f"{quarter} quarter repurchases"
-    if not o.has(label):
+    if not opened.has(label):
         return None
-    shares, price = o.pair(label)
+    shares, price = opened.pair(label)
     text = (
-        f"{_source(r)} how much did it pay in all, in thousands of dollars, for the shares that it purchased in the "
+        f"{_source(report)} how much did it pay in all, in thousands of dollars, for the shares that it purchased in "
+        "the "
         f"{quarter.lower()} quarter?"
     )
     program = f"multiply({shares.plain}, {price.plain})"
-    return Question(text=text, program=program, unit="thousand", facts=(shares, price), about=(label,), reports=(r,))
+    return Question(
+        text=text, program=program, unit="thousand", facts=(shares, price), about=(label,), reports=(report,)
+    )
 
 
-def _share(a: Asker, o: OpenReport) -> Question | None:
-    r = o.report
-    assets = o.labels(BALANCE)
-    total = a.rng.choice(("Total assets", "Total current assets"))
+def _share(asker: Asker, opened: OpenReport) -> Question | None:
+    report = opened.report
+    assets = opened.labels(BALANCE)
+    total = asker.rng.choice(("Total assets", "Total current assets"))
     parts = [k for k in assets[: assets.index(total)] if not k.startswith("Total")]
-    first, second = a.rng.sample(parts, 2)
-    x, y, whole = (o.fact(label) for label in (first, second, total))
+    first, second = asker.rng.sample(parts, 2)
+    x, y, whole = (opened.fact(label) for label in (first, second, total))
     text = (
-        f"{_source(r)} what percentage of {in_words(total)} were {in_words(first)} and {in_words(second)} together at "
-        f"the end of {r.year}?"
+        f"{_source(report)} what percentage of {in_words(total)} were {in_words(first)} and {in_words(second)} "
+        "together at "
+        f"the end of {report.year}?"
     )
     program = f"add({x.plain}, {y.plain}), divide(#0, {whole.plain})"
     return Question(
-        text=text, program=program, unit="percent", facts=(x, y, whole), about=(first, second, total), reports=(r,)
+        text=text, program=program, unit="percent", facts=(x, y, whole), about=(first, second, total), reports=(report,)
     )
 
 
-def _average(a: Asker, o: OpenReport) -> Question | None:
+def _average(asker: Asker, opened: OpenReport) -> Question | None:
     """Over two reports: the figure of the year before is the one first reported, restated or not."""
-    r, earlier = o.report, a.year_before(o.report)
-    labels = [*o.labels(INCOME), *o.labels(BALANCE)]
+    report, earlier = opened.report, asker.year_before(opened.report)
+    labels = [*opened.labels(INCOME), *opened.labels(BALANCE)]
     if earlier is None:
         return None
-    label = a.rng.choice(labels)
+    label = asker.rng.choice(labels)
     if label not in (*earlier.labels(INCOME), *earlier.labels(BALANCE)):
         return None
-    x, y = o.fact(label), earlier.fact(label)
+    x, y = opened.fact(label), earlier.fact(label)
     text = (
-        f"What was the average of {in_words(label)} of {r.company.name} over {r.year} and {r.year - 1}, each as first "
+        f"What was the average of {in_words(label)} of {report.company.name} over {report.year} and "
+        f"{report.year - 1}, each as first "
         "reported in that year's own annual report?"
     )
     program = f"add({x.plain}, {y.plain}), divide(#0, const_2)"
-    return Question(text=text, program=program, unit=x.unit, facts=(x, y), about=(label,), reports=(r, earlier.report))
+    return Question(
+        text=text, program=program, unit=x.unit, facts=(x, y), about=(label,), reports=(report, earlier.report)
+    )
 
 
-def _same_line(a: Asker, o: OpenReport) -> tuple[str, OpenReport] | None:
+def _same_line(asker: Asker, opened: OpenReport) -> tuple[str, OpenReport] | None:
     """A line in amounts that another company's report of the same year has too."""
-    other, labels = a.rival(o.report), [*o.labels(INCOME), *o.labels(BALANCE)]
+    other, labels = asker.rival(opened.report), [*opened.labels(INCOME), *opened.labels(BALANCE)]
     shared = {*other.labels(INCOME), *other.labels(BALANCE)}
     labels = [k for k in labels if k in shared and not k.endswith("(dollars)")]
-    if other.report.company == o.report.company or not labels:
+    if other.report.company == opened.report.company or not labels:
         return None
-    return a.rng.choice(labels), other
+    return asker.rng.choice(labels), other
 
 
 def _full(fact: Fact) -> Decimal:
     return fact.number * (1000 if fact.unit == "million" else 1)
 
 
-def _comparison(a: Asker, o: OpenReport) -> Question | None:
-    found = _same_line(a, o)
+def _comparison(asker: Asker, opened: OpenReport) -> Question | None:
+    found = _same_line(asker, opened)
     if found is None:
         return None
     label, other = found
-    high, low = sorted((o, other), key=lambda x: _full(x.fact(label)), reverse=True)
-    x, y, year = high.fact(label), low.fact(label), o.report.year
+    high, low = sorted((opened, other), key=lambda x: _full(x.fact(label)), reverse=True)
+    x, y, year = high.fact(label), low.fact(label), opened.report.year
     match x.unit, y.unit:
         case "million", "thousand":
             program = f"divide({y.plain}, const_1000), subtract({x.plain}, #0)"
@@ -213,12 +220,12 @@ def _comparison(a: Asker, o: OpenReport) -> Question | None:
     )
 
 
-def _greater(a: Asker, o: OpenReport) -> Question | None:
-    found = _same_line(a, o)
+def _greater(asker: Asker, opened: OpenReport) -> Question | None:
+    found = _same_line(asker, opened)
     if found is None:
         return None
     label, other = found
-    x, y, year = o.fact(label), other.fact(label), o.report.year
+    x, y, year = opened.fact(label), other.fact(label), opened.report.year
     if _full(x) == _full(y):
         return None
     match x.unit, y.unit:
@@ -229,24 +236,26 @@ def _greater(a: Asker, o: OpenReport) -> Question | None:
         case _:
             program = f"greater({x.plain}, {y.plain})"
     text = (
-        f"According to their {year} annual reports, was {in_words(label)} of {o.report.company.name} for {year} "
+        f"According to their {year} annual reports, was {in_words(label)} of {opened.report.company.name} for {year} "
         f"greater than that of {other.report.company.name}? {YES_NO_RULE}"
     )
-    return Question(text=text, program=program, unit="", facts=(x, y), about=(label,), reports=(o.report, other.report))
+    return Question(
+        text=text, program=program, unit="", facts=(x, y), about=(label,), reports=(opened.report, other.report)
+    )
 
 
 def _table(op: str, words: str) -> Callable[[Asker, OpenReport], Question | None]:
-    def ask(a: Asker, o: OpenReport) -> Question | None:
-        r = o.report
+    def ask(asker: Asker, opened: OpenReport) -> Question | None:
+        report = opened.report
         wide = [
             (table, row)
-            for _, table, row in rows_of(o.sections)
+            for _, table, row in rows_of(opened.sections)
             if len(row.cells) > 2 and all((read_number(c) or 0) > 0 for c in row.cells)
         ]
-        table, row = a.rng.choice(wide)
+        table, row = asker.rng.choice(wide)
         over = next(text for start, text in _ROW_WORDS.items() if table.heading.startswith(start))
-        facts = [o.cell(row, i) for i in range(len(row.cells))]
-        text = f"{_source(r)} what was the {words} {in_words(row.label)} {over}?"
+        facts = [opened.cell(row, i) for i in range(len(row.cells))]
+        text = f"{_source(report)} what was the {words} {in_words(row.label)} {over}?"
         unit = "" if row.unit == "count" else row.unit
         return Question(
             text=text,
@@ -254,63 +263,69 @@ def _table(op: str, words: str) -> Callable[[Asker, OpenReport], Question | None
             unit=unit,
             facts=facts,
             about=(row.label,),
-            reports=(r,),
+            reports=(report,),
             rows={row.label: [fact.number for fact in facts]},
         )
 
     return ask
 
 
-def _per_employee(a: Asker, o: OpenReport) -> Question | None:
-    r, label = o.report, a.rng.choice(o.labels(INCOME)[:5])
-    x = o.fact(label)
-    staff = o.told("employees", f"{r.books[r.year]['Employees']:,}")
+def _per_employee(asker: Asker, opened: OpenReport) -> Question | None:
+    report, label = opened.report, asker.rng.choice(opened.labels(INCOME)[:5])
+    x = opened.fact(label)
+    staff = opened.told("employees", f"{report.books[report.year]['Employees']:,}")
     scale = {"million": "const_1000000", "thousand": "const_1000"}[x.unit]
-    text = f"{_source(r)} what was {in_words(label)} per employee, in dollars, in {r.year}?"
+    text = f"{_source(report)} what was {in_words(label)} per employee, in dollars, in {report.year}?"
     program = f"multiply({x.plain}, {scale}), divide(#0, {staff.plain})"
     return Question(
-        text=text, program=program, unit="dollars", facts=(x, staff), about=(label, "employees"), reports=(r,)
+        text=text, program=program, unit="dollars", facts=(x, staff), about=(label, "employees"), reports=(report,)
     )
 
 
-def _projection(a: Asker, o: OpenReport) -> Question | None:
-    r, label = o.report, a.rng.choice(o.labels(INCOME)[:6])
-    now, before = o.pair(label)
-    years = a.rng.choice((2, 3))
+def _projection(asker: Asker, opened: OpenReport) -> Question | None:
+    report, label = opened.report, asker.rng.choice(opened.labels(INCOME)[:6])
+    now, before = opened.pair(label)
+    years = asker.rng.choice((2, 3))
     text = (
-        f"{_source(r)} and if {in_words(label)} kept growing at the rate from {r.year - 1} to {r.year}, what would it "
-        f"be {years} years after {r.year}?"
+        f"{_source(report)} and if {in_words(label)} kept growing at the rate from {report.year - 1} to "
+        f"{report.year}, what would it "
+        f"be {years} years after {report.year}?"
     )
     program = f"divide({now.plain}, {before.plain}), exp(#0, const_{years}), multiply(#1, {now.plain})"
-    return Question(text=text, program=program, unit=now.unit, facts=(now, before), about=(label,), reports=(r,))
+    return Question(text=text, program=program, unit=now.unit, facts=(now, before), about=(label,), reports=(report,))
 
 
-def _rates(a: Asker, o: OpenReport) -> tuple[str, list[Fact]]:
+def _rates(asker: Asker, opened: OpenReport) -> tuple[str, list[Fact]]:
     """A line of the statement of income beside revenue: this year's pair, then that of the year before."""
-    label = a.rng.choice([k for k in o.labels(INCOME)[1:] if not k.endswith("(dollars)")])
-    return label, [o.fact(k, column) for column in (0, 1) for k in (label, "Revenue")]
+    label = asker.rng.choice([k for k in opened.labels(INCOME)[1:] if not k.endswith("(dollars)")])
+    return label, [opened.fact(k, column) for column in (0, 1) for k in (label, "Revenue")]
 
 
-def _rate_change(a: Asker, o: OpenReport) -> Question | None:
-    r, (label, facts) = o.report, _rates(a, o)
+def _rate_change(asker: Asker, opened: OpenReport) -> Question | None:
+    report, (label, facts) = opened.report, _rates(asker, opened)
     x, y, u, v = (fact.plain for fact in facts)
     text = (
-        f"{_source(r)} by how many percentage points did {in_words(label)} as a percentage of revenue change from "
-        f"{r.year - 1} to {r.year}?"
+        f"{_source(report)} by how many percentage points did {in_words(label)} as a percentage of revenue change from "
+        f"{report.year - 1} to {report.year}?"
     )
     program = f"divide({x}, {y}), divide({u}, {v}), subtract(#0, #1)"
-    return Question(text=text, program=program, unit="percent", facts=facts, about=(label, "Revenue"), reports=(r,))
+    return Question(
+        text=text, program=program, unit="percent", facts=facts, about=(label, "Revenue"), reports=(report,)
+    )
 
 
-def _mean_rate(a: Asker, o: OpenReport) -> Question | None:
-    r, (label, facts) = o.report, _rates(a, o)
+def _mean_rate(asker: Asker, opened: OpenReport) -> Question | None:
+    report, (label, facts) = opened.report, _rates(asker, opened)
     x, y, u, v = (fact.plain for fact in facts)
     text = (
-        f"{_source(r)} what was the average over {r.year - 1} and {r.year} of {in_words(label)} as a percentage of "
+        f"{_source(report)} what was the average over {report.year - 1} and {report.year} of {in_words(label)} as a "
+        "percentage of "
         "each year's revenue?"
     )
     program = f"divide({x}, {y}), divide({u}, {v}), add(#0, #1), divide(#2, const_2)"
-    return Question(text=text, program=program, unit="percent", facts=facts, about=(label, "Revenue"), reports=(r,))
+    return Question(
+        text=text, program=program, unit="percent", facts=facts, about=(label, "Revenue"), reports=(report,)
+    )
 
 
 ASK: Mapping[str, Callable[[Asker, OpenReport], Question | None]] = {

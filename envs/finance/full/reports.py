@@ -60,75 +60,77 @@ class FullReport:
         return random.Random("/".join(map(str, (self.seed, self.company.folder, *parts))))
 
 
-def _statement(r: FullReport, heading: str, labels: Sequence[str], years: Sequence[int] = ()) -> Table:
-    years = years or (r.year, r.year - 1)
+def _statement(report: FullReport, heading: str, labels: Sequence[str], years: Sequence[int] = ()) -> Table:
+    years = years or (report.year, report.year - 1)
     return Table(
-        heading=heading, columns=tuple(map(str, years)), rows=tuple(_line(r, label, years) for label in labels)
+        heading=heading, columns=tuple(map(str, years)), rows=tuple(_line(report, label, years) for label in labels)
     )
 
 
-def _line(r: FullReport, label: str, years: Sequence[int]) -> TableRow:
-    values = [r.books[year][label] for year in years]
+def _line(report: FullReport, label: str, years: Sequence[int]) -> TableRow:
+    values = [report.books[year][label] for year in years]
     if label.endswith("per share"):
         return TableRow(label=f"{label} (dollars)", cells=tuple(map(cents, values)), unit="dollars")
     if label == "Employees":
         return TableRow(label=label, cells=tuple(f"{v:,}" for v in values), unit="count")
-    unit = r.company.unit
+    unit = report.company.unit
     return TableRow(label=label, cells=tuple(amount(v, unit) for v in values), unit=unit)
 
 
-def _in_unit(r: FullReport) -> str:
-    return f"(in {r.company.unit}s of dollars)"
+def _in_unit(report: FullReport) -> str:
+    return f"(in {report.company.unit}s of dollars)"
 
 
-def _business(r: FullReport) -> Section:
-    rng = r.rng("business")
-    sector = r.company.family.rsplit(" ", 1)[-1].lower()
+def _business(report: FullReport) -> Section:
+    rng = report.rng("business")
+    sector = report.company.family.rsplit(" ", 1)[-1].lower()
     chosen = rng.sample(prose.BUSINESS[1:], rng.randint(1, 3))
-    backlog = (f"${r.amount('Backlog', year)} {r.company.unit}" for year in (r.year, r.year - 1))
+    backlog = (f"${report.amount('Backlog', year)} {report.company.unit}" for year in (report.year, report.year - 1))
     facts = (
-        f"At December 31, {r.year} we had {r.books[r.year]['Employees']:,} employees. Our backlog of orders was "
+        f"At December 31, {report.year} we had {report.books[report.year]['Employees']:,} employees. Our backlog of "
+        "orders was "
         f"{next(backlog)}, against {next(backlog)} a year earlier."
     )
     return Section(
         title="Business",
-        paragraphs=(prose.BUSINESS[0].format(name=r.company.name, sector=sector), *chosen, facts),
+        paragraphs=(prose.BUSINESS[0].format(name=report.company.name, sector=sector), *chosen, facts),
     )
 
 
-def _risks(r: FullReport) -> Section:
-    rng = r.rng("risks")
+def _risks(report: FullReport) -> Section:
+    rng = report.rng("risks")
     return Section(title="Risk factors", paragraphs=tuple(rng.sample(prose.RISKS, rng.randint(1, len(prose.RISKS)))))
 
 
 FIVE_YEARS = ("Revenue", "Operating income", "Net income", "Total assets", "Total debt", "Diluted earnings per share")
 
 
-def _selected(r: FullReport) -> Section:
-    years = tuple(range(r.year, r.year - 5, -1))
+def _selected(report: FullReport) -> Section:
+    years = tuple(range(report.year, report.year - 5, -1))
     labels = (*FIVE_YEARS, "Dividends per share", "Employees")
     return Section(
         title="Selected financial data",
-        tables=(_statement(r, f"Five years {_in_unit(r)}", labels, years),),
+        tables=(_statement(report, f"Five years {_in_unit(report)}", labels, years),),
     )
 
 
-def _discussion(r: FullReport) -> Section:
-    rng = r.rng("discussion", r.year)
+def _discussion(report: FullReport) -> Section:
+    rng = report.rng("discussion", report.year)
     paragraphs = []
     for line in ("Revenue", "Gross profit", "Operating income"):
-        grew = r.books[r.year][line] > r.books[r.year - 1][line]
+        grew = report.books[report.year][line] > report.books[report.year - 1][line]
         words = rng.choice(prose.UP if grew else prose.DOWN)
-        paragraphs.append(words.format(line=line, year=r.year, before=r.year - 1))
+        paragraphs.append(words.format(line=line, year=report.year, before=report.year - 1))
     paragraphs.append(
-        f"Advertising expense was ${r.amount('Advertising expense')} {r.company.unit} in {r.year} and "
-        f"${r.amount('Advertising expense', r.year - 1)} {r.company.unit} in {r.year - 1}. Interest on our debt and "
+        f"Advertising expense was ${report.amount('Advertising expense')} {report.company.unit} in {report.year} and "
+        f"${report.amount('Advertising expense', report.year - 1)} {report.company.unit} in {report.year - 1}. "
+        "Interest on our debt and "
         "dividends were paid out of cash from operations."
     )
     return Section(title="Management's discussion and analysis", paragraphs=tuple(paragraphs))
 
 
-def _income(r: FullReport) -> Section:
+def _income(report: FullReport) -> Section:
     labels = (
         *("Revenue", "Cost of revenue", "Gross profit", "Research and development"),
         *("Selling, general and administrative", "Depreciation and amortization", "Total operating expenses"),
@@ -136,16 +138,17 @@ def _income(r: FullReport) -> Section:
         *("Income tax expense", "Net income", "Basic earnings per share", "Diluted earnings per share"),
     )
     note = ""
-    if r.restated:
+    if report.restated:
         note = (
-            f"{r.restated} of {r.year - 1}, and all amounts that depend on it, are restated: they differ from those in "
-            f"the {r.year - 1} annual report because an error was corrected."
+            f"{report.restated} of {report.year - 1}, and all amounts that depend on it, are restated: they differ "
+            "from those in "
+            f"the {report.year - 1} annual report because an error was corrected."
         )
-    table = _statement(r, f"{_in_unit(r)}, except per share", labels)
+    table = _statement(report, f"{_in_unit(report)}, except per share", labels)
     return Section(title="Consolidated statements of income", paragraphs=(note,) if note else (), tables=(table,))
 
 
-def _balance(r: FullReport) -> Section:
+def _balance(report: FullReport) -> Section:
     labels = (
         *("Cash and cash equivalents", "Short-term investments", "Accounts receivable, net", "Inventories"),
         *("Prepaid expenses and other current assets", "Total current assets", "Property, plant and equipment, net"),
@@ -154,10 +157,10 @@ def _balance(r: FullReport) -> Section:
         *("Deferred income taxes", "Other liabilities", "Total liabilities"),
         *("Common stock and additional paid-in capital", "Retained earnings", "Total shareholders' equity"),
     )
-    return Section(title="Consolidated balance sheets", tables=(_statement(r, _in_unit(r), labels),))
+    return Section(title="Consolidated balance sheets", tables=(_statement(report, _in_unit(report), labels),))
 
 
-def _cash(r: FullReport) -> Section:
+def _cash(report: FullReport) -> Section:
     labels = (
         *("Net income", "Depreciation and amortization", "Stock-based compensation"),
         *("Changes in working capital and other", "Net cash from operating activities", "Capital expenditures"),
@@ -165,56 +168,67 @@ def _cash(r: FullReport) -> Section:
         *("Proceeds from issuance of debt", "Repayments of debt", "Dividends paid", "Repurchases of common stock"),
         *("Net cash from financing activities", "Net change in cash"),
     )
-    return Section(title="Consolidated statements of cash flows", tables=(_statement(r, _in_unit(r), labels),))
-
-
-def _policies(r: FullReport) -> Section:
-    rng = r.rng("policies")
-    chosen = rng.sample(prose.POLICIES[1:], rng.randint(3, len(prose.POLICIES) - 1))
     return Section(
-        title="Note: Significant accounting policies",
-        paragraphs=(prose.POLICIES[0].format(name=r.company.name), *chosen),
+        title="Consolidated statements of cash flows", tables=(_statement(report, _in_unit(report), labels),)
     )
 
 
-def _parts(r: FullReport, heading: str, total: str, names: Sequence[str], template: str, key: str) -> Table:
+def _policies(report: FullReport) -> Section:
+    rng = report.rng("policies")
+    chosen = rng.sample(prose.POLICIES[1:], rng.randint(3, len(prose.POLICIES) - 1))
+    return Section(
+        title="Note: Significant accounting policies",
+        paragraphs=(prose.POLICIES[0].format(name=report.company.name), *chosen),
+    )
+
+
+def _parts(report: FullReport, heading: str, total: str, names: Sequence[str], template: str, key: str) -> Table:
     """A line divided among parts, for this year and the one before."""
-    columns = [split(r.books[y][total], len(names), r.rng(key, y)) for y in (r.year, r.year - 1)]
-    unit = r.company.unit
+    columns = [split(report.books[y][total], len(names), report.rng(key, y)) for y in (report.year, report.year - 1)]
+    unit = report.company.unit
     rows = [
         TableRow(label=template.format(name), cells=tuple(amount(column[i], unit) for column in columns), unit=unit)
         for i, name in enumerate(names)
     ]
     return Table(
-        heading=heading, columns=(str(r.year), str(r.year - 1)), rows=(*rows, _line(r, total, (r.year, r.year - 1)))
+        heading=heading,
+        columns=(str(report.year), str(report.year - 1)),
+        rows=(*rows, _line(report, total, (report.year, report.year - 1))),
     )
 
 
-def _segments(r: FullReport) -> Section:
-    names = r.rng("segments").choice(prose.SEGMENTS)
+def _segments(report: FullReport) -> Section:
+    names = report.rng("segments").choice(prose.SEGMENTS)
     words = f"We report {len(names)} segments: {', '.join(names)}. Corporate costs are allocated by revenue."
     tables = (
-        _parts(r, f"Revenue by segment {_in_unit(r)}", "Revenue", names, "{} segment revenue", "segment revenue"),
-        _parts(r, f"Revenue by region {_in_unit(r)}", "Revenue", prose.REGIONS, "Revenue in {}", "regions"),
+        _parts(
+            report, f"Revenue by segment {_in_unit(report)}", "Revenue", names, "{} segment revenue", "segment revenue"
+        ),
+        _parts(report, f"Revenue by region {_in_unit(report)}", "Revenue", prose.REGIONS, "Revenue in {}", "regions"),
     )
     return Section(title="Note: Segment information", paragraphs=(words,), tables=tables)
 
 
-def _debt(r: FullReport) -> Section:
-    rng = r.rng("debt")
+def _debt(report: FullReport) -> Section:
+    rng = report.rng("debt")
     rates = sorted(rng.sample(range(28, 89), 2))
     names = [
-        f"{rate / 10:.1f}% senior notes due {r.year + years}"
+        f"{rate / 10:.1f}% senior notes due {report.year + years}"
         for rate, years in zip(rates, (rng.randint(3, 5), rng.randint(6, 12)), strict=True)
     ]
     table = _parts(
-        r, f"Debt {_in_unit(r)}", "Total debt", [*names, "Term loan", "Revolving credit facility"], "{}", "debt"
+        report,
+        f"Debt {_in_unit(report)}",
+        "Total debt",
+        [*names, "Term loan", "Revolving credit facility"],
+        "{}",
+        "debt",
     )
-    due = split(r.books[r.year]["Total debt"], 6, r.rng("maturities", r.year))
-    unit = r.company.unit
-    years = (*(str(r.year + i) for i in range(1, 6)), "later")
+    due = split(report.books[report.year]["Total debt"], 6, report.rng("maturities", report.year))
+    unit = report.company.unit
+    years = (*(str(report.year + i) for i in range(1, 6)), "later")
     maturities = Table(
-        heading=f"Payments due {_in_unit(r)}",
+        heading=f"Payments due {_in_unit(report)}",
         columns=years,
         rows=(TableRow(label="Maturities of long-term debt", cells=tuple(amount(v, unit) for v in due), unit=unit),),
     )
@@ -222,16 +236,16 @@ def _debt(r: FullReport) -> Section:
     return Section(title="Note: Debt", paragraphs=(words,), tables=(table, maturities))
 
 
-def _pay(r: FullReport) -> Section:
-    rng = r.rng("options", r.year)
+def _pay(report: FullReport) -> Section:
+    rng = report.rng("options", report.year)
     before, granted = rng.randint(3000, 9000), rng.randint(500, 2000)
     exercised, forfeited = rng.randint(200, 1500), rng.randint(50, 400)
     counts = {
-        f"Outstanding at December 31, {r.year - 1}": before,
+        f"Outstanding at December 31, {report.year - 1}": before,
         "Options granted": granted,
         "Options exercised": -exercised,
         "Options forfeited": -forfeited,
-        f"Outstanding at December 31, {r.year}": before + granted - exercised - forfeited,
+        f"Outstanding at December 31, {report.year}": before + granted - exercised - forfeited,
     }
     prices = [cents(rng.randint(900, 6500)) for _ in counts]
     rows = tuple(
@@ -239,7 +253,8 @@ def _pay(r: FullReport) -> Section:
         for (label, n), price in zip(counts.items(), prices, strict=True)
     )
     words = (
-        f"Stock-based compensation was ${r.amount('Stock-based compensation')} {r.company.unit} in {r.year}. Options "
+        f"Stock-based compensation was ${report.amount('Stock-based compensation')} {report.company.unit} in "
+        f"{report.year}. Options "
         "vest over four years and lapse after ten."
     )
     columns = ("options (thousands)", "average exercise price (dollars)")
@@ -247,39 +262,41 @@ def _pay(r: FullReport) -> Section:
     return Section(title="Note: Stock-based compensation", paragraphs=(words,), tables=(table,))
 
 
-def _taxes(r: FullReport) -> Section:
-    years = (r.year, r.year - 1)
+def _taxes(report: FullReport) -> Section:
+    years = (report.year, report.year - 1)
     rates = {
         "Statutory federal rate": [350, 350],
-        **{k: [r.books[y][k] for y in years] for k in ("State taxes, net", "Foreign rate differential")},
-        "Effective tax rate": [r.books[y]["Effective tax rate"] for y in years],
+        **{k: [report.books[y][k] for y in years] for k in ("State taxes, net", "Foreign rate differential")},
+        "Effective tax rate": [report.books[y]["Effective tax rate"] for y in years],
     }
     rows = tuple(TableRow(label=k, cells=tuple(map(per_mille, v)), unit="percent") for k, v in rates.items())
     table = Table(heading="Reconciliation of the tax rate", columns=tuple(map(str, years)), rows=rows)
-    open_years = (f"${r.amount('Unrecognized tax benefits', y)} {r.company.unit} at the end of {y}" for y in years)
+    open_years = (
+        f"${report.amount('Unrecognized tax benefits', y)} {report.company.unit} at the end of {y}" for y in years
+    )
     words = f"Unrecognized tax benefits were {' and '.join(open_years)}."
     return Section(title="Note: Income taxes", paragraphs=(words,), tables=(table,))
 
 
-def _leases(r: FullReport) -> Section:
-    rng, unit = r.rng("leases", r.year), r.company.unit
+def _leases(report: FullReport) -> Section:
+    rng, unit = report.rng("leases", report.year), report.company.unit
     due = [
-        int(r.books[r.year]["Rent expense"] * share * rng.uniform(0.9, 1.1)) + 5
+        int(report.books[report.year]["Rent expense"] * share * rng.uniform(0.9, 1.1)) + 5
         for share in (1, 0.9, 0.8, 0.6, 0.5, 1.4)
     ]
-    years = (*(str(r.year + i) for i in range(1, 6)), "later")
+    years = (*(str(report.year + i) for i in range(1, 6)), "later")
     table = Table(
-        heading=f"Operating leases {_in_unit(r)}",
+        heading=f"Operating leases {_in_unit(report)}",
         columns=years,
         rows=(TableRow(label="Minimum lease payments", cells=tuple(amount(v, unit) for v in due), unit=unit),),
     )
-    rent = (f"${r.amount('Rent expense', year)} {unit} in {year}" for year in (r.year, r.year - 1))
+    rent = (f"${report.amount('Rent expense', year)} {unit} in {year}" for year in (report.year, report.year - 1))
     words = f"Rent expense was {' and '.join(rent)}."
     return Section(title="Note: Leases", paragraphs=(words,), tables=(table,))
 
 
-def _repurchases(r: FullReport) -> Section:
-    rng = r.rng("repurchases", r.year)
+def _repurchases(report: FullReport) -> Section:
+    rng = report.rng("repurchases", report.year)
     rows = tuple(
         TableRow(
             label=f"{quarter} quarter repurchases",
@@ -293,26 +310,29 @@ def _repurchases(r: FullReport) -> Section:
     return Section(title="Note: Repurchases of common stock", tables=(table,))
 
 
-def _quarters(r: FullReport) -> Section:
-    unit = r.company.unit
+def _quarters(report: FullReport) -> Section:
+    unit = report.company.unit
     rows = tuple(
         TableRow(
             label=f"Quarterly {line.lower()}",
             cells=tuple(
-                amount(v, unit) for v in split(r.books[r.year][line], 4, r.rng("quarters", line, r.year), 0.15)
+                amount(v, unit)
+                for v in split(report.books[report.year][line], 4, report.rng("quarters", line, report.year), 0.15)
             ),
             unit=unit,
         )
         for line in ("Revenue", "Gross profit", "Selling, general and administrative")
     )
-    table = Table(heading=f"Unaudited {_in_unit(r)}", columns=QUARTERS, rows=rows)
+    table = Table(heading=f"Unaudited {_in_unit(report)}", columns=QUARTERS, rows=rows)
     return Section(title="Note: Quarterly results", tables=(table,))
 
 
-def _commitments(r: FullReport) -> Section:
+def _commitments(report: FullReport) -> Section:
     words = (
-        f"Purchase commitments were ${r.amount('Purchase commitments')} {r.company.unit} at December 31, {r.year} and "
-        f"${r.amount('Purchase commitments', r.year - 1)} {r.company.unit} at December 31, {r.year - 1}. "
+        f"Purchase commitments were ${report.amount('Purchase commitments')} {report.company.unit} at December 31, "
+        f"{report.year} and "
+        f"${report.amount('Purchase commitments', report.year - 1)} {report.company.unit} at December 31, "
+        f"{report.year - 1}. "
         "We are party to proceedings of the ordinary course of business, and expect no material loss from them."
     )
     return Section(title="Note: Commitments and contingencies", paragraphs=(words,))

@@ -89,6 +89,20 @@ def schema_error(parameters: Any) -> str:
         return ""
     if not isinstance(parameters, Mapping):
         return f"expected a JSON schema (an object), got {type(parameters).__name__}"
+    try:
+        text = json.dumps(parameters)
+    except (TypeError, ValueError, RecursionError):
+        return _error_of_object(parameters)
+    return _error_of_text(text)
+
+
+@functools.lru_cache(maxsize=_MAX_CACHED)
+def _error_of_text(text: str) -> str:
+    """Remembered: a row's definitions are made tools of at every turn, and the metaschema takes milliseconds."""
+    return _error_of_object(json.loads(text))
+
+
+def _error_of_object(parameters: Mapping[str, Any]) -> str:
     if fault := fault_of(parameters):
         return fault
     types = parameters.get("type", "object")

@@ -143,7 +143,7 @@ def test_on_gpus_one_engine_of_a_machine_fills_the_compile_cache_before_the_othe
     monkeypatch.setattr(processes, "wait_for_all", lambda: happened.append("waited"))
     config = RunConfig.model_validate(scripted_config(Path("unused"), tiny_model))
     job = SimpleNamespace(
-        config=config, model_path=tiny_model, chat=SimpleNamespace(stop_token_ids={2}), asks_engine={}
+        config=config, model_path=tiny_model, chat=SimpleNamespace(stop_token_ids={2}), asks_engine=()
     )
     accelerator = SimpleNamespace(device=torch.device(device), local_process_index=local_rank, process_index=local_rank)
     asyncio.run(open_engine(job, accelerator, start, first_step=0))

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from trainer.config import RunConfig, load_config
-from trainer.engine_arguments import check_engine
+from trainer.config import RunConfig, check_publish, load_config
 from trainer.model_cache import resolve_config
 from trainer.preflight.advice import Level, advise_memory
 from trainer.preflight.computed import (
@@ -253,24 +252,34 @@ def test_quantisation_is_refused_where_weights_are_merged():
         small_config(engine={"quantization": "fp8"}, model={"dtype": "float32"})
     with pytest.raises(ValueError, match="'fp8'"):
         small_config(engine={"quantization": "int3"})
-    quantised = small_config(engine={"quantization": "fp8"})
-    check_engine(quantised.engine, on_cpu=False)
-    check_engine(small_config().engine, on_cpu=True)
-    with pytest.raises(UserError, match=r"engine\.quantization: fp8 can't take merged weights.* has no GPU"):
-        check_engine(quantised.engine, on_cpu=True)
-    check_engine(small_config(engine={"quantization": "fp8", "publish": "lora"}).engine, on_cpu=True)
+    check_publish(small_config(engine={"quantization": "fp8"}), on_cpu=False)
+    check_publish(small_config(engine={"quantization": "fp8", "publish": "lora"}), on_cpu=True)
 
 
-def test_a_quantised_run_on_a_cpu_ends_before_the_model_is_looked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"engine": {"quantization": "fp8"}}, r"engine\.quantization: fp8 can't take merged weights"),
+        ({"judge": {"base_url": "engine"}}, r"judge\.base_url: engine needs the base model beside the adapter"),
+        ({"world": {"user": {"type": "engine", "prompt": "Buy."}}}, r"world\.user: engine needs the base model"),
+    ],
+)
+def test_what_merged_weights_take_away_is_told_of_the_config_or_the_machine(sections, key, tmp_path, monkeypatch):
     import torch
 
     from trainer.job import prepare
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     raw = {"output_dir": tmp_path / "run", "grader": {"type": "numeric"}, "model": {"name": "/no/such/folder"}}
-    config = RunConfig.model_validate(raw | {"engine": {"quantization": "fp8"}, "trackers": []})
-    with pytest.raises(UserError, match="has no GPU"):
-        prepare(config)
+    raw |= {"trackers": []} | sections
+    engine = sections.get("engine", {})
+    with pytest.raises(ValueError, match=rf"{key}.*; set engine\.publish to lora"):
+        RunConfig.model_validate(raw | {"engine": engine | {"publish": "merged"}})
+    with pytest.raises(UserError, match=rf"^{key}.*engine\.publish: auto means merged weights on this.* no GPU"):
+        prepare(RunConfig.model_validate(raw))
+    with pytest.raises(UserError) as e:
+        prepare(RunConfig.model_validate(raw | {"engine": engine | {"publish": "lora"}}))
+    assert "merged" not in str(e.value)
 
 
 def test_only_the_config_of_a_hub_model_is_fetched(tmp_path, monkeypatch):

@@ -21,11 +21,11 @@ from envs.tools import schema_tool
 from envs.types import Message, Task
 from trainer.chat import Chat
 from trainer.config import LossConfig, validate_config
+from trainer.config.response_format import schema_text
 from trainer.grammar import Grammar, check_schema, first_constrained
 from trainer.head import Head, token_logprobs
 from trainer.job import prepare
 from trainer.offer import tools_offered
-from trainer.response_format import schema_text
 from trainer.samples import Sample, sample_of
 from trainer.train import train
 from trainer.types import Ledger

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from trainer.config import EngineConfig, ModelConfig
+from trainer.config import EngineConfig, ModelConfig, publishes_merged
 
 _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 """vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
@@ -27,11 +27,6 @@ _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 _RELEASES_THE_CACHE = "release_kv_cache_memory"
 """Of vLLM's AsyncLLM since 0.31: the cache's memory goes and the weights stay where they are."""
-
-
-def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
-    """Whether new weights reach the engine merged into the base, not as an adapter beside it."""
-    return engine.publish == "merged" or (engine.publish == "auto" and on_cpu)
 
 
 def seeds_requests(engine: EngineConfig, *, on_cpu: bool) -> bool:
@@ -64,12 +59,6 @@ def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
                 f"engine.sleep: kv needs vLLM 0.31 or newer, and vLLM {vllm.__version__} is installed; set it to "
                 "weights"
             )
-    if engine.quantization and publishes_merged(engine, on_cpu=on_cpu):
-        raise UserError(
-            f"engine.quantization: {engine.quantization} can't take merged weights, and engine.publish: "
-            f"{engine.publish} means those on this machine, which has no GPU; leave it out "
-            "(engine.quantization=null), or set engine.publish to lora"
-        )
 
 
 def engine_arguments(

@@ -21,8 +21,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from envs.errors import UserError
-from trainer.config import EngineConfig, LoraConfig, ModelConfig
-from trainer.engine_arguments import publishes_merged
+from trainer.config import EngineConfig, LoraConfig, ModelConfig, publishes_merged
 
 _ABSORBED = "kv_b_proj"
 """Latent attention multiplies this matrix into others when the engine loads it; an adapter on it would be ignored."""

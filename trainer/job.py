@@ -25,7 +25,8 @@ from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
 from trainer.chat import Chat, TemplateRefused
-from trainer.config import RunConfig
+from trainer.config import RunConfig, check_publish, depends_on_the_machine
+from trainer.config.response_format import ResponseFormat, schema_text
 from trainer.curriculum import load_preflight
 from trainer.difficulty import Visit
 from trainer.engine_arguments import check_engine, shared_memory_is_short
@@ -35,7 +36,6 @@ from trainer.model_cache import resolve_config, resolve_model, resolve_texts
 from trainer.model_users import ModelUsers, build_users
 from trainer.offer import tools_offered
 from trainer.reachable import check_servers
-from trainer.response_format import ResponseFormat, schema_text
 from trainer.runs import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
 from trainer.types import Demonstration
@@ -53,8 +53,8 @@ class Job:
     judge: Judge
     users: Users | None
     """Who plays the user of every rollout; None where nobody does, or the environment itself."""
-    asks_engine: Mapping[str, EngineJudge]
-    """By config key, where the run's own engine is the judge or the user: bound to the engine when it has started."""
+    asks_engine: tuple[EngineJudge, ...]
+    """Judge and user, where the run's own engine is one: bound to the engine when it has started."""
     preflight: Mapping[str, Sequence[Visit]]
     """What a preflight has shown of the tasks; empty without one."""
     demonstrations: Sequence[Demonstration]
@@ -77,7 +77,7 @@ class Job:
         """What each `auto` of the config means for this model on this machine, by its key."""
         import torch
 
-        from trainer.engine_arguments import publishes_merged
+        from trainer.config import publishes_merged
         from trainer.family import weights_dtype
 
         config, on_cpu = self.config, not torch.cuda.is_available()
@@ -155,10 +155,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         watch_grader=watch_grader,
         judge=judge,
         users=users,
-        asks_engine={
-            **({"judge.base_url": engine_judge} if engine_judge else {}),
-            **({"world.user": users.engine} if isinstance(users, ModelUsers) and users.engine else {}),
-        },
+        asks_engine=tuple(filter(None, (engine_judge, users.engine if isinstance(users, ModelUsers) else None))),
         preflight=preflight,
         demonstrations=demonstrations,
         train_tasks=train_tasks,
@@ -311,11 +308,14 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 
 def _check_engine(config: RunConfig) -> None:
-    if config.engine.quantization is None and config.engine.sleep == "none" and not shared_memory_is_short():
+    # Loading torch, to know of the machine, takes seconds: most mistakes are told without.
+    if not depends_on_the_machine(config) and config.engine.sleep == "none" and not shared_memory_is_short():
         return
     import torch
 
-    check_engine(config.engine, on_cpu=not torch.cuda.is_available())
+    on_cpu = not torch.cuda.is_available()
+    check_engine(config.engine, on_cpu=on_cpu)
+    check_publish(config, on_cpu=on_cpu)
 
 
 def _check_family(config: RunConfig, *, trains: bool) -> None:

@@ -9,7 +9,7 @@ from envs.errors import UserError
 from envs.tools import Tool, offered_tools, schema_tool
 from envs.types import Task, ToolCall
 from trainer.config import Answer, RolloutConfig
-from trainer.response_format import schema_text
+from trainer.config.response_format import schema_text
 
 
 def tools_offered(task: Task, tools: Mapping[str, Tool], rollout: RolloutConfig) -> dict[str, Tool]:

@@ -25,11 +25,11 @@ from graders.types import Grader
 from trainer.admission import Place, Places
 from trainer.chat import Chat, ParsedTurn, TemplateRefused
 from trainer.config import RolloutConfig
+from trainer.config.response_format import schema_text
 from trainer.engine import Completion, Engine, Sampling
 from trainer.grading import Graded, Grading
 from trainer.live import Live
 from trainer.offer import tools_offered
-from trainer.response_format import schema_text
 from trainer.seeds import derive_seed
 from trainer.types import Ledger, Rollout, RolloutRequest, completion_ids
 

@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from envs.base import Sweeps
-from envs.errors import UserError
 from envs.limits.clocks import time_limit
 from trainer import processes
 from trainer.adapter import published_bytes
 from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
+from trainer.config import publishes_merged
 from trainer.engine import Engine, VllmEngine, release_memory
-from trainer.engine_arguments import publishes_merged
 from trainer.job import Job
 from trainer.policy import Policy
 from trainer.progress import Progress
@@ -136,13 +135,7 @@ async def open_engine(
     engine = WatchedEngine(started, limit_s=job.config.engine.hung_after_s)
     if takes_turns and is_first:
         processes.wait_for_all()
-    for key, asks in job.asks_engine.items():
-        if engine.publishes_merged:
-            engine.shutdown()
-            raise UserError(
-                f"{key}: engine needs the base model beside the adapter, but this machine's engine gets merged "
-                "weights (no GPU); set engine.publish to lora"
-            )
+    for asks in job.asks_engine:
         asks.bind(engine, job.chat)
     return engine
 

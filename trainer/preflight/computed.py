@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.errors import UserError
-from trainer.config import RunConfig
-from trainer.engine_arguments import check_engine, publishes_merged
+from trainer.config import RunConfig, check_publish, publishes_merged
+from trainer.engine_arguments import check_engine
 from trainer.model_cache import resolve_config
 from trainer.preflight.advice import Advice, advise_memory
 from trainer.preflight.duration import TimeEstimate, num_evaluations
@@ -119,6 +119,7 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
     gpu = assumptions.gpu
     machine = Machine(on_cpu=False, memory_bytes=gpu.memory_bytes) if gpu else this_machine()
     check_engine(config.engine, on_cpu=machine.on_cpu)
+    check_publish(config, on_cpu=machine.on_cpu)
     folder = resolve_config(config.model.name)
     shape = read_shape(folder)
     if shape is None:

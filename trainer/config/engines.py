@@ -1,0 +1,53 @@
+"""Settings of what samples the tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from envs.settings import Settings
+
+Sleep = Literal["none", "kv", "weights"]
+
+
+class EngineConfig(Settings):
+    """The vLLM engine of the rollout worker."""
+
+    publish: Literal["auto", "lora", "merged"] = Field(
+        "auto", description="how new weights reach the engine; auto: lora on a GPU, merged on a CPU (measured faster)"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
+    kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
+    sleep: Sleep = Field(
+        "none",
+        description="what the engine leaves to the trainer of a GPU's memory while it trains; kv: the KV cache, "
+        "weights: its weights, too, which wait in the machine's memory; gpu_memory_utilization may be larger then",
+    )
+    seeded_requests: bool | Literal["auto"] = Field(
+        "auto",
+        description="seed every request, so that a run samples the same tokens again; auto: on a GPU, where it costs "
+        "nothing; on a CPU drawing them so took 60 % of the engine's time (measured)",
+    )
+    quantization: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: the engine quantises the base's linear weights as it loads them, half their memory; the "
+        "trainer and the adapter keep 16 bits, loss.tis_cap corrects for the difference, and canary_mean_tolerance "
+        "may have to rise",
+    )
+    enforce_eager: bool = Field(False, description="no compilation or CUDA graphs")
+    hung_after_s: float = Field(
+        3600,
+        gt=0,
+        description="the run stops when the engine, asked for something, has answered nothing for so long, seconds; "
+        "more than its longest turn takes",
+    )
+    canary_mean_tolerance: float = Field(
+        0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"
+    )
+
+
+def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:
+    """Whether new weights reach the engine merged into the base, not as an adapter beside it."""
+    return engine.publish == "merged" or (engine.publish == "auto" and on_cpu)

@@ -1,0 +1,157 @@
+"""One training run: its sections, and what no section can tell alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from envs.errors import UserError
+from envs.reading.documents import from_file
+from envs.registry import WorldConfig
+from envs.remote.config import RemoteConfig
+from envs.settings import Settings
+from envs.users import user_of
+from graders.config import GRADER_TYPES, GraderConfig
+from graders.judges.base import JudgeConfig
+from graders.penalties import PenaltiesConfig, check_penalties
+from trainer.config.engines import EngineConfig, publishes_merged
+from trainer.config.learning import LossConfig, OptimConfig, WarmstartConfig
+from trainer.config.model import ModelConfig
+from trainer.config.rollouts import RolloutConfig
+from trainer.config.tasks import CurriculumConfig, DataConfig, EvalConfig
+
+
+def _grader(value: Any) -> Any:
+    if value in GRADER_TYPES and not Path(value).exists():
+        raise ValueError(f"expected settings or the path of a file, such as {{type: {value}, ...}}")
+    return from_file("grader")(value)
+
+
+GraderOrFile = Annotated[GraderConfig, BeforeValidator(_grader)]
+
+
+class CheckpointConfig(Settings):
+    """What is kept to resume and to serve."""
+
+    every_steps: int = Field(1, ge=1, description="steps between checkpoints; the last step has one in any case")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
+
+
+def _empty_where_null(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"expected settings, such as {{type: {value}, ...}}")
+    return {} if value is None else value
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    output_dir: Path = Field(description="the run folder; holds everything the run writes")
+    seed: int = Field(0, description="of tasks' order, sampling and the adapter's beginning")
+    model: ModelConfig = Field(ModelConfig(), description="the base model and its adapter")
+    engine: EngineConfig = Field(EngineConfig(), description="what samples the tokens")
+    world: Annotated[
+        WorldConfig,
+        BeforeValidator(_empty_where_null),
+        Field(description="the environment; left out, null or {}: no tools, the rows of `data` are single answers"),
+    ] = RemoteConfig()
+    data: DataConfig | None = Field(None, description="tasks as rows; null: the world's own")
+    grader: Annotated[GraderOrFile, Field(description="the score: settings, or a file that holds them")]
+    penalties: PenaltiesConfig = Field(PenaltiesConfig(), description="what is taken off the score")
+    watch_grader: Annotated[
+        GraderOrFile | None, Field(description="a second grader, never trained on: its divergence shows reward hacking")
+    ] = None
+    judge: JudgeConfig = Field(JudgeConfig(), description="the model that judging graders ask")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are run")
+    loss: LossConfig = Field(LossConfig(), description="the policy-gradient loss")
+    optim: OptimConfig = Field(OptimConfig(), description="the optimizer")
+    warmstart: WarmstartConfig | None = Field(None, description="imitation before the first step; null: none")
+    curriculum: CurriculumConfig | None = Field(None, description="tasks by measured difficulty; null: all alike")
+    eval: EvalConfig = Field(EvalConfig(), description="held-out evaluation")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is kept to resume and to serve")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        ["tensorboard"], description="where the metrics go besides metrics.jsonl; each is a package of its own"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_that_say_nothing(cls, data: Any) -> Any:
+        """All of a section's lines commented out leave null."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in _DEFAULTED}
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> RunConfig:
+        if self.rollout.max_turn_tokens >= self.rollout.max_episode_tokens:
+            raise ValueError("rollout.max_turn_tokens must be smaller than rollout.max_episode_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _one_rule_chooses_the_tasks(self) -> RunConfig:
+        if self.curriculum is not None and self.rollout.stratify_by is not None:
+            raise ValueError("rollout.stratify_by: the curriculum chooses by difficulty; leave one of the two out")
+        return self
+
+    @model_validator(mode="after")
+    def _user_may_speak(self) -> RunConfig:
+        if user_of(self.world) is not None and not self.rollout.max_user_turns:
+            raise ValueError("world.user: rollout.max_user_turns is 0, so the user would never say a word")
+        return self
+
+    @model_validator(mode="after")
+    def _merged_weights_take_nothing_away(self) -> RunConfig:
+        if self.engine.publish == "merged":
+            check_publish(self, on_cpu=False)
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_weights_have_16_bits(self) -> RunConfig:
+        if self.engine.quantization and self.model.dtype == "float32":
+            raise ValueError(
+                f"engine.quantization: {self.engine.quantization} computes in 16 bits; set model.dtype to bfloat16 or "
+                "float16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_keep_the_order(self) -> RunConfig:
+        check_penalties(self.grader, self.penalties)
+        return self
+
+
+_DEFAULTED = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, BaseModel)}
+"""Sections that are there in any case."""
+
+
+def _served_by_the_base(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(key, why) of each setting that goes with an adapter beside the base and not with merged weights."""
+    user = user_of(config.world)
+    beside = "engine needs the base model beside the adapter"
+    if config.judge.base_url == "engine":
+        yield "judge.base_url", beside
+    if user is not None and user.type == "engine":
+        yield "world.user", beside
+    if config.engine.quantization:
+        yield "engine.quantization", f"{config.engine.quantization} can't take merged weights"
+
+
+def depends_on_the_machine(config: RunConfig) -> bool:
+    """Whether `check_publish` says something else on a machine without a GPU."""
+    return config.engine.publish == "auto" and any(_served_by_the_base(config))
+
+
+def check_publish(config: RunConfig, *, on_cpu: bool) -> None:
+    """Raise `UserError` for what can't be had where new weights reach the engine merged into the base."""
+    if not publishes_merged(config.engine, on_cpu=on_cpu):
+        return
+    for key, why in _served_by_the_base(config):
+        if config.engine.publish == "merged":
+            raise UserError(f"{key}: {why}; set engine.publish to lora")
+        raise UserError(
+            f"{key}: {why}, and engine.publish: {config.engine.publish} means merged weights on this machine, which "
+            "has no GPU; leave it out, or set engine.publish to lora"
+        )

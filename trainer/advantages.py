@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from trainer.difficulty import stats_of
+
 MOST_REWARD = 1e12
 """In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
 STD_EPS = 1e-4
@@ -42,16 +44,12 @@ def group_advantages(rewards_G: Sequence[float | None], mode: Literal["grpo", "d
     """
     present = [r for r in rewards_G if r is not None]
     assert all(abs(r) <= MOST_REWARD for r in present), f"rewards must be finite and no larger: {present}"
-    n = len(present)
-    mean = math.fsum(present) / n if n else math.nan
-    if n < 2 or max(present) == min(present):
-        zeros = tuple(None if r is None else 0.0 for r in rewards_G)
-        return GroupAdvantages(advantages=zeros, mean=mean, std=0.0, tied=True)
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in present) / (n - 1))
-    scale = 1.0 / (std + STD_EPS) if mode == "grpo" else 1.0
+    stats = stats_of(rewards_G)
+    scale = 1.0 / (stats.std + STD_EPS) if mode == "grpo" else 1.0
     return GroupAdvantages(
-        advantages=tuple(None if r is None else (r - mean) * scale for r in rewards_G),
-        mean=mean,
-        std=std,
-        tied=False,
+        # A tied group's mean is its reward, so that the differences are exactly 0.
+        advantages=tuple(None if r is None else (r - stats.mean) * scale for r in rewards_G),
+        mean=stats.mean if stats.n else math.nan,
+        std=stats.std,
+        tied=stats.tied,
     )

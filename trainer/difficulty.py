@@ -44,7 +44,7 @@ class TaskStats:
 
     @property
     def tied(self) -> bool:
-        """All rewards are equal, as `group_advantages` has it."""
+        """All rewards are equal: as a group they teach nothing."""
         return self.best == self.worst
 
     def to_json(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ import psutil
 from envs.errors import UserError
 from envs.terminal import run, say
 from trainer.processes import end_on_signals
-from trainer.run_files import read_lines, read_object, write_atomically
+from trainer.runs.files import read_lines, read_object, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"

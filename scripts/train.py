@@ -142,7 +142,7 @@ def print_result(folder: Path) -> None:
     """The table before and after, where everything lies, and how to serve it."""
     from trainer.reports.run_report import before_after_table, before_and_after
     from trainer.reports.tables import to_terminal
-    from trainer.run_about import read_about
+    from trainer.runs.about import read_about
 
     about = read_about(folder)
     shown = console()

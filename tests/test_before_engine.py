@@ -22,8 +22,8 @@ from trainer.config import EngineConfig, ModelConfig, RunConfig
 from trainer.engine_arguments import engine_arguments
 from trainer.job import Job, prepare
 from trainer.policy import Policy
-from trainer.progress import Progress
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
 from trainer.setup import load_policy, open_engine, open_scratch
 from trainer.train import train
 
@@ -69,7 +69,7 @@ def test_room_is_asked_for_two_versions_of_every_process_of_the_machine(checkpoi
         written = sum(p.stat().st_size for p in (tmp_path / folder).iterdir())
         assert 0 <= written - published_bytes(policy.model, merged=is_merged) < 2**20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [tmp_path])
+    monkeypatch.setattr("trainer.runs.scratch.default_roots", lambda: [tmp_path])
     full = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     need = f"{math.ceil(8 * (2 * merged + 2**20) / 2**20)} MiB"

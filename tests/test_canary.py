@@ -15,7 +15,7 @@ from trainer.canary import Canary
 from trainer.config import LoraConfig, ModelConfig, OptimConfig
 from trainer.policy import Policy
 from trainer.publish import Publisher
-from trainer.scratch import Scratch
+from trainer.runs.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = [random.Random(i).choices(range(20, 2000), k=40) for i in range(3)]

@@ -13,7 +13,7 @@ from envs.types import Episode, Message, StopReason, Task
 from graders.types import Grade
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.curriculum import Curriculum, load_preflight
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
 from trainer.tasks import tasks_of_step
 from trainer.types import Rollout
 

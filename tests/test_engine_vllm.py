@@ -35,8 +35,8 @@ from trainer.grammar import Grammar
 from trainer.model_users import ModelUsers, build_users
 from trainer.policy import Policy
 from trainer.publish import Publisher
+from trainer.runs.scratch import Scratch
 from trainer.samples import Sample, sample_of
-from trainer.scratch import Scratch
 from trainer.types import Ledger
 from trainer.watched import WatchedEngine
 

@@ -29,7 +29,7 @@ from trainer.config import RolloutConfig, RunConfig
 from trainer.expert import play_expert
 from trainer.offer import tools_offered
 from trainer.rollout import MALFORMED_ANSWER, RolloutWorker
-from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.tasks import load_tasks
 from trainer.types import RolloutRequest
 from trainer.warmstart import demonstration_ledgers

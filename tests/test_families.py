@@ -348,7 +348,7 @@ def test_the_command_that_serves_an_adapter_is_one_that_vllm_parses_whatever_the
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from trainer.export import export_adapter
-    from trainer.runs import RunFolder
+    from trainer.runs.folder import RunFolder
 
     raw = scripted_config(tmp_path / "run", tiny_model)
     raw["model"]["lora"]["r"] = 12

@@ -13,7 +13,7 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.types import Grade
 from trainer.measures import reference
 from trainer.measures.catalogue import CATALOGUE, COUNTS
-from trainer.runs import rollout_to_json
+from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
 
 MEASURE = '''
@@ -39,7 +39,7 @@ import json, sys
 from pathlib import Path
 from trainer.measures import reference
 from trainer.measures.summary import summarise
-from trainer.progress import _figures
+from trainer.runs.progress import _figures
 from trainer.reports.comparison import compare
 from trainer.reports.comparison_page import render_markdown, write_comparison_page
 from trainer.reports.evaluations import read_evaluations

@@ -401,8 +401,8 @@ def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(
     from envs.finance.world import FinanceWorld
     from trainer.preflight.measured import preflight
     from trainer.preflight.page import render_preflight, write_preflight_page
-    from trainer.run_files import read_lines
-    from trainer.runs import rollout_from_json
+    from trainer.runs.files import read_lines
+    from trainer.runs.records import rollout_from_json
 
     config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model))
     options = Options(out=tmp_path / "out", num_tasks=3, held_out=True, samples=6, gpu_hour_price=2.0)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from trainer.log_file import LogFile
-from trainer.progress import Progress, sparkline
+from trainer.runs.log_file import LogFile
+from trainer.runs.progress import Progress, sparkline
 
 _PRELUDE = """
 import logging, os, subprocess, sys, time, warnings
 from pathlib import Path
 from envs.errors import UserError
-from trainer.progress import Progress
+from trainer.runs.progress import Progress
 log = Path(sys.argv[1])
 METRICS = {"train/reward": 0.25, "train/correct": 0.5, "train/tool_calls": 4.0, "train/completion_tokens": 180.0}
 def noise():
@@ -247,7 +247,7 @@ def test_time_left_is_unknown_before_the_first_step_and_then_follows_from_the_st
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("trainer.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("trainer.runs.progress.time.monotonic", lambda: now)
     with Progress(None, 10, first_step=4, show=False) as progress:
         progress.phase("publishing")
         now += 2

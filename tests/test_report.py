@@ -408,7 +408,6 @@ def test_bars_of_a_stack_stand_on_each_other() -> None:
 
 
 def test_the_report_loads_neither_torch_nor_vllm() -> None:
-    code = (
-        "import sys, trainer.reports.run_report, trainer.progress; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
-    )
+    modules = "trainer.reports.run_report, trainer.runs.progress"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'vllm'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

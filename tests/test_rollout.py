@@ -23,7 +23,7 @@ from trainer.engine import Completion, Sampling
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
 from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
-from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.samples import sample_of
 from trainer.types import Rollout, RolloutRequest
 

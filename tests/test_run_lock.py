@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from envs.errors import UserError
-from trainer.run_lock import LOCK_NAME, RunLock
+from trainer.runs.lock import LOCK_NAME, RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from trainer.run_lock import RunLock
+from trainer.runs.lock import RunLock
 with RunLock(Path(sys.argv[1]), is_main=sys.argv[2] == "main"):
     print("held", flush=True)
     sys.stdin.readline()

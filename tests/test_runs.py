@@ -24,10 +24,11 @@ from graders.types import Grade, GraderErrorKind
 from trainer import processes
 from trainer.collect import Collector
 from trainer.config import RunConfig
-from trainer.progress import Progress
-from trainer.run_files import append_line, read_lines
-from trainer.run_lock import RunLock
-from trainer.runs import RunFolder, rollout_from_json, rollout_to_json
+from trainer.runs.files import append_line, read_lines
+from trainer.runs.folder import RunFolder
+from trainer.runs.lock import RunLock
+from trainer.runs.progress import Progress
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.types import Kind, Ledger, Rollout, RolloutRequest
 
 TEXT = st.text(max_size=12)

@@ -16,13 +16,13 @@ import psutil
 import pytest
 
 from envs.errors import UserError
-from trainer.scratch import Scratch, default_roots, sweep, sweep_default_roots
+from trainer.runs.scratch import Scratch, default_roots, sweep, sweep_default_roots
 
 MIB = 2**20
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from trainer.scratch import Scratch
+from trainer.runs.scratch import Scratch
 with Scratch(Path(sys.argv[1])) as scratch:
     child = subprocess.Popen(["sleep", "600"])
     scratch.note_children()
@@ -149,7 +149,7 @@ def test_a_scratch_folder_that_another_runs_sweep_took_before_it_was_locked_is_m
             taken.extend(folders(tmp_path))
             shutil.rmtree(taken[0])
 
-    monkeypatch.setattr("trainer.scratch.fcntl.lockf", lock_late)
+    monkeypatch.setattr("trainer.runs.scratch.fcntl.lockf", lock_late)
     with Scratch(tmp_path) as scratch:
         assert folders(tmp_path) == [scratch.path] and scratch.path not in taken
 
@@ -177,7 +177,7 @@ def test_weights_lie_in_shared_memory_only_where_it_has_room_and_else_in_the_tem
 ):
     large = tmp_path / "large"
     large.mkdir()
-    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [small, large])
+    monkeypatch.setattr("trainer.runs.scratch.default_roots", lambda: [small, large])
     with Scratch(need_bytes=MIB // 2) as scratch:
         assert scratch.path.parent == small
     with Scratch(need_bytes=3 * MIB) as scratch:
@@ -186,12 +186,12 @@ def test_weights_lie_in_shared_memory_only_where_it_has_room_and_else_in_the_tem
 
 
 def test_no_room_anywhere_is_a_mistake_that_names_folders_need_and_free_space(small, monkeypatch):
-    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [small])
+    monkeypatch.setattr("trainer.runs.scratch.default_roots", lambda: [small])
     need = f"they take 3 MiB, but {re.escape(str(small))} has 1 MiB free; make room"
     with pytest.raises(UserError, match=need), Scratch(need_bytes=3 * MIB - 5):
         pass
     assert folders(small) == []
-    monkeypatch.setattr("trainer.scratch.default_roots", list)
+    monkeypatch.setattr("trainer.runs.scratch.default_roots", list)
     with pytest.raises(UserError, match="there is no temporary folder that can be written"), Scratch():
         pass
 
@@ -205,7 +205,7 @@ def test_an_engine_that_a_killed_run_left_is_gone_when_its_scratch_is_swept(tmp_
     process, child = owner
     process.send_signal(signal.SIGKILL)
     process.wait()
-    monkeypatch.setattr("trainer.scratch.default_roots", lambda: [tmp_path])
+    monkeypatch.setattr("trainer.runs.scratch.default_roots", lambda: [tmp_path])
     sweep_default_roots()
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert folders(tmp_path) == []

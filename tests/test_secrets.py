@@ -17,8 +17,8 @@ from envs.errors import ToolError, UserError, WorldError
 from envs.reading.variables import expand
 from envs.secrets import hidden_in, without_secrets
 from trainer.config import load_config, validate_config
-from trainer.log_file import LogFile
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.log_file import LogFile
 
 LONG = "Q7xk29ZbTm4pLw8RvN3c"
 """In the form of a key."""

@@ -17,7 +17,7 @@ from envs.settings import Settings
 from trainer.config import RunConfig
 from trainer.hosted_schema import HostedJob
 
-RECORDS = ("envs.finance.real.", "trainer.manifest")
+RECORDS = ("envs.finance.real.", "trainer.runs.manifest")
 """What is read of data sets and checkpoints: nobody sets it."""
 
 

@@ -21,7 +21,7 @@ from trainer.chat import Chat
 from trainer.family import model_class_of
 from trainer.measures.summary import summarise
 from trainer.rollout import RolloutWorker
-from trainer.runs import rollout_from_json, rollout_to_json
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.samples import sample_of
 from trainer.types import Demonstration, RolloutRequest
 from trainer.warmstart import check_demonstrations, demonstration_ledgers

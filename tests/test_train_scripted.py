@@ -20,7 +20,7 @@ from envs.finance.world import FinanceWorld
 from trainer.config import RunConfig
 from trainer.engine import PROBE_VERSION
 from trainer.measures.reference import is_known
-from trainer.runs import rollout_from_json
+from trainer.runs.records import rollout_from_json
 from trainer.train import train
 
 pytestmark = [

@@ -24,8 +24,8 @@ from trainer.config import RunConfig
 from trainer.expert import play_expert
 from trainer.job import Job, prepare
 from trainer.policy import Policy
-from trainer.progress import Progress
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
 from trainer.samples import Sample, sample_of
 from trainer.setup import canary_ids, load_policy
 from trainer.types import Demonstration, Ledger

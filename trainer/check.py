@@ -17,7 +17,7 @@ from trainer.config import RunConfig
 from trainer.job import Job, prepare
 from trainer.offer import tools_offered
 from trainer.reachable import servers_of
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
 
 _MOST_NAMES = 12
 

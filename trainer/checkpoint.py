@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.adapter import adapter_state
-from trainer.manifest import OLD_STATE, STATE, checkpoints, write_manifest
 from trainer.policy import Policy
-from trainer.resuming import refusal_of
-from trainer.run_files import UNFINISHED, clear, open_to_read
-from trainer.runs import RunFolder
+from trainer.runs.files import UNFINISHED, clear, open_to_read
+from trainer.runs.folder import RunFolder
+from trainer.runs.manifest import OLD_STATE, STATE, checkpoints, write_manifest
+from trainer.runs.resuming import refusal_of
 
 _COUNTERS = ("num_updates", "num_steps")
 _MOST_OVERHEAD_BYTES = 64 * 2**20

@@ -14,9 +14,9 @@ from trainer import processes
 from trainer.advantages import group_advantages
 from trainer.config import RunConfig
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
-from trainer.progress import Progress
 from trainer.rollout import RolloutWorker
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
 from trainer.samples import Sample, rollout_samples
 from trainer.types import Kind, Metrics, Rollout, RolloutRequest
 

@@ -9,7 +9,7 @@ from envs.errors import UserError
 from envs.types import Task
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.difficulty import Rule, Visit, Visits, choose_tasks, preflight_visits, tied_share, with_visits
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
 from trainer.tasks import tasks_of_step
 from trainer.types import Rollout
 

@@ -10,8 +10,8 @@ from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.job import Job
 from trainer.measures.summary import prefixed, summarise
-from trainer.progress import Progress
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
 from trainer.seeds import derive_seed
 from trainer.types import Kind, Phase, RolloutRequest
 

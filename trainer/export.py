@@ -11,9 +11,9 @@ from trainer.engine_arguments import lora_rank_bucket
 from trainer.family import weights_dtype
 from trainer.job import Job
 from trainer.policy import Policy
-from trainer.resuming import export_digests
-from trainer.run_files import UNFINISHED, clear
-from trainer.runs import RunFolder
+from trainer.runs.files import UNFINISHED, clear
+from trainer.runs.folder import RunFolder
+from trainer.runs.resuming import export_digests
 
 
 def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:

@@ -36,7 +36,7 @@ from trainer.model_cache import resolve_config, resolve_model, resolve_texts
 from trainer.model_users import ModelUsers, build_users
 from trainer.offer import tools_offered
 from trainer.reachable import check_servers
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
 from trainer.tasks import load_demonstrations, load_tasks
 from trainer.types import Demonstration
 from trainer.warmstart import check_company, check_demonstrations

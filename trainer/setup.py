@@ -16,10 +16,10 @@ from trainer.config import publishes_merged
 from trainer.engine import Engine, VllmEngine, release_memory
 from trainer.job import Job
 from trainer.policy import Policy
-from trainer.progress import Progress
 from trainer.rollout import RolloutWorker
-from trainer.runs import RunFolder
-from trainer.scratch import Scratch
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
+from trainer.runs.scratch import Scratch
 from trainer.seeds import derive_seed
 from trainer.types import Phase
 from trainer.warmstart import expert_ledger, expert_ledgers, in_steps

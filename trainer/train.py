@@ -17,9 +17,9 @@ from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
-from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
-from trainer.runs import RunFolder
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
 from trainer.tasks import train_requests
 from trainer.types import Kind, Phase
 
@@ -43,7 +43,7 @@ def train(
     from trainer.publish import Publisher
     from trainer.reports.run_report import write_report
     from trainer.reports.transcripts.write import write_token_figures, write_transcripts
-    from trainer.scratch import sweep_default_roots
+    from trainer.runs.scratch import sweep_default_roots
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch, release_left_open
 
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))

@@ -97,7 +97,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
 
     from trainer.canary import Canary
     from trainer.publish import Publisher
-    from trainer.scratch import Scratch
+    from trainer.runs.scratch import Scratch
     from trainer.setup import canary_ids, open_engine
 
     accelerator = Accelerator()

@@ -43,8 +43,8 @@ from trainer.engine import Completion, Engine, Sampling, VllmEngine
 from trainer.engine_arguments import seeds_requests
 from trainer.job import Job, prepare
 from trainer.rollout import RolloutWorker
-from trainer.run_files import append_line
-from trainer.runs import rollout_to_json
+from trainer.runs.files import append_line
+from trainer.runs.records import rollout_to_json
 from trainer.seeds import derive_seed
 from trainer.tasks import tasks_of_step, train_requests
 from trainer.types import Rollout, RolloutRequest
@@ -207,7 +207,7 @@ def publish_adapter(job: Job, engine: VllmEngine, loop: asyncio.Runner, accelera
     """The weights reach the engine as in training, with proof."""
     from trainer.canary import Canary
     from trainer.publish import Publisher
-    from trainer.scratch import Scratch
+    from trainer.runs.scratch import Scratch
     from trainer.setup import canary_ids
 
     policy = load_policy(job, accelerator, adapter)

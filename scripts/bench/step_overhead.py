@@ -20,7 +20,7 @@ from common import Figure, report, run_main
 
 from envs.errors import UserError
 from trainer.measures.timing import Lap
-from trainer.run_files import read_lines
+from trainer.runs.files import read_lines
 
 _LAPS = ("step", *Lap)
 

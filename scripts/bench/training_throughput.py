@@ -65,8 +65,8 @@ def expert_samples(job: Job, num_rows: int) -> list[Sample]:
 
 def rollout_file_samples(path: Path) -> list[Sample]:
     """The rows of a run's rollouts file, all with an advantage."""
-    from trainer.run_files import read_lines
-    from trainer.runs import rollout_from_json
+    from trainer.runs.files import read_lines
+    from trainer.runs.records import rollout_from_json
     from trainer.samples import rollout_samples
 
     rollouts = [rollout_from_json(record) for record in read_lines(path)]

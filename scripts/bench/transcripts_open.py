@@ -26,8 +26,8 @@ from common import Figure, report, run_main
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.types import Grade
 from trainer.reports.transcripts.write import write_token_figures, write_transcripts
-from trainer.run_files import append_line
-from trainer.runs import rollout_to_json
+from trainer.runs.files import append_line
+from trainer.runs.records import rollout_to_json
 from trainer.samples import rollout_samples
 from trainer.types import Ledger, Rollout
 

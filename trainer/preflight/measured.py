@@ -30,16 +30,17 @@ from trainer.canary import Canary
 from trainer.collect import refuse_if_none_graded, warn_of_unclosed
 from trainer.config import RunConfig
 from trainer.job import Job, prepare
-from trainer.manifest import checkpoints
 from trainer.preflight.advice import Advice, advise, advise_memory, verdict
 from trainer.preflight.duration import Speeds, TimeEstimate, time_estimate
 from trainer.preflight.figures import Figures, figures_of
 from trainer.preflight.machines import Machine, check_option, this_machine
 from trainer.preflight.memory import MemoryRow, memory_rows, num_weights_of, read_shape
-from trainer.progress import Progress
 from trainer.reachable import PATIENCE_S
-from trainer.run_files import append_text, open_to_read, sealed, write_atomically
-from trainer.runs import RunFolder, rollout_to_json
+from trainer.runs.files import append_text, open_to_read, sealed, write_atomically
+from trainer.runs.folder import RunFolder
+from trainer.runs.manifest import checkpoints
+from trainer.runs.progress import Progress
+from trainer.runs.records import rollout_to_json
 from trainer.samples import rollout_samples
 from trainer.seeds import derive_seed
 from trainer.types import Phase, Rollout, RolloutRequest
@@ -172,7 +173,7 @@ def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[Memo
 
 def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
     from trainer.publish import Publisher
-    from trainer.scratch import sweep_default_roots
+    from trainer.runs.scratch import sweep_default_roots
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch
 
     config = job.config

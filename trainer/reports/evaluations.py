@@ -11,7 +11,7 @@ from typing import Any
 
 from envs.errors import UserError
 from trainer.reports.run_reader import read_steps, records_in, records_of_step, steps_in
-from trainer.runs import rollout_from_json
+from trainer.runs.records import rollout_from_json
 from trainer.types import Rollout
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from envs.types import Message
 from trainer.reports.comparison import Comparison
-from trainer.run_files import write_atomically
+from trainer.runs.files import write_atomically
 from trainer.types import Rollout
 
 _MAX_TEXT_CHARS = 4000

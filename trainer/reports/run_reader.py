@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trainer.run_files import is_intact, lines_in, object_in, read_document, step_files
+from trainer.runs.files import is_intact, lines_in, object_in, read_document, step_files
 
 METRICS = "metrics.jsonl"
 _UNREADABLE = (

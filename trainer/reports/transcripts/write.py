@@ -29,7 +29,7 @@ from trainer.model_cache import resolve_model
 from trainer.reports.pages import render_page
 from trainer.reports.run_reader import read_run, records_of_step, steps_in
 from trainer.reports.transcripts.records import TokenFigures, index_line, number, record, text
-from trainer.run_files import step_files, write_atomically
+from trainer.runs.files import step_files, write_atomically
 from trainer.samples import Sample
 
 PAGE = "transcripts.html"

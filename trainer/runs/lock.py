@@ -19,7 +19,7 @@ from typing import Self
 
 from envs.errors import UserError
 from envs.terminal import clean
-from trainer.run_files import open_to_lock
+from trainer.runs.files import open_to_lock
 
 LOCK_NAME = "run.lock"
 _MOST_BYTES = 1000

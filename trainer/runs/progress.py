@@ -25,7 +25,7 @@ from rich.text import Text
 
 from envs.errors import UserError
 from envs.terminal import clean
-from trainer.log_file import LogFile
+from trainer.runs.log_file import LogFile
 from trainer.measures.catalogue import CATALOGUE
 from trainer.types import Phase
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from trainer.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
-from trainer.run_about import read_about
-from trainer.run_files import digest, step_files
+from trainer.runs.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
+from trainer.runs.about import read_about
+from trainer.runs.files import digest, step_files
 from trainer.types import Kind
 
 

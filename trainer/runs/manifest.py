@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from envs.errors import UserError
-from trainer.run_files import digest, is_intact, object_in, read_document, refusal, sealed, write_atomically
+from trainer.runs.files import digest, is_intact, object_in, read_document, refusal, sealed, write_atomically
 
 NAME = "checkpoint.json"
 STATE = "policy.safetensors"

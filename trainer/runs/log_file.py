@@ -13,7 +13,7 @@ from pathlib import Path
 
 from envs.secrets import hidden_in
 from envs.terminal import clean
-from trainer.run_files import open_to_append, open_to_read
+from trainer.runs.files import open_to_append, open_to_read
 
 
 class LogFile:

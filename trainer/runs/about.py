@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from envs.errors import UserError
 from envs.secrets import without_secrets
 from trainer.config import RunConfig
-from trainer.run_files import read_document, read_object, refusal
+from trainer.runs.files import read_document, read_object, refusal
 
 _RUN_ID = re.compile(r"[\w.-]{1,100}")
 

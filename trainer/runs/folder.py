@@ -24,7 +24,6 @@ import platform
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
-from envs.types import Episode, Task
-from graders.hosted.view import own_data
-from graders.types import Grade
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
-from trainer.resuming import check_resumable, export_is_whole
-from trainer.run_about import differences, plain_config, read_about, saved_config, versions
-from trainer.run_files import (
+from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
+from trainer.runs.resuming import check_resumable, export_is_whole
+from trainer.runs.about import differences, plain_config, read_about, saved_config, versions
+from trainer.runs.files import (
     UNFINISHED,
     append_line,
     append_text,
@@ -59,10 +55,10 @@ from trainer.run_files import (
     whole_lines,
     write_atomically,
 )
-from trainer.run_lock import LOCK_NAME, RunLock
-from trainer.types import Kind, Ledger, Rollout, completion_ids
+from trainer.runs.lock import LOCK_NAME, RunLock
+from trainer.runs.records import rollout_in, rollout_to_json
+from trainer.types import Kind, Rollout
 
-_EPISODE, _TASK, _GRADE = TypeAdapter(Episode), TypeAdapter(Task), TypeAdapter(Grade)
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
 _FOLDERS = (*Kind, "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
 """What a run makes in its folder; the last is TensorBoard's."""
@@ -249,7 +245,7 @@ class RunFolder:
         # A line cut off by a kill must not run into the next one.
         drop_damaged(path, intact=_is_rollout)
         files = sorted(step_files(path.parent, step), key=lambda file: file == path)
-        rollouts = [r for file in files for line in whole_lines(file) if (r := _rollout_in(line)) is not None]
+        rollouts = [r for file in files for line in whole_lines(file) if (r := rollout_in(line)) is not None]
         return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
 
     # ---- what the steps have shown of the tasks
@@ -351,47 +347,5 @@ def _is_rollout(line: bytes, *, run_id: str = "", needs_digest: bool = False) ->
     """Whether a line holds a whole rollout of the run. Those of older versions have no digest."""
     if needs_digest and not is_intact(line):
         return False
-    rollout = _rollout_in(line)
+    rollout = rollout_in(line)
     return rollout is not None and rollout.episode.rollout_id.startswith(run_id)
-
-
-def _rollout_in(line: bytes) -> Rollout | None:
-    record = object_in(line) if line.endswith(b"\n") and is_intact(line) is not False else None
-    try:
-        return None if record is None else rollout_from_json(record)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError):
-        return None
-
-
-def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as a JSON object; `rollout_from_json` reads it back.
-
-    What stands there twice is left out: of the task's item its messages and definitions (`item_of` adds them again), of
-    the episode its token ids.
-    """
-    return {
-        "episode": _EPISODE.dump_python(replace(rollout.episode, completion_ids=None), mode="json"),
-        "task": _TASK.dump_python(replace(rollout.task, item=own_data(rollout.task)), mode="json"),
-        "grade": None if rollout.grade is None else asdict(rollout.grade),
-        "watch": None if rollout.watch is None else asdict(rollout.watch),
-        "ledgers": [ledger.to_json() for ledger in rollout.ledgers],
-        "is_unscored": rollout.is_unscored,
-        "num_drifted_turns": rollout.num_drifted_turns,
-        "num_attempts": rollout.num_attempts,
-        "unclosed": rollout.unclosed,
-    }
-
-
-def rollout_from_json(record: dict[str, Any]) -> Rollout:
-    ledgers = tuple(Ledger.from_json(row) for row in record["ledgers"])
-    return Rollout(
-        episode=replace(_EPISODE.validate_python(record["episode"]), completion_ids=completion_ids(ledgers)),
-        task=_TASK.validate_python(record["task"]),
-        grade=None if record["grade"] is None else _GRADE.validate_python(record["grade"]),
-        watch=None if record.get("watch") is None else _GRADE.validate_python(record["watch"]),
-        ledgers=ledgers,
-        is_unscored=record.get("is_unscored", False),
-        num_drifted_turns=record["num_drifted_turns"],
-        num_attempts=record["num_attempts"],
-        unclosed=tuple(record.get("unclosed", ())),
-    )

@@ -1,4 +1,4 @@
-"""The words of the project as types: task → turn → episode. See `trainer.rollout` for rollout and group."""
+"""The words of the project as types: task → turn → episode. See `trainer.rollouts.worker` for rollout and group."""
 
 from __future__ import annotations
 

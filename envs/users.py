@@ -5,7 +5,7 @@
       user: {type: script, target: "my_user.py:reply"}
 
 The user hears the turns without calls, and what they say is appended as another user message; None makes the turn the
-final answer. Users by URL and by function are here; those that are models are `trainer.model_users`.
+final answer. Users by URL and by function are here; those that are models are `trainer.rollouts.model_users`.
 """
 
 from __future__ import annotations

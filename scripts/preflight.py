@@ -116,8 +116,8 @@ def _refuse_estimate_options(arguments: argparse.Namespace) -> None:
 
 
 def _print_estimate(config: RunConfig, arguments: argparse.Namespace) -> None:
+    from trainer.models.machines import find_gpu
     from trainer.preflight.computed import Assumptions, estimate_only
-    from trainer.preflight.machines import find_gpu
     from trainer.preflight.page import render_estimate
 
     gpu = find_gpu(

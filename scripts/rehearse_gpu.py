@@ -232,7 +232,7 @@ def write_random_model(folder: Path, *, on_cpu: bool) -> Figures:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from trainer.model_cache import DEFAULT_MODEL, resolve_model
+    from trainer.models.cache import DEFAULT_MODEL, resolve_model
 
     shape = SMALLEST if on_cpu else QWEN_1_5B
     config = Qwen2Config(

@@ -28,7 +28,7 @@ from trainer.config import RunConfig, load_config
 from trainer.processes import end_on_signals
 
 if TYPE_CHECKING:
-    from trainer.hosted_job import TakenJob
+    from trainer.hosted.job import TakenJob
 
 HOSTED_ONLY = ("training_file", "validation_file", "write_config")
 
@@ -95,7 +95,7 @@ def _hosted_job(arguments: argparse.Namespace) -> TakenJob | None:
         if arguments.config is None:
             raise UserError("--config: required, but for --hosted-job")
         return None
-    from trainer.hosted_job import take_job
+    from trainer.hosted.job import take_job
 
     return take_job(
         arguments.hosted_job,
@@ -107,7 +107,7 @@ def _hosted_job(arguments: argparse.Namespace) -> TakenJob | None:
 
 
 def _check(config: RunConfig) -> int:
-    from trainer.check import check_run
+    from trainer.preflight.check import check_run
 
     for what, found in check_run(config):
         say(f"{what:<13}{found}")

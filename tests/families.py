@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
+from trainer.engines.canary import Canary
 
 VOCABULARY = 2048
 """As the fixture `tiny_model` cuts the default model's tokenizer."""
@@ -235,9 +235,9 @@ def take_through_engine(
     """Start the engine on `model`, publish two updates and prove each; the figures of the last proof."""
     from accelerate import Accelerator
 
-    from trainer.engine import VllmEngine
-    from trainer.policy import Policy
-    from trainer.publish import Publisher
+    from trainer.engines.engine import VllmEngine
+    from trainer.engines.publish import Publisher
+    from trainer.learning.policy import Policy
 
     config = ModelConfig(name=str(model), dtype=dtype, lora=lora)  # type: ignore[arg-type]
     engine_config = EngineConfig(publish=publish, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4)

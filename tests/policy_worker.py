@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
-from trainer.samples import Sample, sample_of
+from trainer.learning.samples import Sample, sample_of
 from trainer.types import Ledger
 
 VOCABULARY = 97
@@ -44,7 +44,7 @@ def tiny_policy(
 ):
     from accelerate import Accelerator
 
-    from trainer.policy import Policy
+    from trainer.learning.policy import Policy
 
     config = ModelConfig(dtype=dtype, lora=LoraConfig(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
     return Policy(model, config, OptimConfig(**({"learning_rate": 1e-2} | optim)), Accelerator(cpu=True), seed)

@@ -16,7 +16,7 @@ from envs.errors import WorldError
 from envs.finance.world import FinanceWorld
 from envs.types import Task
 from trainer.config import EngineConfig, ModelConfig
-from trainer.engine import Completion, Sampling
+from trainer.engines.engine import Completion, Sampling
 from trainer.setup import StartEngine
 
 Script = Callable[[str, int], str]
@@ -43,7 +43,7 @@ class Faults:
 
 
 class ScriptedEngine:
-    """Implements `trainer.engine.Engine`. One request at a time on one thread, so that it is deterministic."""
+    """Implements `trainer.engines.engine.Engine`. One request at a time on one thread, so that it is deterministic."""
 
     publishes_merged = False
 

@@ -36,9 +36,11 @@ def serve() -> None:
     import transformers  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    from trainer import checkpoint, export, publish, setup  # noqa: F401
-    from trainer.chat import Chat
+    from trainer import export, setup  # noqa: F401
+    from trainer.engines import publish  # noqa: F401
+    from trainer.learning import checkpoint  # noqa: F401
     from trainer.reports import run_report  # noqa: F401
+    from trainer.templates.chat import Chat
 
     Chat(Path(sys.argv[2]))
     assert not accelerate.PartialState._shared_state, "every run sets up accelerate itself"

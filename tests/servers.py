@@ -33,7 +33,7 @@ VLLM_OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "10
 def served_dtype() -> list[str]:
     """The embedded model's weights as the trainer holds them here; bfloat16 is an emulation on some CPUs."""
     from trainer.config import ModelConfig
-    from trainer.family import weights_dtype
+    from trainer.models.family import weights_dtype
 
     return ["--dtype", weights_dtype(ModelConfig(), on_cpu=True)]
 

@@ -17,11 +17,11 @@ from servers import REPOSITORY
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from envs.types import Message
-from trainer.chat import Chat
 from trainer.config import load_config
 from trainer.job import build_world
-from trainer.samples import sample_of
-from trainer.warmstart import expert_ledger
+from trainer.learning.samples import sample_of
+from trainer.learning.warmstart import expert_ledger
+from trainer.templates.chat import Chat
 
 NUM_STEPS = 200
 THOUGHT = '<think> I think it is right.</think>{{"score": {}}}\n'

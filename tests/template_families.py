@@ -21,7 +21,7 @@ from template_play import QUESTION, model_with, roll
 from envs.errors import UserError
 from envs.tools import tool
 from envs.types import Message
-from trainer.chat import FALLBACK_TEMPLATE, Chat
+from trainer.templates.chat import FALLBACK_TEMPLATE, Chat
 from trainer.types import Rollout
 
 IM_END = ("<|im_end|>",)
@@ -294,7 +294,7 @@ def row(smollm2: Path, folder: Path, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    from trainer.model_cache import DEFAULT_MODEL, resolve_model
+    from trainer.models.cache import DEFAULT_MODEL, resolve_model
 
     head = ["template", "parsers", *EPISODES, "rows / forks", "verdict"]
     print(f"trl {metadata.version('trl')}\n")

@@ -12,10 +12,10 @@ from typing import Any
 from envs.tools import Tool
 from envs.types import Episode, Message, Task
 from graders.types import Grade
-from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.engine import Completion, Sampling
-from trainer.rollout import RolloutWorker
+from trainer.engines.engine import Completion, Sampling
+from trainer.rollouts.worker import RolloutWorker
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 _VOCABULARY = 2048

@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from trainer.advantages import STD_EPS, group_advantages
+from trainer.learning.advantages import STD_EPS, group_advantages
 
 REWARDS = st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3))
 GROUPS = st.lists(st.one_of(st.none(), REWARDS), min_size=1, max_size=12)

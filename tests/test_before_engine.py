@@ -17,11 +17,11 @@ from conftest import scripted_config
 
 from envs.errors import UserError
 from trainer import processes
-from trainer.adapter import published_bytes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
-from trainer.engine_arguments import engine_arguments
+from trainer.engines.arguments import engine_arguments
 from trainer.job import Job, prepare
-from trainer.policy import Policy
+from trainer.learning.adapter import published_bytes
+from trainer.learning.policy import Policy
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.setup import load_policy, open_engine, open_scratch

@@ -16,11 +16,11 @@ from envs.base import HasState, OrdersCalls, Responds
 from envs.types import StopReason, Task
 from envs.user_code import load_target
 from graders.user.custom import CustomConfig, load_custom_grader
-from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig
-from trainer.engine import Engine, VllmEngine
-from trainer.rollout import RolloutWorker
+from trainer.engines.engine import Engine, VllmEngine
+from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 EXAMPLE = str(REPOSITORY / "scripts" / "examples" / "bfcl.py")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.call_signs import after_reasoning, is_attempt, opening_tag, tag_after
+from trainer.templates.call_signs import after_reasoning, is_attempt, opening_tag, tag_after
 
 NAMES = ["search", "cat", "list"]
 ATTEMPTS = [

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scripted_engine import Faults, ScriptedEngine
 
 from envs.errors import PublishError
-from trainer.canary import Canary
 from trainer.config import LoraConfig, ModelConfig, OptimConfig
-from trainer.policy import Policy
-from trainer.publish import Publisher
+from trainer.engines.canary import Canary
+from trainer.engines.publish import Publisher
+from trainer.learning.policy import Policy
 from trainer.runs.scratch import Scratch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from envs.errors import UserError
 from envs.types import Message, ToolCall
-from trainer.chat import FALLBACK_TEMPLATE, Chat
+from trainer.templates.chat import FALLBACK_TEMPLATE, Chat
 
 
 def schema(

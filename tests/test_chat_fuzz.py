@@ -12,7 +12,7 @@ from template_play import PLAIN, model_with
 
 from envs.errors import UserError
 from envs.tools import call_tool
-from trainer.chat import Chat
+from trainer.templates.chat import Chat
 
 _MORE_TOKENS = [
     "<tool_call>",

@@ -11,7 +11,7 @@ from template_play import PLAIN, THINKING, model_with, roll
 
 from envs.tools import schema_tool, tool
 from envs.types import Message, StopReason, ToolCall
-from trainer.chat import Chat, TemplateRefused
+from trainer.templates.chat import Chat, TemplateRefused
 
 TAGS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<|tool_call|>", "[TOOL_CALLS]", "<|python_tag|>")
 TAGS += ("<|action_start|>", "<|plugin|>", "<|action_end|>")

@@ -12,7 +12,7 @@ import pytest
 from servers import VLLM, running_vllm, served_dtype
 
 from envs.types import Message, ToolCall
-from trainer.chat import Chat
+from trainer.templates.chat import Chat
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import scripted_config
 
 from envs.errors import UserError
-from trainer.check import check_run
 from trainer.config import validate_config
+from trainer.preflight.check import check_run
 
 
 def test_a_check_tells_what_a_run_would_be_and_makes_nothing(tiny_model: Path, tmp_path: Path) -> None:

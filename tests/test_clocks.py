@@ -21,10 +21,10 @@ from envs.tools import call_tool, tool
 from envs.types import Episode, StopReason, Task, ToolCall, ToolErrorKind
 from envs.user_code import call_user
 from graders.types import Grade
-from trainer.admission import Place, Places
-from trainer.engine import Sampling
-from trainer.grading import Grading
-from trainer.watched import WatchedEngine
+from trainer.engines.engine import Sampling
+from trainer.engines.watched import WatchedEngine
+from trainer.rollouts.admission import Place, Places
+from trainer.rollouts.grading import Grading
 
 TASK = Task(task_id="t", messages=())
 EPISODE = Episode(rollout_id="r", task_id="t", messages=(), turns=(), stop_reason=StopReason.ANSWERED)

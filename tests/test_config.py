@@ -14,7 +14,7 @@ from envs.errors import UserError
 from envs.registry import build_world
 from envs.remote.config import RemoteConfig
 from trainer.config import RunConfig, load_config, validate_config
-from trainer.tasks import load_tasks
+from trainer.tasks.load import load_tasks
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = {"output_dir": "runs/x", "grader": {"type": "numeric"}}

@@ -12,9 +12,9 @@ from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task
 from graders.types import Grade
 from trainer.config import CurriculumConfig, RunConfig
-from trainer.curriculum import Curriculum, load_preflight
 from trainer.runs.folder import RunFolder
-from trainer.tasks import tasks_of_step
+from trainer.tasks.curriculum import Curriculum, load_preflight
+from trainer.tasks.load import tasks_of_step
 from trainer.types import Rollout
 
 TASKS = [Task(task_id=f"t{i}", messages=(Message(role="user", content="?"),)) for i in range(6)]

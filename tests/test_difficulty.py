@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from envs.errors import UserError
-from trainer.difficulty import (
+from trainer.tasks.difficulty import (
     Rule,
     Visit,
     choose_tasks,

@@ -26,19 +26,19 @@ from envs.errors import EngineHungError, PublishError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.types import Message, Task, Turn
 from envs.users import Exchange
-from trainer.canary import Canary
-from trainer.chat import Chat
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
-from trainer.engine import Completion, Sampling, VllmEngine
-from trainer.engine_arguments import engine_environment
-from trainer.grammar import Grammar
-from trainer.model_users import ModelUsers, build_users
-from trainer.policy import Policy
-from trainer.publish import Publisher
+from trainer.engines.arguments import engine_environment
+from trainer.engines.canary import Canary
+from trainer.engines.engine import Completion, Sampling, VllmEngine
+from trainer.engines.publish import Publisher
+from trainer.engines.watched import WatchedEngine
+from trainer.learning.policy import Policy
+from trainer.learning.samples import Sample, sample_of
+from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.scratch import Scratch
-from trainer.samples import Sample, sample_of
+from trainer.templates.chat import Chat
+from trainer.templates.grammar import Grammar
 from trainer.types import Ledger
-from trainer.watched import WatchedEngine
 
 pytestmark = [
     pytest.mark.vllm,

@@ -14,6 +14,7 @@ from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
 from test_rollout import CONFIG, TASK, LengthGrader, Played, Writer, assert_ledgers_hold_what_was_sampled, play
 from test_rollout import World as PlainWorld
+from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import UserError, WorldError
 from envs.registry import build_world
@@ -24,15 +25,14 @@ from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
 from graders.hosted.reader import episode_from_sample
 from graders.hosted.view import sample_of
 from graders.user.custom import conversation
-from trainer.chat import Chat, TemplateRefused
 from trainer.config import RolloutConfig, RunConfig
-from trainer.expert import play_expert
-from trainer.offer import tools_offered
-from trainer.rollout import MALFORMED_ANSWER, RolloutWorker
-from trainer.runs.records import rollout_from_json, rollout_to_json
-from trainer.tasks import load_tasks
+from trainer.learning.warmstart import demonstration_ledgers
+from trainer.rollouts.worker import MALFORMED_ANSWER, RolloutWorker
+from trainer.tasks.expert import play_expert
+from trainer.tasks.load import load_tasks
+from trainer.tasks.offer import tools_offered
+from trainer.templates.chat import Chat, TemplateRefused
 from trainer.types import RolloutRequest
-from trainer.warmstart import demonstration_ledgers
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from envs.tools import call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.user.endpoint import EndpointConfig, EndpointGrader
 from trainer.config import RunConfig
-from trainer.tasks import load_tasks
+from trainer.tasks.load import load_tasks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "scripts" / "examples"
 CENTS = {"P-10": 120, "P-11": 135, "N-20": 340, "N-21": 310, "M-30": 790, "L-40": 2450}

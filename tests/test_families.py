@@ -13,13 +13,20 @@ from families import ADAPTED, CONFIGS, adapted, build, class_of
 from scripted_engine import ScriptedEngine
 
 from envs.errors import PublishError, UserError
-from trainer import adapter as lora
-from trainer.canary import Canary
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig
-from trainer.engine_arguments import engine_arguments
-from trainer.family import check_served, model_class_of, read_family, split_in_vllm, takes_adapters, weights_dtype
+from trainer.engines.arguments import engine_arguments
+from trainer.engines.canary import Canary
+from trainer.engines.publish import Publisher
 from trainer.job import prepare
-from trainer.publish import Publisher
+from trainer.learning import adapter as lora
+from trainer.models.family import (
+    check_served,
+    model_class_of,
+    read_family,
+    split_in_vllm,
+    takes_adapters,
+    weights_dtype,
+)
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -311,7 +318,7 @@ CANARY = [list(range(20 + 100 * i, 120 + 100 * i)) for i in range(4)]
 def a_publisher(tiny_model: Path, engine: type[ScriptedEngine], scratch: Path) -> Publisher:
     from accelerate import Accelerator
 
-    from trainer.policy import Policy
+    from trainer.learning.policy import Policy
 
     config = ModelConfig(dtype="float32", lora=LoraConfig(r=4, alpha=8))
     policy = Policy(tiny_model, config, OptimConfig(), Accelerator(cpu=True), 0)

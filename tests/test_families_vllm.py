@@ -14,7 +14,7 @@ from test_families import EXPERTS, load_into_vllm
 
 from envs.errors import UserError
 from trainer.config import EngineConfig, LoraConfig
-from trainer.family import check_served, read_family
+from trainer.models.family import check_served, read_family
 
 WAYS: tuple[Literal["lora", "merged"], ...] = ("lora", "merged")
 ALWAYS = {("granite", "lora"), ("qwen3-moe", "merged"), ("gemma3-vision", "lora")}

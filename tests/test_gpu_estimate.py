@@ -13,7 +13,9 @@ import pytest
 
 from envs.errors import UserError
 from trainer.config import RunConfig, check_publish, load_config
-from trainer.model_cache import resolve_config
+from trainer.models.cache import resolve_config
+from trainer.models.machines import GIB, GPUS, Gpu, find_gpu
+from trainer.models.memory import ModelShape, memory_bytes, memory_rows
 from trainer.preflight.advice import Level, advise_memory
 from trainer.preflight.computed import (
     BANDWIDTH_UTILISATION,
@@ -32,8 +34,6 @@ from trainer.preflight.computed import (
     estimate_only,
     training_passes,
 )
-from trainer.preflight.machines import GIB, GPUS, Gpu, find_gpu
-from trainer.preflight.memory import ModelShape, memory_bytes, memory_rows
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ import torch
 from policy_worker import VOCABULARY, naive_logprobs, random_samples, tiny_policy
 
 from envs.errors import UserError
-from trainer.head import Head, token_logprobs
-from trainer.packing import pack
+from trainer.learning.head import Head, token_logprobs
+from trainer.learning.packing import pack
 
 HEADS = {
     "plain": {},
@@ -35,7 +35,7 @@ def naive_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_log_probabilities_and_gradient_are_those_of_a_log_softmax_in_every_chunk(monkeypatch, name):
-    monkeypatch.setattr("trainer.head.CHUNK_BYTES", 4 * 11 * 3)
+    monkeypatch.setattr("trainer.learning.head.CHUNK_BYTES", 4 * 11 * 3)
     head = random_head(11, 5, **HEADS[name])
     hidden = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     targets, upstream = torch.randint(0, 11, (8,)), torch.randn(8, dtype=torch.float64)

@@ -19,7 +19,7 @@ from servers import REPOSITORY, running
 from envs.errors import UserError
 from envs.remote.config import RemoteConfig
 from trainer.config import load_config
-from trainer.hosted_job import TakenJob, take_job
+from trainer.hosted.job import TakenJob, take_job
 from trainer.train import train
 
 ROW = {"messages": [{"role": "user", "content": "How much?"}], "answer": "1 million"}

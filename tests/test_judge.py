@@ -22,7 +22,7 @@ from envs.types import Message
 from graders.judges.base import JudgeConfig, JudgeReply, JudgeRequest, JudgeSampling
 from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import OpenAIJudge, build_judge
-from trainer.engine_judge import DEFAULT_MAX_TOKENS, EngineJudge
+from trainer.engines.base_judge import DEFAULT_MAX_TOKENS, EngineJudge
 
 SCHEMA = {"type": "object", "properties": {"result": {"type": "number"}}, "required": ["result"]}
 

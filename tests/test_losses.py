@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.losses import k3, policy_loss, reduce_metrics, token_weights
+from trainer.learning.losses import k3, policy_loss, reduce_metrics, token_weights
 
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "tis_cap": 1.5}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from policy_worker import VOCABULARY, save_tiny_llama, tiny_policy
 
-from trainer.adapter import trainable_parameters
-from trainer.advantages import group_advantages
 from trainer.config import LossConfig
-from trainer.losses import policy_loss
-from trainer.samples import sample_of
+from trainer.learning.adapter import trainable_parameters
+from trainer.learning.advantages import group_advantages
+from trainer.learning.losses import policy_loss
+from trainer.learning.samples import sample_of
 from trainer.types import Ledger
 
 GROUP_SIZE, NUM_GROUPS, MAX_COMPLETION, TEMPERATURE = 4, 2, 24, 0.8

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from envs.errors import UserError
-from trainer import model_cache
-from trainer.model_cache import resolve_model
+from trainer.models import cache as model_cache
+from trainer.models.cache import resolve_model
 
 
 def test_the_converted_default_has_the_special_tokens_of_smollm2(smollm2: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_had_is_named_with_its_key(
 def test_a_missing_folder_is_reported_without_importing_torch() -> None:
     code = (
         "import sys\n"
-        "from trainer.model_cache import resolve_model\n"
+        "from trainer.models.cache import resolve_model\n"
         "try: resolve_model('/no/such/folder')\n"
         "except ValueError: sys.exit(3 if 'torch' in sys.modules or 'transformers' in sys.modules else 0)\n"
         "sys.exit(4)"

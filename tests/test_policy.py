@@ -10,12 +10,12 @@ from policy_worker import LOSS, naive_logprobs, random_samples, run_updates, sav
 from safetensors.torch import load_file
 
 from envs.errors import UserError
-from trainer import adapter as lora
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
-from trainer.losses import k3
-from trainer.packing import pack, plan, split, used_length
-from trainer.policy import Policy, learning_rate
-from trainer.samples import Sample
+from trainer.learning import adapter as lora
+from trainer.learning.losses import k3
+from trainer.learning.packing import pack, plan, split, used_length
+from trainer.learning.policy import Policy, learning_rate
+from trainer.learning.samples import Sample
 
 PG = LossConfig()
 

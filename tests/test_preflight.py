@@ -20,16 +20,16 @@ from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, GraderErrorKind
 from trainer.config import RunConfig
-from trainer.difficulty import preflight_visits, stats_of
-from trainer.engine import PROBE_VERSION
+from trainer.engines.engine import PROBE_VERSION
 from trainer.measures.masked import Masked
+from trainer.models.machines import GIB
+from trainer.models.memory import ModelShape, memory_bytes, memory_rows, num_lora_weights, read_shape, stored_weights
 from trainer.preflight.advice import Level, advise, advise_memory, verdict
 from trainer.preflight.duration import Speeds, time_estimate
 from trainer.preflight.figures import best_at_k, figures_of, pass_at_k, worst_at_k
-from trainer.preflight.machines import GIB
 from trainer.preflight.measured import Options, adapter_of, preflight_requests
-from trainer.preflight.memory import ModelShape, memory_bytes, memory_rows, num_lora_weights, read_shape, stored_weights
 from trainer.reports.drawing import Series, bars, bins_of, histogram, line_chart
+from trainer.tasks.difficulty import preflight_visits, stats_of
 from trainer.types import Ledger, Rollout
 
 ROOT = Path(__file__).parents[1]
@@ -397,12 +397,12 @@ def test_requests_are_a_seeded_draw_with_seeds_of_their_own():
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(tiny_model, tmp_path):
     from scripted_engine import engine_starter, finance_script
+    from trainer.runs.records import rollout_from_json
 
     from envs.finance.world import FinanceWorld
     from trainer.preflight.measured import preflight
     from trainer.preflight.page import render_preflight, write_preflight_page
     from trainer.runs.files import read_lines
-    from trainer.runs.records import rollout_from_json
 
     config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model))
     options = Options(out=tmp_path / "out", num_tasks=3, held_out=True, samples=6, gpu_hour_price=2.0)
@@ -446,7 +446,7 @@ def test_a_preflight_of_an_adapter_leaves_the_warm_start_out_and_says_so(tiny_mo
     from scripted_engine import engine_starter, finance_script
 
     from envs.finance.world import FinanceWorld
-    from trainer.policy import Policy
+    from trainer.learning.policy import Policy
     from trainer.preflight.measured import preflight
 
     settings = scripted_config(tmp_path / "run", tiny_model)

@@ -13,9 +13,9 @@ from template_play import model_with
 
 from envs.errors import UserError
 from envs.types import Message
-from trainer.chat import Chat
 from trainer.config import RunConfig
 from trainer.job import prepare
+from trainer.templates.chat import Chat
 
 NO_SYSTEM = """
 {%- for m in messages -%}

@@ -29,9 +29,9 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.types import Message, StopReason, Task
 from graders.rules.exact import ExactConfig, ExactGrader
-from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.rollout import RolloutWorker
+from trainer.rollouts.worker import RolloutWorker
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 NUM_ROLLOUTS = 24

@@ -24,7 +24,7 @@ from envs.tools import call_tool, offered_tools
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.hosted.view import item_of
 from trainer.config import RunConfig
-from trainer.tasks import load_tasks
+from trainer.tasks.load import load_tasks
 
 LIMITS = HttpLimits(backoff_s=0.005, breaker_probe_s=0.02, breaker_wait_s=0.5)
 STOCK = {

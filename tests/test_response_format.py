@@ -19,14 +19,14 @@ from scripted_engine import ScriptedEngine, engine_starter
 from envs.errors import UserError
 from envs.tools import schema_tool
 from envs.types import Message, Task
-from trainer.chat import Chat
 from trainer.config import LossConfig, validate_config
 from trainer.config.response_format import schema_text
-from trainer.grammar import Grammar, check_schema, first_constrained
-from trainer.head import Head, token_logprobs
 from trainer.job import prepare
-from trainer.offer import tools_offered
-from trainer.samples import Sample, sample_of
+from trainer.learning.head import Head, token_logprobs
+from trainer.learning.samples import Sample, sample_of
+from trainer.tasks.offer import tools_offered
+from trainer.templates.chat import Chat
+from trainer.templates.grammar import Grammar, check_schema, first_constrained
 from trainer.train import train
 from trainer.types import Ledger
 
@@ -343,7 +343,7 @@ def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, c
 
 
 def test_the_head_leaves_out_what_is_not_allowed_in_every_chunk(monkeypatch):
-    monkeypatch.setattr("trainer.head.CHUNK_BYTES", 4 * 70 * 3)
+    monkeypatch.setattr("trainer.learning.head.CHUNK_BYTES", 4 * 70 * 3)
     head = Head(weight_VH=torch.randn(70, 5, dtype=torch.float64), cap=2.0, scale=1.5)
     hidden, targets = torch.randn(8, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 70, (8,))
     allowed = torch.rand(8, 70) < 0.3

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
+from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import ToolError, Unscored, WorldError
 from envs.tools import Tool, schema_tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind
 from graders.types import Grade
-from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.engine import Completion, Sampling
+from trainer.engines.engine import Completion, Sampling
+from trainer.learning.samples import sample_of
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
-from trainer.rollout import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
-from trainer.runs.records import rollout_from_json, rollout_to_json
-from trainer.samples import sample_of
+from trainer.rollouts.worker import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="How much?"),))

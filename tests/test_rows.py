@@ -18,7 +18,7 @@ from envs.reading.rows import DatasetSource, read_dataset
 from envs.types import Message, Task
 from graders.hosted.view import item_of
 from trainer.config import RunConfig
-from trainer.tasks import load_demonstrations, load_tasks
+from trainer.tasks.load import load_demonstrations, load_tasks
 from trainer.types import Demonstration
 
 pytestmark = pytest.mark.usefixtures("offline_datasets")

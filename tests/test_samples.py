@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.samples import rollout_samples, sample_of
+from trainer.learning.samples import rollout_samples, sample_of
 from trainer.types import Ledger
 
 LOGPROBS = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False)

@@ -15,7 +15,7 @@ import graders
 import trainer
 from envs.settings import Settings
 from trainer.config import RunConfig
-from trainer.hosted_schema import HostedJob
+from trainer.hosted.schema import HostedJob
 
 RECORDS = ("envs.finance.real.", "trainer.runs.manifest")
 """What is read of data sets and checkpoints: nobody sets it."""

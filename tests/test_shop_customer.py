@@ -16,10 +16,10 @@ from envs.registry import build_world
 from envs.types import StopReason
 from graders.build import build_grader
 from graders.penalties import PenaltiesConfig
-from trainer.chat import Chat
 from trainer.config import RunConfig, load_config
-from trainer.expert import play_expert
-from trainer.rollout import RolloutWorker
+from trainer.rollouts.worker import RolloutWorker
+from trainer.tasks.expert import play_expert
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 CONFIG = REPOSITORY / "configs" / "shop_customer.yaml"

@@ -18,7 +18,7 @@ from envs.tools import offered_tools
 from envs.types import Message, Task, ToolCall
 from graders.hosted.view import item_of
 from trainer.config import RunConfig
-from trainer.tasks import load_tasks, tasks_of_step, train_requests
+from trainer.tasks.load import load_tasks, tasks_of_step, train_requests
 
 WORLD = FinanceWorld(FinanceConfig(num_companies=8, num_train_tasks=12, num_eval_tasks=4))
 GOOD = {"messages": [{"role": "user", "content": "How much?"}], "answer": "1"}

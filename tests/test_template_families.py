@@ -9,7 +9,7 @@ from template_families import EPISODES, FAMILIES, family_chat, play, prompts_dif
 
 from envs.errors import UserError
 from envs.types import StopReason
-from trainer.chat import Chat
+from trainer.templates.chat import Chat
 
 ONE_CALL_A_TURN = {"llama3_1", "llama3_2"}
 THROUGH = [name for name, family in FAMILIES.items() if not family.refused]

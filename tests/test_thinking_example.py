@@ -13,11 +13,11 @@ import pytest
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
 from envs.types import Message, ToolCall
-from trainer.chat import Chat
 from trainer.config import load_config
-from trainer.tasks import load_demonstrations
+from trainer.learning.warmstart import demonstration_ledgers
+from trainer.tasks.load import load_demonstrations
+from trainer.templates.chat import Chat
 from trainer.types import Demonstration
-from trainer.warmstart import demonstration_ledgers
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/examples/thinking_model.py"

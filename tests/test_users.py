@@ -24,14 +24,14 @@ from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
 from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear
 from graders.hosted.view import sample_of
-from trainer.chat import Chat
 from trainer.config import RolloutConfig, RunConfig
-from trainer.engine_judge import EngineJudge
+from trainer.engines.base_judge import EngineJudge
 from trainer.job import prepare
-from trainer.live import NotMade
-from trainer.model_users import ModelUsers, build_users
-from trainer.rollout import RolloutWorker
+from trainer.rollouts.live import NotMade
+from trainer.rollouts.model_users import ModelUsers, build_users
+from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
+from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
 SHOPPER = Task(
@@ -250,7 +250,7 @@ async def test_a_model_that_says_nothing_loses_the_rollout_to_the_world(chat: Ch
 
 
 def test_the_roles_of_what_a_model_user_is_shown_alternate() -> None:
-    from trainer.model_users import _turned
+    from trainer.rollouts.model_users import _turned
 
     prompt = (Message(role="user", content="a"), Message(role="user", content="b"))
     shown = _turned(said(turn("c"), prompt=prompt))

@@ -9,10 +9,10 @@ from test_rollout import LengthGrader, World, Writer
 
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task
-from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.model_users import ModelUsers, build_users
-from trainer.rollout import RolloutWorker
+from trainer.rollouts.model_users import ModelUsers, build_users
+from trainer.rollouts.worker import RolloutWorker
+from trainer.templates.chat import Chat
 from trainer.types import RolloutRequest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]

@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from envs.errors import UserError
 from envs.types import Message
 from trainer.config import RunConfig
-from trainer.expert import play_expert
 from trainer.job import Job, prepare
-from trainer.policy import Policy
+from trainer.learning.policy import Policy
+from trainer.learning.samples import Sample, sample_of
+from trainer.learning.warmstart import demonstration_ledgers, expert_ledger, expert_ledgers, in_steps
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
-from trainer.samples import Sample, sample_of
 from trainer.setup import canary_ids, load_policy
+from trainer.tasks.expert import play_expert
 from trainer.types import Demonstration, Ledger
-from trainer.warmstart import demonstration_ledgers, expert_ledger, expert_ledgers, in_steps
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
 

@@ -25,7 +25,7 @@ def load(model: Path, adapter: Path) -> dict[str, Any]:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     from trainer.config import EngineConfig, LoraConfig, ModelConfig
-    from trainer.engine_arguments import engine_arguments
+    from trainer.engines.arguments import engine_arguments
 
     written = json.loads((adapter / "adapter_config.json").read_text())
     config = ModelConfig(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from envs.types import Task
 from trainer import processes
-from trainer.collect import Collector
 from trainer.config import RunConfig
 from trainer.job import Job
 from trainer.measures.summary import prefixed, summarise
+from trainer.rollouts.collect import Collector
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.seeds import derive_seed

@@ -7,10 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainer.engine_arguments import lora_rank_bucket
-from trainer.family import weights_dtype
+from trainer.engines.arguments import lora_rank_bucket
 from trainer.job import Job
-from trainer.policy import Policy
+from trainer.learning.policy import Policy
+from trainer.models.family import weights_dtype
 from trainer.runs.files import UNFINISHED, clear
 from trainer.runs.folder import RunFolder
 from trainer.runs.resuming import export_digests

@@ -24,22 +24,22 @@ from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
-from trainer.chat import Chat, TemplateRefused
 from trainer.config import RunConfig, check_publish, depends_on_the_machine
 from trainer.config.response_format import ResponseFormat, schema_text
-from trainer.curriculum import load_preflight
-from trainer.difficulty import Visit
-from trainer.engine_arguments import check_engine, shared_memory_is_short
-from trainer.engine_judge import EngineJudge
-from trainer.grammar import Grammar, check_schema, in_words
-from trainer.model_cache import resolve_config, resolve_model, resolve_texts
-from trainer.model_users import ModelUsers, build_users
-from trainer.offer import tools_offered
+from trainer.engines.arguments import check_engine, shared_memory_is_short
+from trainer.engines.base_judge import EngineJudge
+from trainer.learning.warmstart import check_company, check_demonstrations
+from trainer.models.cache import resolve_config, resolve_model, resolve_texts
 from trainer.reachable import check_servers
+from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
-from trainer.tasks import load_demonstrations, load_tasks
+from trainer.tasks.curriculum import load_preflight
+from trainer.tasks.difficulty import Visit
+from trainer.tasks.load import load_demonstrations, load_tasks
+from trainer.tasks.offer import tools_offered
+from trainer.templates.chat import Chat, TemplateRefused
+from trainer.templates.grammar import Grammar, check_schema, in_words
 from trainer.types import Demonstration
-from trainer.warmstart import check_company, check_demonstrations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class Job:
         import torch
 
         from trainer.config import publishes_merged
-        from trainer.family import weights_dtype
+        from trainer.models.family import weights_dtype
 
         config, on_cpu = self.config, not torch.cuda.is_available()
         found: dict[str, str] = {}
@@ -323,7 +323,7 @@ def _check_family(config: RunConfig, *, trains: bool) -> None:
     folder = resolve_config(config.model.name)
     import torch
 
-    from trainer.family import check_attention, check_served, read_family, weights_dtype
+    from trainer.models.family import check_attention, check_served, read_family, weights_dtype
 
     family = read_family(folder, config.model.lora)
     on_cpu = not torch.cuda.is_available()
@@ -343,8 +343,8 @@ def _check_cache(config: RunConfig, folder: Path) -> None:
     """Whether the engine's cache on a CPU can be had and holds one episode, or vLLM would refuse to start."""
     import psutil
 
-    from trainer.preflight.machines import GIB
-    from trainer.preflight.memory import kv_token_bytes, read_shape
+    from trainer.models.machines import GIB
+    from trainer.models.memory import kv_token_bytes, read_shape
 
     given, memory = config.engine.kv_cache_gib * GIB, psutil.virtual_memory().total
     if given > memory:

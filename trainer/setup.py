@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 from envs.base import Sweeps
 from envs.limits.clocks import time_limit
 from trainer import processes
-from trainer.adapter import published_bytes
-from trainer.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
 from trainer.config import publishes_merged
-from trainer.engine import Engine, VllmEngine, release_memory
+from trainer.engines.engine import Engine, VllmEngine, release_memory
+from trainer.engines.watched import WatchedEngine
 from trainer.job import Job
-from trainer.policy import Policy
-from trainer.rollout import RolloutWorker
+from trainer.learning.adapter import published_bytes
+from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
+from trainer.learning.policy import Policy
+from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
+from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch
 from trainer.seeds import derive_seed
 from trainer.types import Phase
-from trainer.warmstart import expert_ledger, expert_ledgers, in_steps
-from trainer.watched import WatchedEngine
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

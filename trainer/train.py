@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import processes
-from trainer.canary import Canary
-from trainer.collect import Collector, to_samples, watch_for_no_ops
 from trainer.config import RunConfig
-from trainer.curriculum import Curriculum
+from trainer.engines.canary import Canary
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
 from trainer.reachable import PATIENCE_S
+from trainer.rollouts.collect import Collector, to_samples, watch_for_no_ops
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
-from trainer.tasks import train_requests
+from trainer.tasks.curriculum import Curriculum
+from trainer.tasks.load import train_requests
 from trainer.types import Kind, Phase
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def train(
     if RunFolder.is_finished(config):
         return config.output_dir
     job = prepare(config, patience_s=PATIENCE_S)
-    from trainer.checkpoint import keep_checkpoint, write_checkpoint
+    from trainer.engines.publish import Publisher
     from trainer.export import export_adapter
-    from trainer.publish import Publisher
+    from trainer.learning.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.reports.run_report import write_report
     from trainer.reports.transcripts.write import write_token_figures, write_transcripts
     from trainer.runs.scratch import sweep_default_roots

@@ -34,7 +34,7 @@ _CONTENT_FILTER = "content_filter"
 
 
 def build_judge(config: JudgeConfig) -> OpenAIJudge:
-    """The judge behind an HTTP server. The run's own engine (`engine`) is `trainer.engine_judge`'s."""
+    """The judge behind an HTTP server. The run's own engine (`engine`) is `trainer.engines.base_judge`'s."""
     assert config.base_url != "engine", "the engine's judge is bound to the run's engine"
     return OpenAIJudge(config)
 

@@ -102,8 +102,8 @@ def load_policy(job: Job, accelerator: Any, adapter: Path | None) -> Any:
     """The `Policy` that the config describes, its adapter taken from the folder `adapter` if there is one."""
     from safetensors.torch import load_file
 
-    from trainer.adapter import load_adapter_state
-    from trainer.policy import Policy
+    from trainer.learning.adapter import load_adapter_state
+    from trainer.learning.policy import Policy
 
     config = job.config
     policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)

@@ -27,7 +27,7 @@ from common import Figure, adapter_of, bench_config, load_policy, parser, ratio,
 from rollout_throughput import Call, generate, requests_of
 
 from trainer.config import RunConfig
-from trainer.engine import VllmEngine
+from trainer.engines.engine import VllmEngine
 from trainer.job import Job, prepare
 
 Way = Literal["merged", "lora"]
@@ -95,8 +95,8 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
     """Seconds of each part and tokens/s, one record a publish; the warm-up is left out."""
     from accelerate import Accelerator
 
-    from trainer.canary import Canary
-    from trainer.publish import Publisher
+    from trainer.engines.canary import Canary
+    from trainer.engines.publish import Publisher
     from trainer.runs.scratch import Scratch
     from trainer.setup import canary_ids, open_engine
 

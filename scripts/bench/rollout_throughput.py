@@ -36,19 +36,19 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure, adapter_of, bench_config, load_policy, parser, ratio, report, run_main
+from trainer.runs.records import rollout_to_json
 
 from envs.errors import UserError
 from trainer.config import RunConfig
-from trainer.engine import Completion, Engine, Sampling, VllmEngine
-from trainer.engine_arguments import seeds_requests
+from trainer.engines.arguments import seeds_requests
+from trainer.engines.engine import Completion, Engine, Sampling, VllmEngine
 from trainer.job import Job, prepare
-from trainer.rollout import RolloutWorker
+from trainer.learning.warmstart import expert_ledger
+from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.files import append_line
-from trainer.runs.records import rollout_to_json
 from trainer.seeds import derive_seed
-from trainer.tasks import tasks_of_step, train_requests
+from trainer.tasks.load import tasks_of_step, train_requests
 from trainer.types import Rollout, RolloutRequest
-from trainer.warmstart import expert_ledger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,8 +205,8 @@ async def expert_turns(job: Job, requests: Sequence[RolloutRequest]) -> dict[int
 
 def publish_adapter(job: Job, engine: VllmEngine, loop: asyncio.Runner, accelerator: Any, adapter: Path) -> None:
     """The weights reach the engine as in training, with proof."""
-    from trainer.canary import Canary
-    from trainer.publish import Publisher
+    from trainer.engines.canary import Canary
+    from trainer.engines.publish import Publisher
     from trainer.runs.scratch import Scratch
     from trainer.setup import canary_ids
 

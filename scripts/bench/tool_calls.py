@@ -34,12 +34,12 @@ from envs.remote.world import RemoteWorld
 from envs.tools import Tool, call_tool, offered_tools, tool
 from envs.types import Episode, Message, Task, ToolCall
 from graders.types import Grade
-from trainer.chat import Chat
 from trainer.config import RolloutConfig
-from trainer.engine import Completion, Sampling
+from trainer.engines.engine import Completion, Sampling
 from trainer.job import prepare
-from trainer.rollout import RolloutWorker
+from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
+from trainer.templates.chat import Chat
 from trainer.types import RolloutRequest
 
 TEMPERATURE = 1.0

@@ -2,11 +2,11 @@
 
     python scripts/bench/training_throughput.py [--config FILE] [KEY=VALUE ...] [--rows 16 | --rollouts FILE]
 
-Three ways through the same microbatches (`trainer.packing`), one after the other in every repeat:
+Three ways through the same microbatches (`trainer.learning.packing`), one after the other in every repeat:
 
 ours   `Policy.update`: packing, log-probabilities, the loss with its corrections, checks, metrics, optimizer.
 bare   PEFT's LoRA model as PEFT makes it, transformers' forward, log-softmax at the trainable positions, backward.
-core   our own model and head (`trainer.adapter`, `trainer.head`) with nothing around them. ours / core is what `update`
+core   our own model and head (`trainer.learning.adapter`, `trainer.learning.head`) with nothing around them. ours / core is what `update`
        adds; core / bare is what the faster LoRA forward and head give back.
 
 Rows are expert episodes of the config's world (real lengths and microbatches), or with `--rollouts` those of a run:
@@ -30,19 +30,19 @@ from common import Figure, bench_config, load_policy, parser, ratio, report, run
 
 from envs.errors import UserError
 from trainer.config import RunConfig
-from trainer.samples import sample_of
+from trainer.learning.samples import sample_of
 
 if TYPE_CHECKING:
     from trainer.job import Job
-    from trainer.packing import Microbatch
-    from trainer.samples import Sample
+    from trainer.learning.packing import Microbatch
+    from trainer.learning.samples import Sample
     from trainer.types import Ledger
 
 
 def expert_samples(job: Job, num_rows: int) -> list[Sample]:
     """The first tasks' expert episodes that fit into an episode's length, cycled where tasks are fewer than rows."""
+    from trainer.learning.warmstart import expert_ledger
     from trainer.seeds import derive_seed
-    from trainer.warmstart import expert_ledger
 
     async def play() -> list[Ledger]:
         ledgers: list[Ledger] = []
@@ -65,9 +65,10 @@ def expert_samples(job: Job, num_rows: int) -> list[Sample]:
 
 def rollout_file_samples(path: Path) -> list[Sample]:
     """The rows of a run's rollouts file, all with an advantage."""
-    from trainer.runs.files import read_lines
     from trainer.runs.records import rollout_from_json
-    from trainer.samples import rollout_samples
+
+    from trainer.learning.samples import rollout_samples
+    from trainer.runs.files import read_lines
 
     rollouts = [rollout_from_json(record) for record in read_lines(path)]
     if not rollouts:
@@ -99,7 +100,7 @@ def bare_pass(config: RunConfig, model_path: Path, device: Any, batches: Sequenc
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.family import weights_dtype
+    from trainer.models.family import weights_dtype
 
     dtype = getattr(torch, weights_dtype(config.model, on_cpu=device.type == "cpu"))
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device)
@@ -124,8 +125,8 @@ def bare_pass(config: RunConfig, model_path: Path, device: Any, batches: Sequenc
 
 def core_pass(policy: Any, temperature: float, batches: Sequence[Microbatch]) -> Callable[[], None]:
     """Our model and head, and a plain mean as the loss."""
-    from trainer.adapter import hidden_states, read_head
-    from trainer.head import token_logprobs
+    from trainer.learning.adapter import hidden_states, read_head
+    from trainer.learning.head import token_logprobs
 
     model = policy.model
     head = read_head(model)
@@ -171,7 +172,7 @@ def measure(
     job = prepare(config)
     from accelerate import Accelerator
 
-    from trainer.packing import pack
+    from trainer.learning.packing import pack
 
     samples = rollout_file_samples(rollouts) if rollouts else expert_samples(job, num_rows)
     policy = load_policy(job, Accelerator(), None)

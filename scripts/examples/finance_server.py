@@ -62,7 +62,7 @@ def make_app(world: FinanceWorld) -> FastAPI:
 
 def write_rows(world: FinanceWorld, folder: Path) -> None:
     """The tasks of both splits, and expert episodes of training tasks, as files of the hosted formats."""
-    from trainer.expert import play_expert
+    from trainer.tasks.expert import play_expert
 
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "eval"):

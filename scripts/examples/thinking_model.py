@@ -27,7 +27,7 @@ from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
 from envs.types import Message
 from trainer.config import load_config
-from trainer.model_cache import DEFAULT_MODEL, resolve_model
+from trainer.models.cache import DEFAULT_MODEL, resolve_model
 
 RENAMED = {
     "<repo_name>": "<think>",
@@ -87,7 +87,7 @@ def _embed_as_rare_words(folder: Path) -> None:
 
 def conversations(world: FinanceWorld, num: int) -> Iterator[dict[str, Any]]:
     """Expert episodes of training tasks, as rows of the supervised format with `reasoning_content`."""
-    from trainer.expert import play_expert
+    from trainer.tasks.expert import play_expert
 
     tasks = world.tasks("train")
     for seed in range(num):

@@ -11,7 +11,7 @@ from envs.settings import Settings
 
 
 class LossConfig(Settings):
-    """The policy-gradient loss. See `trainer.losses` and `trainer.advantages` for the formulas."""
+    """The policy-gradient loss. See `trainer.learning.losses` and `trainer.learning.advantages` for the formulas."""
 
     advantage: Literal["grpo", "dr_grpo"] = Field(
         "grpo", description="grpo: centred and divided by the group's standard deviation; dr_grpo: centred only"

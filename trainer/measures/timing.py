@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from enum import StrEnum
 
-from trainer.samples import Sample
+from trainer.learning.samples import Sample
 from trainer.types import Metrics, Rollout
 
 

@@ -9,9 +9,9 @@ from enum import StrEnum
 from envs.types import StopReason
 from trainer.config import RunConfig
 from trainer.measures.masked import WHY_MASKED, Masked
+from trainer.models.machines import GIB
+from trainer.models.memory import MemoryRow, memory_bytes
 from trainer.preflight.figures import Figures
-from trainer.preflight.machines import GIB
-from trainer.preflight.memory import MemoryRow, memory_bytes
 
 FEW_VARIED, ENOUGH_VARIED = 0.10, 0.15
 """Share of tasks with reward variance; about 15 % was what the published demo had, and it gained 0.04 in ten steps."""

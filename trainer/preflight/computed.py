@@ -29,12 +29,10 @@ from dataclasses import dataclass
 
 from envs.errors import UserError
 from trainer.config import RunConfig, check_publish, publishes_merged
-from trainer.engine_arguments import check_engine
-from trainer.model_cache import resolve_config
-from trainer.preflight.advice import Advice, advise_memory
-from trainer.preflight.duration import TimeEstimate, num_evaluations
-from trainer.preflight.machines import GIB, Gpu, Machine, check_option, this_machine
-from trainer.preflight.memory import (
+from trainer.engines.arguments import check_engine
+from trainer.models.cache import resolve_config
+from trainer.models.machines import GIB, Gpu, Machine, check_option, this_machine
+from trainer.models.memory import (
     DTYPE_BYTES,
     MemoryRow,
     ModelShape,
@@ -45,6 +43,8 @@ from trainer.preflight.memory import (
     num_weights_of,
     read_shape,
 )
+from trainer.preflight.advice import Advice, advise_memory
+from trainer.preflight.duration import TimeEstimate, num_evaluations
 
 TRAINING_UTILISATION = 0.2
 """μ: share of the GPU's bf16 peak that forward and backward passes reach. 0.23 (checkpointed 0.13 and 0.22) was

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from graders.types import Grade
-from trainer.difficulty import TaskStats, stats_of
 from trainer.measures.catalogue import num_tool_errors
 from trainer.measures.masked import Masked, masked_causes
+from trainer.tasks.difficulty import TaskStats, stats_of
 from trainer.types import Rollout
 
 Curve = list[tuple[int, float]]

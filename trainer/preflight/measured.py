@@ -26,27 +26,27 @@ from envs.reading.documents import check_writable
 from envs.secrets import without_secrets
 from envs.types import Task
 from trainer import processes
-from trainer.canary import Canary
-from trainer.collect import refuse_if_none_graded, warn_of_unclosed
 from trainer.config import RunConfig
+from trainer.engines.canary import Canary
 from trainer.job import Job, prepare
+from trainer.learning.samples import rollout_samples
+from trainer.models.machines import Machine, check_option, this_machine
+from trainer.models.memory import MemoryRow, memory_rows, num_weights_of, read_shape
 from trainer.preflight.advice import Advice, advise, advise_memory, verdict
 from trainer.preflight.duration import Speeds, TimeEstimate, time_estimate
 from trainer.preflight.figures import Figures, figures_of
-from trainer.preflight.machines import Machine, check_option, this_machine
-from trainer.preflight.memory import MemoryRow, memory_rows, num_weights_of, read_shape
 from trainer.reachable import PATIENCE_S
+from trainer.rollouts.collect import refuse_if_none_graded, warn_of_unclosed
 from trainer.runs.files import append_text, open_to_read, sealed, write_atomically
 from trainer.runs.folder import RunFolder
 from trainer.runs.manifest import checkpoints
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_to_json
-from trainer.samples import rollout_samples
 from trainer.seeds import derive_seed
 from trainer.types import Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
-    from trainer.policy import Policy
+    from trainer.learning.policy import Policy
     from trainer.setup import StartEngine
 
 _LONG_UPDATE_S = 60.0
@@ -172,7 +172,7 @@ def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[Memo
 
 
 def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
-    from trainer.publish import Publisher
+    from trainer.engines.publish import Publisher
     from trainer.runs.scratch import sweep_default_roots
     from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch
 
@@ -242,7 +242,7 @@ def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConf
     """
     import torch
 
-    from trainer.packing import plan, used_length
+    from trainer.learning.packing import plan, used_length
 
     rows = [
         sample
@@ -290,7 +290,7 @@ def _load_adapter(policy: Policy, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from trainer.adapter import load_adapter_state
+    from trainer.learning.adapter import load_adapter_state
 
     path = folder / "adapter_model.safetensors"
     try:

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from envs.secrets import without_secrets
 from trainer.measures.masked import WHY_MASKED
+from trainer.models.machines import gib
+from trainer.models.memory import MemoryRow, memory_bytes
 from trainer.preflight.advice import Advice, Level
 from trainer.preflight.computed import Estimate
 from trainer.preflight.duration import TimeEstimate
-from trainer.preflight.machines import gib
 from trainer.preflight.measured import Preflight
-from trainer.preflight.memory import MemoryRow, memory_bytes
 from trainer.reports.drawing import Series, bars, histogram, line_chart, number
 from trainer.reports.pages import write_page
 from trainer.reports.tables import facts, to_terminal

@@ -25,12 +25,12 @@ from typing import Any
 from markupsafe import Markup
 
 from envs.errors import UserError
-from trainer.model_cache import resolve_model
+from trainer.learning.samples import Sample
+from trainer.models.cache import resolve_model
 from trainer.reports.pages import render_page
 from trainer.reports.run_reader import read_run, records_of_step, steps_in
 from trainer.reports.transcripts.records import TokenFigures, index_line, number, record, text
 from trainer.runs.files import step_files, write_atomically
-from trainer.samples import Sample
 
 PAGE = "transcripts.html"
 TOKEN_FIGURES = "tokens"

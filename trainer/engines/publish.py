@@ -1,0 +1,101 @@
+"""From the trained adapter to the engine that samples with it, with proof."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from envs.errors import PublishError
+from trainer.engines.canary import Canary, Scores
+from trainer.engines.engine import PROBE_VERSION, Engine, version_name
+from trainer.learning import adapter as lora
+from trainer.learning.policy import Policy
+
+_PROBE_MOVE = 3.0
+"""By how much each kind of layer moves the canary's log-probabilities under the probe (root mean square), in units of
+the base model's mismatch, which hides less. More would make the kinds' shares hard to tell apart."""
+
+_LEAST_PROBE_MOVE = 0.05
+"""No less than that, nats."""
+
+_PROBE_SIZE = 0.05
+"""Of the first try: the adapter's part of a matrix, relative to the matrix (Frobenius norms)."""
+
+
+class Publisher:
+    """Hands each policy version to one engine, by way of the folder `scratch`."""
+
+    def __init__(self, policy: Policy, engine: Engine, canary: Canary, scratch: Path) -> None:
+        self._policy = policy
+        self._engine = engine
+        self._canary = canary
+        self._scratch = scratch
+
+    async def note_base(self) -> dict[str, float]:
+        """Compare engine and trainer on the base model; call once, before the first publish."""
+        return await self._canary.note_base(self._engine, self._scores(adapter=False))
+
+    async def probe(self) -> dict[str, float]:
+        """Prove, before the first rollout, that the engine runs every kind of adapted layer; call after `note_base`.
+
+        A new adapter changes nothing: an engine that ignores it looks right until training has moved it. So an adapter
+        that changes something in every layer is published once. The policy keeps its own, which has to be published
+        next. Returns the share of each kind's change that the engine shows. Raises `PublishError` that names the kinds
+        which it does not run as the trainer does.
+        """
+        model = self._policy.model
+        own = lora.adapter_state(model)
+        try:
+            moves = self._load_probe()
+            trainer = await self._hand_over(PROBE_VERSION)
+            return await self._canary.prove_parts(self._engine, trainer, moves)
+        except PublishError as e:
+            raise PublishError(f"{type(model.get_base_model()).__name__}: {e}") from e
+        finally:
+            lora.load_adapter_state(model, own)
+            shutil.rmtree(self._scratch / version_name(PROBE_VERSION), ignore_errors=True)
+
+    def _load_probe(self) -> dict[str, Scores]:
+        """Load an adapter in which each kind of layer has its say; how much each alone moves the trainer's scores."""
+        model = self._policy.model
+        base = self._scores(adapter=False)
+        kinds = lora.random_changes(model, size=_PROBE_SIZE)
+        nothing = {name: change * 0 for changes in kinds.values() for name, change in changes.items()}
+        everything, moves = dict(nothing), {}
+        wanted = max(_LEAST_PROBE_MOVE, _PROBE_MOVE * self._canary.rounding)
+        for kind, changes in kinds.items():
+            for _ in range(2):
+                lora.load_weights(model, nothing | changes)
+                moves[kind] = [n - b for n, b in zip(self._scores(adapter=True), base, strict=True)]
+                size = math.sqrt(sum(x * x for x in moves[kind]) / len(base))
+                if wanted / 2 < size < wanted * 2:
+                    break
+                changes = {name: change * min(50.0, wanted / max(size, 1e-9)) for name, change in changes.items()}
+            everything |= changes
+        lora.load_weights(model, everything)
+        return moves
+
+    async def publish(self) -> dict[str, float]:
+        """Make the engine serve the policy as it is now, and prove it. Raises `PublishError`."""
+        version = self._policy.num_updates
+        trainer = await self._hand_over(version)
+        metrics = await self._canary.prove(self._engine, trainer, version=version)
+        for old in self._scratch.glob("policy-v*"):
+            if old.name != version_name(version):
+                shutil.rmtree(old)
+        return metrics
+
+    async def _hand_over(self, version: int) -> Scores:
+        """Make the engine serve the adapter as it is now; what the trainer says under it."""
+        folder = self._scratch / version_name(version)
+        if self._engine.publishes_merged:
+            self._policy.save_merged(folder)
+        else:
+            self._policy.save_adapter(folder)
+        await self._engine.publish(folder, version)
+        return self._scores(adapter=True)
+
+    def _scores(self, *, adapter: bool) -> Scores:
+        rows = self._policy.score(self._canary.token_ids, adapter=adapter)
+        return [x for row in rows for x in row.tolist()]

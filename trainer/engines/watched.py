@@ -1,0 +1,79 @@
+"""An engine that hangs ends the run: while it is asked for something, it has to answer something.
+
+What waits for the engine is on no episode's clock, so nothing else would end the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from envs.errors import EngineHungError
+from envs.limits.clocks import Clock, time_limit
+from trainer.engines.base_judge import BaseEngine
+from trainer.engines.engine import Completion, Engine, Sampling
+
+_T = TypeVar("_T")
+
+
+class WatchedEngine:
+    """The engine given, with an end to every wait for it.
+
+    Covered: each answer, to whatever request, gives all open requests the whole limit anew, so that a long queue is no
+    fault; the time in which this process stood still or was busy does not count. Not covered: the engine's start, which
+    has limits of vLLM's own; an engine that answers some and never others, unless nothing else is asked for.
+    """
+
+    def __init__(self, engine: Engine, *, limit_s: float) -> None:
+        """`limit_s`: the longest time without any answer while one is waited for, seconds."""
+        self.engine = engine
+        self._limit_s = limit_s
+        self._open: set[Clock] = set()
+
+    @property
+    def publishes_merged(self) -> bool:
+        return self.engine.publishes_merged
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        return await self._answered("a turn", self.engine.generate(prompt_ids, sampling))
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        return await self._answered("log-probabilities", self.engine.score(token_ids))
+
+    async def publish(self, weights: Path, version: int) -> None:
+        await self._answered("the loading of new weights", self.engine.publish(weights, version))
+
+    async def sleep(self) -> None:
+        await self._answered("its sleep", self.engine.sleep())
+
+    async def wake_up(self) -> None:
+        await self._answered("its awakening", self.engine.wake_up())
+
+    async def generate_base(self, prompt_ids: Sequence[int], **how: Any) -> list[int]:
+        """As `BaseEngine` has it."""
+        answer = cast(BaseEngine, self.engine).generate_base(prompt_ids, **how)
+        return await self._answered("the base model's words", answer)
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+    async def _answered(self, what: str, answer: Awaitable[_T]) -> _T:
+        try:
+            async with time_limit(self._limit_s) as clock:
+                self._open.add(clock)
+                try:
+                    answered = await answer
+                finally:
+                    self._open.discard(clock)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise EngineHungError(
+                f"the engine was asked for {what} and has answered nothing for {self._limit_s:g} s "
+                "(engine.hung_after_s); its log says more with VLLM_LOGGING_LEVEL=INFO. Start the same command again: "
+                "the run goes on where its last checkpoint stands"
+            ) from None
+        for other in self._open:
+            other.renew(self._limit_s)
+        return answered

@@ -1,0 +1,1 @@
+"""Jobs of the hosted service, read as they are."""

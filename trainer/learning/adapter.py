@@ -1,0 +1,265 @@
+"""The model under training: a frozen base with LoRA weights in float32, and the files that an engine loads of it.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. W' = W + (alpha / r) · B A, where only A and B are trained and B starts at 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
+
+from envs.errors import UserError
+from trainer.config import LoraConfig, ModelConfig
+from trainer.learning import head
+from trainer.learning.head import Head
+from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
+
+_ADAPTER = "default"
+_PEFT_PREFIX = "base_model.model."
+
+
+def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.device, seed: int) -> Any:
+    """The model at `model_path`, frozen, in the dtype of `weights_dtype`; its adapter changes nothing yet (B = 0).
+
+    Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
+    decoder adapted. Dropout is off: the ratio between two passes over the same tokens must come from the weights alone.
+    Raises `UserError` for a model that can't be trained here, see `trainer.models.family`.
+    """
+    model_class, _ = model_class_of(Path(model_path))
+    base = model_class.from_pretrained(
+        model_path,
+        trust_remote_code=False,
+        dtype=getattr(torch, weights_dtype(config, on_cpu=device.type == "cpu")),
+        device_map={"": device} if device.type != "cpu" else None,
+        attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
+    )
+    model = _with_adapter(base, config.lora)
+    _init_adapter(model, seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+        if isinstance(module, LoraLinear):
+            module.forward = MethodType(_lora_forward, module)
+    model.eval()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    return model
+
+
+def _with_adapter(base: Any, lora: LoraConfig) -> Any:
+    """The PEFT model; `base` is changed in place."""
+    targets = lora_targets(base, lora)
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+    )
+    # PEFT would take names that end as layers of experts once did (gate_proj) for the fused experts of today, and train
+    # those; it knows by the model's type where there are any.
+    model_type = base.config.model_type
+    base.config.model_type = ""
+    try:
+        model = get_peft_model(base, config)
+    finally:
+        base.config.model_type = model_type
+    adapted = {name.removeprefix(_PEFT_PREFIX) for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    assert adapted == set(targets), f"PEFT adapted {sorted(adapted ^ set(targets))} otherwise than it was told"
+    # PEFT keeps a set, whose order differs from process to process and would show in adapter_config.json.
+    config.target_modules = short_targets(base, targets)
+    return model
+
+
+def _init_adapter(model: Any, seed: int) -> None:
+    # Drawn on the CPU in the order of names, so that the start does not depend on the device or on the process.
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(trainable_parameters(model).items()):
+        initial = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
+        parameter.data = initial.to(parameter.device)
+
+
+def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """W x + B A x with float32 A and B, computed in the base's dtype.
+
+    PEFT's own forward casts x to float32 instead, for every adapted layer, and keeps that copy for the backward pass.
+    """
+    result: Tensor = self.base_layer(x, *args, **kwargs)
+    if self.disable_adapters:
+        return result
+    for name in self.active_adapters:
+        weight_a = self.lora_A[name].weight.to(x.dtype)
+        weight_b = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+        result = result + nn.functional.linear(nn.functional.linear(x, weight_a), weight_b)
+    return result
+
+
+def read_head(model: Any) -> Head:
+    """How the model makes its logits, proved; see `head.read_head`. Raises `UserError` where it can't be supported."""
+    base = model.get_base_model()
+    module = base.get_output_embeddings()
+    if isinstance(module, LoraLinear) or any(p.requires_grad for p in module.parameters()):
+        raise UserError("model.lora.target_modules: the output head can't be adapted; leave `lm_head` out")
+    token_ids_1T = torch.arange(1, 17, device=module.weight.device)[None] % module.weight.shape[0]
+    with torch.no_grad():
+        return head.read_head(base, hidden_states(model, token_ids_1T), token_ids_1T)
+
+
+def hidden_states(model: Any, token_ids_BT: Tensor) -> Tensor:
+    """The decoder's last hidden states, (B, T, H), after the final norm."""
+    decoder = model.get_base_model().get_decoder()
+    states: Tensor = decoder(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+    return states
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """A copy of the adapter's weights on the CPU, under PEFT's names."""
+    return {_in_file(name): p.detach().cpu().clone() for name, p in trainable_parameters(model).items()}
+
+
+def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
+    expected = {_in_file(name): p.shape for name, p in trainable_parameters(model).items()}
+    if expected != {name: t.shape for name, t in state.items()}:
+        raise UserError("the checkpoint's adapter does not fit the model: other base, rank or target modules")
+    load_weights(model, state)
+
+
+def load_weights(model: Any, weights: dict[str, Tensor]) -> None:
+    """Copy `weights`, under PEFT's names, into the adapter; what is not among them stays."""
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model).items():
+            if (new := weights.get(_in_file(name))) is not None:
+                parameter.copy_(new)
+
+
+def random_changes(model: Any, *, size: float) -> dict[str, dict[str, Tensor]]:
+    """For each kind of layer (`q_proj`, say) random B matrices under PEFT's names, the same in every process.
+
+    They make the norm of each layer's (alpha / r) · B A about `size` times that of its base matrix.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, layer in sorted(model.named_modules()):
+        if isinstance(layer, LoraLinear):
+            matrix_a, matrix_b = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+            change = torch.randn(matrix_b.shape, generator=generator)
+            norm = layer.scaling[_ADAPTER] * float(matrix_a.detach().norm()) * math.sqrt(len(change))
+            change *= size * float(layer.base_layer.weight.detach().float().norm()) / max(norm, 1e-9)
+            kinds.setdefault(name.rpartition(".")[2], {})[f"{name}.lora_B.weight"] = change
+    return kinds
+
+
+def _in_file(name: str) -> str:
+    return name.replace(f".{_ADAPTER}.", ".")
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter as PEFT and vLLM's `LoRARequest` read it: adapter_model.safetensors, adapter_config.json.
+
+    Layers go by the names of the base's checkpoint, which vLLM renames for the weights and the adapter alike. Where
+    transformers holds the model under others (wrappers of vision), PEFT finds none of them.
+    """
+    renamed = _checkpoint_names(model)
+    own = {name.removesuffix(".weight"): there.removesuffix(".weight") for name, there in renamed.items()}
+    tensors = {}
+    for name, parameter in trainable_parameters(model).items():
+        layer, _, rest = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        tensors[_in_file(f"{_PEFT_PREFIX}{own[layer]}.lora_{rest}")] = parameter.detach().cpu().contiguous()
+    config = copy.copy(model.peft_config[_ADAPTER])
+    config.target_modules = sorted({own.get(name, name) for name in config.target_modules})
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def save_merged(model: Any, folder: Path, *, model_path: str | Path) -> None:
+    """Write base + adapter as `model.safetensors`, under the names of the base's checkpoint, in the base's dtype.
+
+    For vLLM's `reload_weights`, which leaves a layer alone that the file does not name: experts that transformers
+    holds fused, and the checkpoint apart, are left out. Each adapted matrix is computed in float32 from the frozen base
+    and the adapter and rounded once, into a copy: merging in place and taking it out again would round the base at
+    every publish. No config and no tokenizer are written; the engine has them.
+    """
+    tensors: dict[str, Tensor] = {}
+    renamed = _checkpoint_names(model)
+    there = _names_in(Path(model_path)) or set(renamed.values())
+    seen: set[int] = set()
+    with torch.no_grad():
+        for name, tensor, layer in _base_tensors(model):
+            if renamed.get(name) not in there:
+                if layer is not None:
+                    raise UserError(
+                        f"engine.publish: merged weights do not work for this model, whose checkpoint has no {name!r}; "
+                        "set it to lora"
+                    )
+                continue
+            if tensor.data_ptr() in seen:
+                continue  # the second name of tied weights is not in the file
+            seen.add(tensor.data_ptr())
+            if layer is not None:
+                tensor = (tensor.float() + layer.get_delta_weight(_ADAPTER)).to(tensor.dtype)
+            # Off the GPU one by one: a copy of the whole base would not fit beside it.
+            tensors[renamed[name]] = tensor.cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def published_bytes(model: Any, *, merged: bool) -> int:
+    """Of the weights in the file that `save_merged` or `save_adapter` writes."""
+    if merged:
+        # The second name of tied weights is not in the file.
+        return sum({t.data_ptr(): t.numel() * t.element_size() for _, t, _ in _base_tensors(model)}.values())
+    return sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+
+
+def _base_tensors(model: Any) -> Iterator[tuple[str, Tensor, LoraLinear | None]]:
+    """Every tensor of the base model under its name in transformers, and the layer with the adapter on it, if any."""
+    layers = {f"{name}.base_layer.weight": m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            yield name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", "."), tensor, layers.get(name)
+
+
+def _checkpoint_names(model: Any) -> dict[str, str]:
+    """What the base's tensors are called in its checkpoint, by their names in transformers.
+
+    Without those that transformers puts together of several in the checkpoint, or takes apart.
+    """
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor, _ in _base_tensors(model)}
+    names = {id(tensor): name for name, tensor in empty.items()}
+    reverted = revert_weight_conversion(model.get_base_model(), empty)
+    return {names[id(tensor)]: there for there, tensor in reverted.items() if id(tensor) in names}
+
+
+def _names_in(folder: Path) -> set[str]:
+    """Of the tensors of a safetensors checkpoint; empty for one of another format."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            return set(file.keys())
+    return set()

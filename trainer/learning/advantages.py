@@ -1,0 +1,55 @@
+"""Advantages from the rewards of one group. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.tasks.difficulty import stats_of
+
+MOST_REWARD = 1e12
+"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
+STD_EPS = 1e-4
+"""Added to the standard deviation; trl's value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupAdvantages:
+    """Advantages of one group, and what they were made of."""
+
+    advantages: tuple[float | None, ...]
+    """One per reward, in its order; None where the reward was None."""
+    mean: float
+    """Of the rewards that are there; nan when none is."""
+    std: float
+    """With Bessel's correction; 0.0 for fewer than two rewards."""
+    tied: bool
+    """All rewards are equal (or at most one is there): every advantage is 0, the group teaches nothing."""
+
+
+def group_advantages(rewards_G: Sequence[float | None], mode: Literal["grpo", "dr_grpo"]) -> GroupAdvantages:
+    """Group-relative advantages of the G rollouts of one task.
+
+        grpo      A_i = (r_i - mean(r)) / (std(r) + 1e-4)        DeepSeekMath, Shao et al. 2024, arXiv:2402.03300
+        dr_grpo   A_i =  r_i - mean(r)                           Dr. GRPO, Liu et al. 2025, arXiv:2503.20783
+
+    std is the sample standard deviation (divisor n - 1), as in trl. A None reward is a masked rollout: it counts
+    neither in mean nor in std, and has no advantage. A tied group's advantages are exactly 0, free of the residue that
+    subtracting a rounded mean would leave and dividing by a tiny std would blow up.
+
+    Left out on purpose: the leave-one-out baseline (RLOO), which is dr_grpo times n / (n - 1); scaling by the batch's
+    std, which would tie a group's advantages to its neighbours.
+    """
+    present = [r for r in rewards_G if r is not None]
+    assert all(abs(r) <= MOST_REWARD for r in present), f"rewards must be finite and no larger: {present}"
+    stats = stats_of(rewards_G)
+    scale = 1.0 / (stats.std + STD_EPS) if mode == "grpo" else 1.0
+    return GroupAdvantages(
+        # A tied group's mean is its reward, so that the differences are exactly 0.
+        advantages=tuple(None if r is None else (r - stats.mean) * scale for r in rewards_G),
+        mean=stats.mean if stats.n else math.nan,
+        std=stats.std,
+        tied=stats.tied,
+    )

@@ -1,0 +1,384 @@
+"""The policy under training: log-probabilities and updates, the same whatever the microbatches and processes.
+
+Shape suffixes: B rows of a microbatch, T positions, H hidden size, N trainable tokens of a microbatch.
+
+Gradients are summed over processes once per update, by hand. DistributedDataParallel would sum them at every backward
+pass unless told otherwise, would want the same number of backward passes on every process, and divides by the number
+of processes, which invariant 6 (one global denominator) forbids. LoRA's gradients are a few megabytes: one all-reduce.
+Each process holds the whole frozen base; sharding it (FSDP, tensor parallel) is not covered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from trainer import processes
+from trainer.config import LossConfig, ModelConfig, OptimConfig
+from trainer.learning import adapter as lora
+from trainer.learning.head import token_logprobs
+from trainer.learning.losses import policy_loss, reduce_metrics, token_weights
+from trainer.learning.packing import FixedRow, Microbatch, Row, minibatches_of, pack, split, used_length
+from trainer.learning.samples import Sample
+from trainer.templates.grammar import Grammar
+
+_IMITATION = LossConfig(normalisation="token", kl_coef=0.0)
+"""Every trainable token of a batch weighs the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One microbatch and what its loss needs. Old and reference log-probabilities are filled in where they matter."""
+
+    microbatch: Microbatch
+    rows: tuple[Sample, ...]
+    """The microbatch's, in its order."""
+    advantages_N: Tensor
+    weights_N: Tensor
+    sampler_logprobs_N: Tensor
+    old_logprobs_N: Tensor | None
+    ref_logprobs_N: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What is known of one step's training, the same on every process."""
+
+    metrics: dict[str, float]
+    """Means per trainable token that took part, over all processes and updates; see `losses.policy_loss`."""
+    logprobs: list[list[float] | None]
+    """For each sample: what the trainer gave its trainable tokens before the first optimizer step; None where the row
+    had no gradient and was not computed."""
+
+
+class Policy:
+    """A causal LM whose LoRA adapter learns. Draws no random numbers once it is built."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        model_config: ModelConfig,
+        optim: OptimConfig,
+        accelerator: Accelerator,
+        seed: int,
+        *,
+        grammar: Grammar | None = None,
+    ) -> None:
+        """`grammar` is that of the run's answers; without one no row may be constrained."""
+        self.accelerator = accelerator
+        self.num_updates = 0
+        """Optimizer updates that the adapter has seen since its warm start: the policy version."""
+        self.num_steps = 0
+        """Calls of `update`; the learning-rate schedule goes by it."""
+        self._reference: list[Tensor] | None = None
+        self._model_path = model_path
+        self._optim = optim
+        self._seed = seed
+        self._grammar = grammar
+        self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
+        """The PEFT model."""
+        self._head = lora.read_head(self.model)
+        self._parameters = list(lora.trainable_parameters(self.model).values())
+        # Loading may keep one process longer than NCCL waits for it.
+        processes.wait_for_all()
+        for parameter in self._parameters:
+            broadcast(parameter.data)
+        self._optimizer = self._adamw(optim.learning_rate, weight_decay=optim.weight_decay)
+
+    def _adamw(self, learning_rate: float, *, weight_decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+    def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
+        """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
+
+        They are log softmax(logits / temperature), over the allowed tokens only where a grammar constrained the answer:
+        what vLLM returns under `logprobs_mode="processed_logprobs"`, as long as top_p, top_k and penalties are off
+        (they change the sampler's distribution, not this one).
+        Computes what it is given on the calling process; no collective calls.
+        """
+        out = [torch.empty(0)] * len(rows)
+        with torch.no_grad():
+            for microbatch in pack(rows, self._optim.max_microbatch_tokens):
+                logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=adapter).cpu()
+                parts = torch.split(logprobs_N, list(microbatch.num_trainable_B))
+                for i, part in zip(microbatch.row_indices, parts, strict=True):
+                    out[i] = part
+        return out
+
+    def score(
+        self, token_ids: Sequence[Sequence[int]], *, temperature: float = 1.0, adapter: bool = True
+    ) -> list[Tensor]:
+        """Log-probabilities of every token but the first, given those before it: `len(row) - 1` a row."""
+        return self.logprobs([FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
+
+    def keep_as_reference(self) -> None:
+        """From here on the loss's KL term is measured from the policy as it is now; until then from the base model."""
+        self._reference = [p.detach().clone() for p in self._parameters]
+
+    def imitate(
+        self, batches: Sequence[Sequence[Sample]], *, learning_rate: float, on_step: Callable[[float], None]
+    ) -> None:
+        """The supervised updates of a warm start, one a batch, before the first `update`.
+
+        The loss, which `on_step` gets as it was before its update, is the mean of -log-probability over the batch's
+        trainable tokens, nats. Every process passes the same batches, all of them, with advantage 1; the work is split
+        here, and the denominator is that of all processes. AdamW without weight decay at a constant rate; its moments
+        end with it, and none of it counts as an update: policy version 0 is what it leaves.
+        """
+        optimizer = self._adamw(learning_rate, weight_decay=0.0)
+        for batch in batches:
+            self._assert_same_everywhere(batch)
+            scale = _gradient_scale(batch)
+            loss = 0.0
+            for work in self._work(batch, _IMITATION, 1.0, 0, needs_old=False):
+                logprobs_N = self._microbatch_logprobs(work.microbatch, 1.0, adapter=True)
+                value = -(work.weights_N * logprobs_N).sum()
+                (value * scale).backward()  # type: ignore[no-untyped-call]
+                loss += float(value.detach())
+            self._apply(scale, optimizer)
+            on_step(sum(processes.gather([loss])))
+
+    def update(
+        self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
+    ) -> Update:
+        """Train on one step's samples: `num_epochs` passes of `minibatches` optimizer updates.
+
+        Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
+        `constant_tokens` is the constant of normalisation `constant`.
+
+        A minibatch in which nothing has a gradient (all advantages 0, no KL term) makes no update and is counted in
+        `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A step without samples
+        makes none.
+        """
+        assert all(s.num_trainable for s in samples), "samples without trainable tokens"
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
+        self._assert_same_everywhere(samples)
+        rate = learning_rate(self._optim, self.num_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        minibatches = minibatches_of(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
+        is_single = self._optim.num_epochs * len(minibatches) == 1
+        work = [
+            list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
+            for minibatch in minibatches
+        ]
+        parts: list[dict[str, Tensor]] = []
+        old: dict[int, Tensor] = {}
+        norms: list[float] = []
+        for _ in range(self._optim.num_epochs):
+            for minibatch, works in zip(minibatches, work, strict=True):
+                if not any(_has_gradient(s, loss) for s in minibatch):
+                    continue
+                scale = _gradient_scale(minibatch)
+                for w in works:
+                    metrics, old_N = self._accumulate(w, loss, temperature, scale)
+                    parts.append(metrics)
+                    old |= _by_row(w, old_N)
+                norms.append(self._apply(scale, self._optimizer))
+                self.num_updates += 1
+        self.num_steps += 1
+        logprobs = self._of_all_processes(samples, old)
+        local = [{name: float(value) for name, value in part.items()} for part in parts]
+        means = reduce_metrics(processes.gather(local)) | {
+            "grad_norm": sum(norms) / max(len(norms), 1),
+            "learning_rate": rate,
+            "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
+        }
+        return Update(metrics=means, logprobs=logprobs)
+
+    def _work(
+        self, minibatch: Sequence[Sample], loss: LossConfig, temperature: float, constant_tokens: int, needs_old: bool
+    ) -> Iterable[_Work]:
+        """This process's share of a minibatch."""
+        num_tokens = Counter[str]()
+        for sample in minibatch:
+            num_tokens[sample.rollout_id] += sample.num_trainable
+        weights = token_weights(list(num_tokens.values()), loss.normalisation, constant_tokens=constant_tokens)
+        weight_of = dict(zip(num_tokens, weights, strict=True))
+        # Rows without a gradient count in the denominators above and cost no time below.
+        rows = [s for s in minibatch if _has_gradient(s, loss)]
+        shares = split([used_length(row) for row in rows], self.accelerator.num_processes)
+        rows = [rows[i] for i in shares[self.accelerator.process_index]]
+        for microbatch in pack(rows, self._optim.max_microbatch_tokens):
+            packed = [rows[i] for i in microbatch.row_indices]
+            old_N = ref_N = None
+            with torch.no_grad():
+                if needs_old:
+                    old_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+                if loss.kl_coef > 0:
+                    ref_N = self._reference_logprobs(microbatch, temperature)
+            yield _Work(
+                microbatch=microbatch,
+                rows=tuple(packed),
+                advantages_N=self._per_token(s.advantage for s in packed for _ in range(s.num_trainable)),
+                weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
+                sampler_logprobs_N=self._per_token(
+                    x for s in packed for x, trainable in zip(s.logprobs, s.trainable, strict=True) if trainable
+                ),
+                old_logprobs_N=old_N,
+                ref_logprobs_N=ref_N,
+            )
+
+    def _per_token(self, values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=self.accelerator.device)
+
+    def _microbatch_logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
+        """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
+        if not adapter:
+            with self.model.disable_adapter():
+                return self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        microbatch = microbatch.to(self.accelerator.device)
+        hidden_BTH = lora.hidden_states(self.model, microbatch.token_ids_BT)
+        hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
+        allowed_NW = self._allowed(microbatch)
+        return token_logprobs(hidden_NH, self._head, microbatch.targets_N, temperature, allowed_NW=allowed_NW)
+
+    def _allowed(self, microbatch: Microbatch) -> Tensor | None:
+        """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.
+
+        Walked anew at each pass: the masks of a whole step would take more memory than the time is worth.
+        """
+        if not microbatch.constrained:
+            return None
+        assert self._grammar is not None, "constrained rows, but the run's config has no rollout.response_format"
+        num_words = -(-len(self._head.weight_VH) // 32)
+        allowed_NW = torch.full((len(microbatch.targets_N), num_words), -1, dtype=torch.int32)
+        token_ids = microbatch.targets_N.tolist()
+        for start, end in microbatch.constrained:
+            self._grammar.fill(allowed_NW, start, token_ids[start:end])
+        return allowed_NW.to(self.accelerator.device)
+
+    def _reference_logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
+        if self._reference is None:
+            return self._microbatch_logprobs(microbatch, temperature, adapter=False)
+        current = [p.data for p in self._parameters]
+        self._load_weights(self._reference)
+        logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        self._load_weights(current)
+        return logprobs_N
+
+    def _load_weights(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self._parameters, weights, strict=True):
+            parameter.data = weight
+
+    def _accumulate(
+        self, work: _Work, loss: LossConfig, temperature: float, scale: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add one microbatch's gradient, times `scale`, to the parameters' gradients.
+
+        Returns the loss's metrics and the (N,) log-probabilities from before the step's first update.
+        """
+        logprobs_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
+        old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
+        value, metrics = policy_loss(
+            logprobs_N=logprobs_N,
+            old_logprobs_N=old_N,
+            sampler_logprobs_N=work.sampler_logprobs_N,
+            ref_logprobs_N=work.ref_logprobs_N,
+            advantages_N=work.advantages_N,
+            weights_N=work.weights_N,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            kl_coef=loss.kl_coef,
+            tis_cap=loss.tis_cap,
+        )
+        (value * scale).backward()  # type: ignore[no-untyped-call]
+        return metrics, old_N
+
+    def _apply(self, scale: float, optimizer: torch.optim.Optimizer) -> float:
+        """One update from the gradients of all processes, out of which `scale` is taken; their norm before clipping."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        flat: Tensor = torch.cat([g.flatten() for g in gradients]) / scale
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        norm = float(flat.norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm} after {self.num_updates} updates")
+        sizes = [p.numel() for p in self._parameters]
+        flat *= min(1.0, self._optim.max_grad_norm / (norm + 1e-6))
+        for parameter, gradient in zip(self._parameters, torch.split(flat, sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
+        """In the order of `samples`, the log-probabilities that each process noted of its own rows."""
+        mine = [(i, old[id(s)].tolist()) for i, s in enumerate(samples) if id(s) in old]
+        everyone = dict(processes.gather(mine))
+        return [everyone.get(i) for i in range(len(samples))]
+
+    def _assert_same_everywhere(self, samples: Sequence[Sample]) -> None:
+        digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(s.advantage for s in samples))
+        digests = processes.gather([digest])
+        assert all(d == digest for d in digests), f"processes were given different samples: {digests}"
+
+    def save_adapter(self, folder: Path) -> None:
+        """See `adapter.save_adapter`. Call it on one process."""
+        lora.save_adapter(self.model, folder)
+
+    def save_merged(self, folder: Path) -> None:
+        """See `adapter.save_merged`. Call it on one process."""
+        lora.save_merged(self.model, folder, model_path=self._model_path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs, as copies: adapter, reference, Adam's moments, the two counters."""
+        moments = [
+            {key: value.detach().cpu().clone() for key, value in self._optimizer.state[p].items()}
+            for p in self._parameters
+        ]
+        return {
+            "adapter": lora.adapter_state(self.model),
+            "reference": None if self._reference is None else [t.cpu().clone() for t in self._reference],
+            "moments": moments,
+            "num_updates": self.num_updates,
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken. Raises `UserError` when the adapter does not fit."""
+        lora.load_adapter_state(self.model, state["adapter"])
+        if state["reference"] is not None:
+            self._reference = [t.to(self.accelerator.device, copy=True) for t in state["reference"]]
+        for parameter, moments in zip(self._parameters, state["moments"], strict=True):
+            # A fused AdamW keeps its step counter, too, on the parameter's device.
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device, copy=True) for key, value in moments.items()
+            }
+        self.num_updates = state["num_updates"]
+        self.num_steps = state["num_steps"]
+
+
+def _has_gradient(sample: Sample, loss: LossConfig) -> bool:
+    return sample.advantage != 0.0 or loss.kl_coef > 0
+
+
+def _gradient_scale(samples: Sequence[Sample]) -> float:
+    """Keeps the gradients of float16 models from underflowing; a power of two, so exact."""
+    return 2.0 ** round(math.log2(sum(s.num_trainable for s in samples)))
+
+
+def _by_row(work: _Work, values_N: Tensor) -> dict[int, Tensor]:
+    """Values of a microbatch's trainable tokens by the identity of the sample they belong to."""
+    parts = torch.split(values_N, list(work.microbatch.num_trainable_B))
+    return {id(row): part for row, part in zip(work.rows, parts, strict=True)}
+
+
+def learning_rate(optim: OptimConfig, step: int) -> float:
+    """Of the 0-based training step: a linear warm-up to the peak, then the schedule, reaching 0 at `num_steps`."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    remaining = max(0.0, 1.0 - (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps))
+    if optim.schedule == "cosine":
+        remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
+    return optim.learning_rate * remaining

@@ -1,0 +1,152 @@
+"""A step's rollouts over all processes, written to disk as they finish, and the samples made of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from envs.errors import UserError, WorldError
+from graders.types import GraderErrorKind
+from trainer import processes
+from trainer.config import RunConfig
+from trainer.learning.advantages import group_advantages
+from trainer.learning.samples import Sample, rollout_samples
+from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
+from trainer.rollouts.worker import RolloutWorker
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
+from trainer.types import Kind, Metrics, Rollout, RolloutRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_MOST_TIED_STEPS = 3
+"""So many steps in a row in which no group had variance are no accident."""
+
+
+class Collector:
+    """Splits requests over the processes, each with its own engine, and brings all rollouts to every process."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        worker: RolloutWorker,
+        accelerator: Accelerator,
+        progress: Progress,
+        loop: asyncio.Runner,
+    ) -> None:
+        self._run = run
+        self._worker = worker
+        self._accelerator = accelerator
+        self._progress = progress
+        self._loop = loop
+
+    def collect(
+        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float
+    ) -> list[Rollout]:
+        """All rollouts of the requests, in their order, on every process.
+
+        Each rollout is written to the folder of its `kind` when it finishes. What an interrupted run has already
+        written there for this step is read and not rolled out again.
+        """
+        rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
+        mine = requests[rank::world_size]
+        finished = self._run.finished_rollouts(kind, step)
+        missing = [r for r in mine if r.rollout_id not in finished]
+        self._progress.advance(len(mine) - len(missing))
+
+        def keep(rollout: Rollout) -> None:
+            self._run.keep_rollout(kind, step, rollout)
+            self._progress.advance(1, tokens=rollout.episode.num_tokens)
+
+        new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))
+        finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
+        everyone = dict(processes.gather([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
+        rollouts = [everyone[r.rollout_id] for r in requests]
+        warn_of_unclosed(rollouts, self._progress)
+        return rollouts
+
+
+def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sample], Metrics]:
+    """Advantages by group, spread over the rollouts' rows; masked rollouts give no sample.
+
+    `rollouts` come group after group. Returns the samples and figures of the groups.
+    """
+    size = config.rollout.group_size
+    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
+    results = [group_advantages([r.reward for r in group], config.loss.advantage) for group in groups]
+    samples = [
+        sample
+        for group, result in zip(groups, results, strict=True)
+        for rollout, advantage in zip(group, result.advantages, strict=True)
+        if advantage is not None
+        for sample in rollout_samples(
+            rollout.ledgers,
+            advantage=advantage,
+            rollout_id=rollout.episode.rollout_id,
+            task_id=rollout.task.task_id,
+        )
+    ]
+    metrics = {
+        "groups/tied_share": fmean(r.tied for r in results),
+        "groups/reward_std": fmean(r.std for r in results),
+    }
+    return samples, metrics
+
+
+def warn_of_unclosed(rollouts: Sequence[Rollout], progress: Progress) -> None:
+    """What an environment holds on to when it does not close costs no rollout, but may fill the machine."""
+    if causes := Counter(cause for r in rollouts for cause in r.unclosed):
+        progress.warn(f"{causes.total()} environments did not close: {causes.most_common(1)[0][0]}")
+
+
+def refuse_if_none_graded(rollouts: Sequence[Rollout], which: str) -> None:
+    """Raise where no rollout has a grade: `UserError` if the user's functions gave none, else `WorldError`."""
+    if any(r.grade is not None for r in rollouts):
+        return
+    causes = masked_causes(rollouts)
+    told = "; ".join(
+        f"{counts.total()} {WHY_MASKED[kind]}, most often: {counts.most_common(1)[0][0]}"
+        for kind, counts in causes.items()
+    )
+    raise (UserError if causes.keys() == {Masked.NO_REWARD} else WorldError)(f"no rollout {which} has a grade: {told}")
+
+
+def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolder, progress: Progress) -> None:
+    """Say aloud what makes a step teach nothing; stop where it cannot be meant (invariant 8).
+
+    Raises as `refuse_if_none_graded`, and `UserError` when no reward varied for several steps in a row.
+    """
+    refuse_if_none_graded(rollouts, "of the step")
+    if not any(r.episode.num_tokens for r in rollouts):
+        raise UserError(
+            "no prompt of the step leaves room to generate: all are as long as rollout.max_episode_tokens; raise it"
+        )
+    if not any(r.episode.num_tokens for r in rollouts if r.grade is not None):
+        progress.warn("no rollout of this step that has a grade holds a generated token: nothing was learned from it")
+    for kind, causes in masked_causes(rollouts).items():
+        often = causes.most_common(1)[0][0]
+        progress.warn(f"{causes.total()} of {len(rollouts)} rollouts {WHY_MASKED[kind]}: {often}")
+    graded = [r.grade for r in rollouts if r.grade is not None]
+    if all(set(grade.errors) - {GraderErrorKind.TRUNCATED_OBSERVATION} for grade in graded):
+        raise UserError(f"the grader failed on every rollout of the step: {graded[-1].explanation}")
+    if not any(turn.message.tool_calls for r in rollouts for turn in r.episode.turns):
+        progress.warn(
+            "no rollout of this step made a tool call that parsed; check model.tool_parser and the chat template, "
+            "or add a warmstart section"
+        )
+    if groups["groups/tied_share"] < 1:
+        return
+    progress.warn("no group of this step had rewards that vary: nothing was learned from it")
+    # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.
+    metrics = processes.from_main(run.metrics)
+    recent = [r["groups/tied_share"] for r in metrics if "groups/tied_share" in r][1 - _MOST_TIED_STEPS :]
+    if len(recent) == _MOST_TIED_STEPS - 1 and min(recent) == 1:
+        raise UserError(
+            f"rewards did not vary within any group for {_MOST_TIED_STEPS} steps: there is nothing to learn from. "
+            "The tasks are too hard or too easy for this model, or the grader gives one value to all; "
+            "a warmstart section, other tasks, a grader with partial credit or a larger rollout.group_size may help"
+        )

@@ -1,0 +1,139 @@
+"""Scripted expert episodes, played in real environments as a rollout plays the model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from envs.base import Ends, Env, ExpertTurn, Observes, World
+from envs.tools import Tool, call_tool
+from envs.types import Message, Task, ToolCall, Turn
+from envs.users import Exchange, ScriptUsers, Users, hear
+from trainer.config import RolloutConfig
+from trainer.seeds import derive_seed
+from trainer.tasks.offer import tools_offered
+from trainer.types import Demonstration
+
+
+@dataclass(slots=True)
+class _Play:
+    """An expert's episode in the making."""
+
+    env: Env
+    task: Task
+    rollout: RolloutConfig
+    users: Users | None
+    messages: list[Message]
+    turns: list[Turn] = field(default_factory=list)
+    tools: dict[str, Tool] = field(default_factory=dict)
+    earlier: list[Demonstration] = field(default_factory=list)
+    start: int = 0
+    """The first message under the tools that are offered now."""
+    num_calls: int = 0
+
+    def look_at_tools(self) -> None:
+        tools = tools_offered(self.task, self.env.tools, self.rollout)
+        if self.turns and _schemas(tools) != _schemas(self.tools):
+            self.earlier.append(self.shown())
+            self.start = len(self.messages)
+        self.tools = tools
+
+    def shown(self) -> Demonstration:
+        return Demonstration(
+            messages=tuple(self.messages),
+            tools=_schemas(self.tools),
+            untrained=frozenset(range(len(self.task.messages), self.start)),
+        )
+
+    async def call(self, turn: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+        calls = tuple(
+            ToolCall(call_id=f"call{self.num_calls + i:05d}", name=name, arguments=json.dumps(dict(arguments)))
+            for i, (name, arguments) in enumerate(turn)
+        )
+        message = Message(role="assistant", tool_calls=calls)
+        self.messages.append(message)
+        self.num_calls += len(calls)
+        if self.rollout.answer == "tool_calls":
+            self.turns.append(Turn(message=message))
+            return
+        results = tuple([await call_tool(self.tools, call, timeout_s=60) for call in calls])
+        self.messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
+        self.turns.append(Turn(message=message, results=results))
+
+    async def say(self, text: str) -> None:
+        self.messages.append(Message(role="assistant", content=text))
+        self.turns.append(Turn(message=self.messages[-1]))
+
+    async def is_answered(self, rollout_id: str, seed: int) -> bool:
+        """Whether the user goes on after what was said to them."""
+        num_replies = sum(turn.reply is not None for turn in self.turns)
+        exchange = Exchange(
+            task=self.task,
+            rollout_id=rollout_id,
+            messages=tuple(self.messages),
+            turns=tuple(self.turns),
+            seed=derive_seed(seed, "user", num_replies),
+        )
+        reply = await hear(self.env, self.users, exchange)
+        if reply is None:
+            return False
+        self.messages.append(Message(role="user", content=reply))
+        self.turns[-1] = replace(self.turns[-1], reply=reply)
+        return True
+
+
+async def play_expert(
+    task: Task,
+    turns: Sequence[ExpertTurn],
+    *,
+    world: World,
+    users: Users | None = None,
+    rollout: RolloutConfig | None = None,
+    rollout_id: str | None = None,
+    seed: int = 0,
+) -> Demonstration:
+    """Play the scripted turns in a real environment. Without turns there is only the prompt, and none is opened.
+
+    `rollout_id` is what the environment goes by, which two at a time may not have alike; `seed` is the user's.
+
+    As in a rollout, a turn of text is said to the user, whose reply goes on with the episode; the tools are looked at
+    before every turn. The demonstration ends where the turns do, or earlier: where the user has no more to say, the
+    environment is over or the calls are the answer. Users that are models can't be asked before the run has its engine
+    and event loop: to them a text is the end.
+    """
+    env, rollout_id = world.make_env(), rollout_id or f"expert-{task.task_id}"
+    play = _Play(
+        env=env,
+        task=task,
+        rollout=rollout or RolloutConfig(),
+        users=users if isinstance(users, ScriptUsers) else None,
+        messages=list(task.messages),
+    )
+    if not turns:
+        play.look_at_tools()
+        return play.shown()
+    await env.open(task, rollout_id)
+    try:
+        if isinstance(env, Observes) and (observation := env.observation):
+            play.messages[-1] = replace(play.messages[-1], content=play.messages[-1].content + observation)
+        for number, turn in enumerate(turns, start=1):
+            play.look_at_tools()
+            if isinstance(turn, str):
+                await play.say(turn)
+            else:
+                await play.call(turn)
+            if number == len(turns) or (isinstance(env, Ends) and env.is_over):
+                break
+            if not isinstance(turn, str) and play.rollout.answer == "tool_calls":
+                break
+            if isinstance(turn, str) and not await play.is_answered(rollout_id, seed):
+                break
+        return replace(play.shown(), earlier=tuple(play.earlier))
+    finally:
+        await env.close(None)
+
+
+def _schemas(tools: Mapping[str, Tool]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(t.schema() for t in tools.values())

@@ -51,6 +51,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry .
+	$(BIN)/lint-imports
 
 # RUN names a run folder whose weights and steps are measured; without it the benchmarks use stand-ins.
 RUN ?= runs/quickstart

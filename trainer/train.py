@@ -13,6 +13,7 @@ from trainer.config import RunConfig
 from trainer.engines.canary import Canary
 from trainer.evaluate import evaluate_if_due
 from trainer.job import prepare
+from trainer.learning.samples import num_trained_tokens
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
 from trainer.reachable import PATIENCE_S
@@ -114,7 +115,9 @@ def train(
                 **canary_metrics,
                 **job.metrics(),
                 **curriculum.learn(step, rollouts),
-                **clock.metrics(rollouts, samples, has_kl=config.loss.kl_coef > 0),
+                **clock.metrics(
+                    rollouts, num_trained_tokens=num_trained_tokens(samples, has_kl=config.loss.kl_coef > 0)
+                ),
             }
             run.log({"step": step, **metrics})
             if checkpoint is not None:

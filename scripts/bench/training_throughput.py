@@ -6,8 +6,8 @@ Three ways through the same microbatches (`trainer.learning.packing`), one after
 
 ours   `Policy.update`: packing, log-probabilities, the loss with its corrections, checks, metrics, optimizer.
 bare   PEFT's LoRA model as PEFT makes it, transformers' forward, log-softmax at the trainable positions, backward.
-core   our own model and head (`trainer.learning.adapter`, `trainer.learning.head`) with nothing around them. ours / core is what `update`
-       adds; core / bare is what the faster LoRA forward and head give back.
+core   our own model and head (`trainer.learning.adapter`, `trainer.learning.head`) with nothing around them. ours /
+       core is what `update` adds; core / bare is what the faster LoRA forward and head give back.
 
 Rows are expert episodes of the config's world (real lengths and microbatches), or with `--rollouts` those of a run:
 `RUN/rollouts/step-000001.jsonl`. A token is one of a row, as in the run's `throughput/trained_tokens_per_s`; every row

@@ -18,7 +18,7 @@ class DataConfig(Settings):
 
 
 class CurriculumConfig(Settings):
-    """Tasks by measured difficulty: those whose rewards do not vary come more rarely (see `trainer.tasks.difficulty`)."""
+    """Tasks by measured difficulty: those whose rewards do not vary come rarely (see `trainer.tasks.difficulty`)."""
 
     preflight: Path | None = Field(None, description="preflight.json with what is known of the tasks beforehand")
     floor: float = Field(0.1, gt=0, le=1, description="how often a tied task comes, as a share of the others")

@@ -79,3 +79,8 @@ def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str
         for row, ledger in enumerate(rows)
         if ledger.num_trainable
     ]
+
+
+def num_trained_tokens(samples: Sequence[Sample], *, has_kl: bool) -> int:
+    """Tokens of the rows that cost the trainer something: without a KL term, of those with an advantage."""
+    return sum(len(sample.token_ids) for sample in samples if sample.advantage or has_kl)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from enum import StrEnum
 
-from trainer.learning.samples import Sample
 from trainer.types import Metrics, Rollout
 
 
@@ -32,13 +31,9 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, rollouts: Sequence[Rollout], samples: Sequence[Sample], *, has_kl: bool) -> Metrics:
-        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
-
-        Trained tokens are those of rows with an advantage: without a KL term the others cost the trainer nothing.
-        """
+    def metrics(self, rollouts: Sequence[Rollout], *, num_trained_tokens: int) -> Metrics:
+        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second."""
         num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
-        num_trained_tokens = sum(len(s.token_ids) for s in samples if s.advantage or has_kl)
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s[Lap.ROLLOUTS] + self._laps_s[Lap.TRAINING]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {

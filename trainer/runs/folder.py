@@ -34,8 +34,6 @@ from pydantic import TypeAdapter, ValidationError
 from envs.errors import UserError
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
-from trainer.runs.resuming import check_resumable, export_is_whole
 from trainer.runs.about import differences, plain_config, read_about, saved_config, versions
 from trainer.runs.files import (
     UNFINISHED,
@@ -48,7 +46,6 @@ from trainer.runs.files import (
     is_intact,
     keep_beginning,
     names_in,
-    object_in,
     read_lines,
     sealed,
     step_files,
@@ -56,7 +53,9 @@ from trainer.runs.files import (
     write_atomically,
 )
 from trainer.runs.lock import LOCK_NAME, RunLock
+from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
 from trainer.runs.records import rollout_in, rollout_to_json
+from trainer.runs.resuming import check_resumable, export_is_whole
 from trainer.types import Kind, Rollout
 
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])

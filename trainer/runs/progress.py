@@ -25,8 +25,8 @@ from rich.text import Text
 
 from envs.errors import UserError
 from envs.terminal import clean
-from trainer.runs.log_file import LogFile
 from trainer.measures.catalogue import CATALOGUE
+from trainer.runs.log_file import LogFile
 from trainer.types import Phase
 
 STEP_PHASES = frozenset({Phase.ROLLOUTS, Phase.TRAINING, Phase.PUBLISHING})

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from trainer.runs.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
 from trainer.runs.about import read_about
 from trainer.runs.files import digest, step_files
+from trainer.runs.manifest import NAME, RESTS_ON, checkpoints, fault_of, read_manifest
 from trainer.types import Kind
 
 

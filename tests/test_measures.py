@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from servers import REPOSITORY
-from trainer.runs.records import rollout_to_json
 
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.types import Grade
 from trainer.measures import reference
 from trainer.measures.catalogue import CATALOGUE, COUNTS
+from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
 
 MEASURE = '''

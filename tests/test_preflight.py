@@ -397,12 +397,12 @@ def test_requests_are_a_seeded_draw_with_seeds_of_their_own():
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_preflight_of_the_scripted_policy_measures_what_it_was_scripted_to_do(tiny_model, tmp_path):
     from scripted_engine import engine_starter, finance_script
-    from trainer.runs.records import rollout_from_json
 
     from envs.finance.world import FinanceWorld
     from trainer.preflight.measured import preflight
     from trainer.preflight.page import render_preflight, write_preflight_page
     from trainer.runs.files import read_lines
+    from trainer.runs.records import rollout_from_json
 
     config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model))
     options = Options(out=tmp_path / "out", num_tasks=3, held_out=True, samples=6, gpu_hour_price=2.0)

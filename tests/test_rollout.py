@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from conftest import DIALECTS, TOY_TEMPLATE
 from scripted_engine import BROKEN_CALL, call
-from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import ToolError, Unscored, WorldError
 from envs.tools import Tool, schema_tool, tool
@@ -24,6 +23,7 @@ from trainer.learning.samples import sample_of
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
 from trainer.rollouts.worker import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 

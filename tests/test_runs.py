@@ -16,7 +16,6 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
@@ -29,6 +28,7 @@ from trainer.runs.files import append_line, read_lines
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import RunLock
 from trainer.runs.progress import Progress
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.types import Kind, Ledger, Rollout, RolloutRequest
 
 TEXT = st.text(max_size=12)

@@ -166,8 +166,7 @@ def test_a_metric_whose_library_is_missing_is_refused_by_name():
     code = """
 import sys
 sys.modules["rapidfuzz"] = None
-from graders.config import TextSimilarityConfig
-from graders.rules.similarity import TextSimilarityGrader
+from graders.rules.similarity import TextSimilarityConfig, TextSimilarityGrader
 try:
     TextSimilarityGrader(TextSimilarityConfig(
         type="text_similarity", input="x", reference="y", evaluation_metric="fuzzy_match"))

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from scripted_engine import call
 from test_rollout import CONFIG, TASK, LengthGrader, World, Writer
-from trainer.runs.records import rollout_from_json, rollout_to_json
 
 from envs.errors import UserError
 from envs.tools import tool
@@ -23,6 +22,7 @@ from trainer.learning.warmstart import check_demonstrations, demonstration_ledge
 from trainer.measures.summary import summarise
 from trainer.models.family import model_class_of
 from trainer.rollouts.worker import RolloutWorker
+from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.templates.chat import Chat
 from trainer.types import Demonstration, RolloutRequest
 

@@ -14,13 +14,13 @@ import yaml
 from conftest import scripted_config
 from safetensors.torch import load_file
 from scripted_engine import BROKEN_CALL, Faults, ScriptedEngine, engine_starter, finance_script
-from trainer.runs.records import rollout_from_json
 
 from envs.errors import PublishError, UserError, WorldError
 from envs.finance.world import FinanceWorld
 from trainer.config import RunConfig
 from trainer.engines.engine import PROBE_VERSION
 from trainer.measures.reference import is_known
+from trainer.runs.records import rollout_from_json
 from trainer.train import train
 
 pytestmark = [

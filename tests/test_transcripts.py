@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer.runs.records import rollout_to_json
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade
@@ -21,6 +20,7 @@ from trainer.reports.transcripts import write as transcripts
 from trainer.reports.transcripts.records import MALFORMED_CALL, UNKNOWN_TOOL
 from trainer.reports.transcripts.write import write_token_figures, write_transcripts
 from trainer.runs.files import append_line
+from trainer.runs.records import rollout_to_json
 from trainer.types import Ledger, Rollout
 
 HOSTILE = (

@@ -63,6 +63,6 @@ def _read_row(data: Any, number: int) -> SampleRow:
 
 
 def _completion_ids(rollout: dict[str, Any]) -> tuple[int, ...] | None:
-    """As `trainer.learning.samples.completion_ids` has them, of the rollout's rows; None without any."""
+    """As `trainer.types.completion_ids` has them, of the rollout's rows; None without any."""
     rows = [row for row in rollout.get("ledgers") or () if row["sampled"]]
     return tuple(i for row in rows for i in row["token_ids"][row["sampled"][0][0] : row["sampled"][-1][1]]) or None

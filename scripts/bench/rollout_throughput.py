@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure, adapter_of, bench_config, load_policy, parser, ratio, report, run_main
-from trainer.runs.records import rollout_to_json
 
 from envs.errors import UserError
 from trainer.config import RunConfig
@@ -46,6 +45,7 @@ from trainer.job import Job, prepare
 from trainer.learning.warmstart import expert_ledger
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.files import append_line
+from trainer.runs.records import rollout_to_json
 from trainer.seeds import derive_seed
 from trainer.tasks.load import tasks_of_step, train_requests
 from trainer.types import Rollout, RolloutRequest

@@ -65,10 +65,9 @@ def expert_samples(job: Job, num_rows: int) -> list[Sample]:
 
 def rollout_file_samples(path: Path) -> list[Sample]:
     """The rows of a run's rollouts file, all with an advantage."""
-    from trainer.runs.records import rollout_from_json
-
     from trainer.learning.samples import rollout_samples
     from trainer.runs.files import read_lines
+    from trainer.runs.records import rollout_from_json
 
     rollouts = [rollout_from_json(record) for record in read_lines(path)]
     if not rollouts:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from browser import Browser, browser
 from common import Figure, report, run_main
-from trainer.runs.records import rollout_to_json
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
 from graders.types import Grade
 from trainer.learning.samples import rollout_samples
 from trainer.reports.transcripts.write import write_token_figures, write_transcripts
 from trainer.runs.files import append_line
+from trainer.runs.records import rollout_to_json
 from trainer.types import Ledger, Rollout
 
 _VOCABULARY = 8000

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from servers import REPOSITORY
 
+from trainer.config import RunConfig, reference
+
 PAGES = sorted([*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*.md")])
 
 
@@ -25,6 +27,18 @@ def test_every_test_that_a_page_names_exists(page):
         if test:
             known = files[file] if file else {*files, *(name for names in files.values() for name in names)}
             assert test in known, f"{page.name} names {test}"
+
+
+def test_the_page_of_the_config_is_fresh_and_explains_every_key():
+    page = (REPOSITORY / "docs" / "config.md").read_text()
+    assert page == reference.page(), "write it anew: python -m trainer.config.reference > docs/config.md"
+    assert {*RunConfig.model_fields} <= {*re.findall(r"`(\w+)`", page)}
+    rows = [line for line in page.splitlines() if re.match(r"\| `\w+` \|", line)]
+    assert len(rows) > 200 and not [row for row in rows if row.endswith("|  |")], "a key without a description"
+    explained = re.findall(r"^#+ `([^`]+)`$", page, re.M)
+    assert len(explained) == len({*explained}) > 40
+    for kind in ("world: {type: remote}", "grader: {type: multi}", "world.user: {type: engine}"):
+        assert kind in explained
 
 
 @pytest.mark.parametrize("page", ["compatibility.md", "borders.md"])

@@ -80,8 +80,9 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _preflight(config: RunConfig, arguments: argparse.Namespace) -> None:
-    from trainer.preflight.measured import Options, adapter_of, preflight
+    from trainer.preflight.measured import Options, preflight
     from trainer.preflight.page import render_preflight, write_preflight_page
+    from trainer.runs.manifest import adapter_of
 
     out = arguments.out or config.output_dir.with_name(f"{config.output_dir.name}-preflight")
     options = Options(

@@ -17,7 +17,7 @@ from envs.finance.world import FinanceWorld
 from envs.types import Task
 from trainer.config import EngineConfig, ModelConfig
 from trainer.engines.engine import Completion, Sampling
-from trainer.setup import StartEngine
+from trainer.session import StartEngine
 
 Script = Callable[[str, int], str]
 """(text of the prompt, seed) → what the model writes. Always the same for the same arguments."""

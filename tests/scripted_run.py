@@ -36,7 +36,7 @@ def serve() -> None:
     import transformers  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    from trainer import export, setup  # noqa: F401
+    from trainer import export, session  # noqa: F401
     from trainer.engines import publish  # noqa: F401
     from trainer.learning import checkpoint  # noqa: F401
     from trainer.reports import run_report  # noqa: F401

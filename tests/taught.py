@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from envs.types import Message
 from trainer.config import load_config
-from trainer.job import build_world
 from trainer.learning.samples import sample_of
 from trainer.learning.warmstart import expert_ledger
+from trainer.prepare import build_world
 from trainer.templates.chat import Chat
 
 NUM_STEPS = 200

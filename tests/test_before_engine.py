@@ -19,12 +19,12 @@ from envs.errors import UserError
 from trainer import processes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
 from trainer.engines.arguments import engine_arguments
-from trainer.job import Job, prepare
 from trainer.learning.adapter import published_bytes
 from trainer.learning.policy import Policy
+from trainer.prepare import Prepared, prepare
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
-from trainer.setup import load_policy, open_engine, open_scratch
+from trainer.session import load_policy, open_engine, open_scratch
 from trainer.train import train
 
 pytestmark = [
@@ -35,7 +35,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def checkpointed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Policy]:
+def checkpointed(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Policy]:
     """A policy that recomputes activations, after its warm start."""
     warmstart: dict[str, object] = {"num_steps": 1, "episodes_per_step": 2}
     config: dict[str, Any] = scripted_config(tmp_path_factory.mktemp("run") / "run", tiny_model, warmstart=warmstart)

@@ -94,14 +94,3 @@ def test_step_figures_leave_evaluations_out(bench: Any) -> None:
     assert figures[0].verdict == "< 0.05: missed"
     with pytest.raises(UserError, match="no finished training step"):
         step_figures([{"step": 0, "eval/reward": 0.1}])
-
-
-def test_a_bench_takes_the_newest_adapter_of_a_run(bench: Any, tmp_path: Path) -> None:
-    adapter_of = bench("common").adapter_of
-    assert adapter_of(None) is None
-    with pytest.raises(UserError, match="neither a final adapter nor a checkpoint"):
-        adapter_of(tmp_path)
-    for name in ("checkpoints/step-000001/adapter", "checkpoints/step-000010/adapter", "adapter"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "adapter_model.safetensors").touch()
-        assert adapter_of(tmp_path) == tmp_path / name

@@ -36,7 +36,7 @@ def test_a_check_says_what_no_refusal_is_needed_for(tiny_model: Path, tmp_path: 
 
 
 def test_a_cache_that_holds_no_episode_is_refused_before_the_engine_starts(tiny_model: Path, tmp_path: Path) -> None:
-    from trainer.job import prepare
+    from trainer.prepare import prepare
 
     sections = scripted_config(tmp_path / "run", tiny_model, engine={"kv_cache_gib": 1e-6})
     with pytest.raises(UserError, match=r"^engine\.kv_cache_gib: 1e-06 GiB hold less than one episode of"):

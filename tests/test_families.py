@@ -17,7 +17,6 @@ from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, R
 from trainer.engines.arguments import engine_arguments
 from trainer.engines.canary import Canary
 from trainer.engines.publish import Publisher
-from trainer.job import prepare
 from trainer.learning import adapter as lora
 from trainer.models.family import (
     check_served,
@@ -27,6 +26,7 @@ from trainer.models.family import (
     takes_adapters,
     weights_dtype,
 )
+from trainer.prepare import prepare
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}

@@ -267,7 +267,7 @@ def test_quantisation_is_refused_where_weights_are_merged():
 def test_what_merged_weights_take_away_is_told_of_the_config_or_the_machine(sections, key, tmp_path, monkeypatch):
     import torch
 
-    from trainer.job import prepare
+    from trainer.prepare import prepare
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     raw = {"output_dir": tmp_path / "run", "grader": {"type": "numeric"}, "model": {"name": "/no/such/folder"}}

@@ -19,13 +19,13 @@ from envs.finance.world import FinanceWorld
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
 from trainer.engines.arguments import check_engine, engine_arguments, engine_environment, seeds_requests
 from trainer.engines.engine import VllmEngine
-from trainer.job import prepare
 from trainer.learning.adapter import load_model
 from trainer.learning.head import chunk_rows
 from trainer.learning.policy import Policy
 from trainer.models.family import check_attention
 from trainer.models.memory import MemoryRow, head_bytes
 from trainer.preflight.advice import Level, advise_memory
+from trainer.prepare import prepare
 from trainer.train import train
 
 pytestmark = [

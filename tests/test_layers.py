@@ -84,7 +84,7 @@ def loaded_after(statement: str) -> list[str]:
         "graders",
         "graders.build",
         "trainer.config",
-        "trainer.job",
+        "trainer.prepare",
         "trainer.train",
         "trainer.types",
     ],

@@ -17,7 +17,7 @@ from servers import free_port
 from envs.errors import UserError
 from envs.reading.documents import check_writable
 from trainer.config import load_config
-from trainer.job import prepare
+from trainer.prepare import prepare
 from trainer.reports.evaluations import read_evaluations
 
 ROOT = Path(__file__).parents[1]

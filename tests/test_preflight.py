@@ -16,7 +16,6 @@ from conftest import scripted_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, GraderErrorKind
 from trainer.config import RunConfig
@@ -27,7 +26,7 @@ from trainer.models.memory import ModelShape, memory_bytes, memory_rows, num_lor
 from trainer.preflight.advice import Level, advise, advise_memory, verdict
 from trainer.preflight.duration import Speeds, time_estimate
 from trainer.preflight.figures import best_at_k, figures_of, pass_at_k, worst_at_k
-from trainer.preflight.measured import Options, adapter_of, preflight_requests
+from trainer.preflight.measured import Options, preflight_requests
 from trainer.reports.drawing import Series, bars, bins_of, histogram, line_chart
 from trainer.tasks.difficulty import preflight_visits, stats_of
 from trainer.types import Ledger, Rollout
@@ -480,5 +479,3 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path):
     done = run_script("--run", tmp_path)
     assert done.returncode == 2 and "holds no config.yaml" in done.stderr
-    with pytest.raises(UserError, match="neither a final adapter nor a checkpoint"):
-        adapter_of(tmp_path)

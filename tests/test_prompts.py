@@ -14,7 +14,7 @@ from template_play import model_with
 from envs.errors import UserError
 from envs.types import Message
 from trainer.config import RunConfig
-from trainer.job import prepare
+from trainer.prepare import prepare
 from trainer.templates.chat import Chat
 
 NO_SYSTEM = """

@@ -21,9 +21,9 @@ from envs.tools import schema_tool
 from envs.types import Message, Task
 from trainer.config import LossConfig, validate_config
 from trainer.config.response_format import schema_text
-from trainer.job import prepare
 from trainer.learning.head import Head, token_logprobs
 from trainer.learning.samples import Sample, sample_of
+from trainer.prepare import prepare
 from trainer.tasks.offer import tools_offered
 from trainer.templates.chat import Chat
 from trainer.templates.grammar import Grammar, check_schema, first_constrained

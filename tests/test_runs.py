@@ -27,6 +27,7 @@ from trainer.rollouts.collect import Collector
 from trainer.runs.files import append_line, read_lines
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import RunLock
+from trainer.runs.manifest import adapter_of
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.types import Kind, Ledger, Rollout, RolloutRequest
@@ -372,3 +373,12 @@ def test_rollouts_that_a_kill_left_open_are_known_of_all_processes(tmp_path):
     assert ranks[0].left_open() == ["open-True", "open-False"]
     ranks[0].forget_left_open()
     assert ranks[0].left_open() == []
+
+
+def test_the_newest_adapter_of_a_run_is_found_before_and_after_its_end(tmp_path):
+    with pytest.raises(UserError, match="neither a final adapter nor a checkpoint"):
+        adapter_of(tmp_path)
+    for name in ("checkpoints/step-000001/adapter", "checkpoints/step-000010/adapter", "adapter"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_model.safetensors").touch()
+        assert adapter_of(tmp_path) == tmp_path / name

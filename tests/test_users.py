@@ -26,7 +26,7 @@ from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, U
 from graders.hosted.view import sample_of
 from trainer.config import RolloutConfig, RunConfig
 from trainer.engines.base_judge import EngineJudge
-from trainer.job import prepare
+from trainer.prepare import prepare
 from trainer.rollouts.live import NotMade
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.rollouts.worker import RolloutWorker

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from envs.errors import UserError
 from envs.types import Message
 from trainer.config import RunConfig
-from trainer.job import Job, prepare
 from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample, sample_of
 from trainer.learning.warmstart import demonstration_ledgers, expert_ledger, expert_ledgers, in_steps
+from trainer.prepare import Prepared, prepare
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
-from trainer.setup import canary_ids, load_policy
+from trainer.session import canary_ids, load_policy
 from trainer.tasks.expert import play_expert
 from trainer.types import Demonstration, Ledger
 
@@ -37,13 +37,13 @@ WARMSTART: dict[str, object] = {"num_steps": 12, "episodes_per_step": 2, "learni
 
 
 @pytest.fixture(scope="module")
-def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     folder = tmp_path_factory.mktemp("warmstart") / "run"
     config = scripted_config(folder, tiny_model, warmstart=WARMSTART, world={"num_train_tasks": 8})
     return prepare(RunConfig.model_validate(config))
 
 
-def rows_of(job: Job) -> list[Ledger]:
+def rows_of(job: Prepared) -> list[Ledger]:
     with asyncio.Runner() as loop:
         return expert_ledgers(
             job.config,
@@ -56,12 +56,12 @@ def rows_of(job: Job) -> list[Ledger]:
         )
 
 
-def fresh_policy(job: Job) -> Policy:
+def fresh_policy(job: Prepared) -> Policy:
     config = job.config
     return Policy(job.model_path, config.model, config.optim, Accelerator(cpu=True), config.seed)
 
 
-def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothing_else(job: Job) -> None:
+def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothing_else(job: Prepared) -> None:
     task = job.train_tasks[0]
     turns = job.world.expert_episode(task, 0)
     ledger = asyncio.run(expert_ledger(task, turns, world=job.world, chat=job.chat))
@@ -74,14 +74,14 @@ def test_the_trainable_tokens_of_a_demonstration_are_the_experts_words_and_nothi
     assert task.messages[-1].content not in own
 
 
-def test_the_demonstrations_are_a_function_of_config_and_seed(job: Job) -> None:
+def test_the_demonstrations_are_a_function_of_config_and_seed(job: Prepared) -> None:
     first, second = rows_of(job), rows_of(job)
     assert first == second
     assert len(first) == 24
     assert rows_of(replace(job, config=job.config.model_copy(update={"seed": 1}))) != first
 
 
-def test_demonstrations_that_do_not_fit_are_an_error_that_names_the_limit(job: Job) -> None:
+def test_demonstrations_that_do_not_fit_are_an_error_that_names_the_limit(job: Prepared) -> None:
     short = job.config.rollout.model_copy(update={"max_episode_tokens": 100})
     config = job.config.model_copy(update={"rollout": short})
     with pytest.raises(UserError, match="max_episode_tokens = 100"):
@@ -100,7 +100,7 @@ def test_rows_of_a_users_own_have_a_canary_and_no_expert(tiny_model: Path, tmp_p
     assert len(ids) == 2 and "profit of Acme" in own.chat.decode(ids[0])
 
 
-def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_own_turns_are(job: Job) -> None:
+def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_own_turns_are(job: Prepared) -> None:
     rules = Message(role="system", content="Read the reports with care. " * 400)
     tasks = [replace(task, messages=(rules, *task.messages)) for task in job.train_tasks[:3]]
     rows = asyncio.run(canary_ids(replace(job, train_tasks=tasks), name="canary"))
@@ -115,7 +115,7 @@ def test_the_canary_of_a_long_prompt_is_the_end_of_its_episode_where_the_models_
 
 
 def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
-    job: Job, tiny_model: Path, tmp_path: Path
+    job: Prepared, tiny_model: Path, tmp_path: Path
 ) -> None:
     played = [
         asyncio.run(play_expert(task, job.world.expert_episode(task, 0), world=job.world))
@@ -132,7 +132,7 @@ def test_a_users_own_conversations_are_imitated_in_place_of_an_expert(
     assert all(ledger in expected for ledger in ledgers) and all(ledger in ledgers for ledger in expected)
 
 
-def test_a_message_that_is_not_to_be_learned_is_context_of_the_row(job: Job) -> None:
+def test_a_message_that_is_not_to_be_learned_is_context_of_the_row(job: Prepared) -> None:
     words = [("user", "Q"), ("assistant", "WRONG"), ("user", "Again"), ("assistant", "RIGHT")]
     messages = tuple(Message(role=role, content=text) for role, text in words)
     ledger = demonstration_ledgers(Demonstration(messages=messages, untrained=frozenset({1})), chat=job.chat)[-1]
@@ -153,7 +153,7 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 
 def test_the_reasoning_of_a_demonstration_is_learned_or_refused_before_a_model_is_loaded(
-    job: Job, tiny_model: Path, tmp_path: Path
+    job: Prepared, tiny_model: Path, tmp_path: Path
 ) -> None:
     file, template = tmp_path / "demonstrations.jsonl", tmp_path / "thinking.jinja"
     answer = {"role": "assistant", "content": "42", "reasoning_content": " BECAUSE\n"}
@@ -188,7 +188,7 @@ def test_a_bad_demonstration_is_named_by_file_and_line(
         prepare(RunConfig.model_validate(config))
 
 
-def test_the_loss_is_the_mean_over_the_experts_tokens_and_falls(job: Job) -> None:
+def test_the_loss_is_the_mean_over_the_experts_tokens_and_falls(job: Prepared) -> None:
     steps = in_steps(rows_of(job), job.config.warmstart)
     assert [len(step) for step in steps] == [2] * 12
     policy, losses = fresh_policy(job), []
@@ -200,7 +200,7 @@ def test_the_loss_is_the_mean_over_the_experts_tokens_and_falls(job: Job) -> Non
     assert not any(policy.state_dict()["moments"]), "reinforcement starts with an optimizer of its own"
 
 
-def test_loss_and_adapter_are_those_of_trls_own_trainer_on_the_same_rows(job: Job, tmp_path: Path) -> None:
+def test_loss_and_adapter_are_those_of_trls_own_trainer_on_the_same_rows(job: Prepared, tmp_path: Path) -> None:
     steps = in_steps(rows_of(job), job.config.warmstart)
     ours, trls, losses = fresh_policy(job), fresh_policy(job), []
     start = _weights(ours)
@@ -262,7 +262,7 @@ def _mean_nll(model: torch.nn.Module, rows: list[Sample]) -> float:
     return total / count
 
 
-def test_an_interrupted_warm_start_is_done_again_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+def test_an_interrupted_warm_start_is_done_again_to_the_same_bytes(job: Prepared, tmp_path: Path) -> None:
     class Stops(Progress):
         """Is interrupted in the fifth step."""
 

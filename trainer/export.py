@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from trainer.engines.arguments import lora_rank_bucket
-from trainer.job import Job
 from trainer.learning.policy import Policy
 from trainer.models.family import weights_dtype
+from trainer.prepare import Prepared
 from trainer.runs.files import UNFINISHED, clear
 from trainer.runs.folder import RunFolder
 from trainer.runs.resuming import export_digests
 
 
-def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
+def export_adapter(prepared: Prepared, run: RunFolder, policy: Policy) -> Path:
     """Write `adapter/` with the chat template that the policy was trained under, and note the command that serves it.
 
     Call it on one process. Serving with that command renders and parses as training did. The folder is there whole or
@@ -27,20 +27,20 @@ def export_adapter(job: Job, run: RunFolder, policy: Policy) -> Path:
     for old in (written, folder):
         clear(old)
     policy.save_adapter(written)
-    template = job.chat.save_template(written)
+    template = prepared.chat.save_template(written)
     written.replace(folder)
     template = folder / template.name if template else None
     command = [
-        *_server(job.model_path),
+        *_server(prepared.model_path),
         "--dtype",
-        weights_dtype(job.config.model, on_cpu=policy.accelerator.device.type == "cpu"),
+        weights_dtype(prepared.config.model, on_cpu=policy.accelerator.device.type == "cpu"),
         "--enable-lora",
         "--max-lora-rank",
         # vLLM refuses a rank that is not among certain ones.
-        str(lora_rank_bucket(job.config.model.lora.r)),
+        str(lora_rank_bucket(prepared.config.model.lora.r)),
         "--lora-modules",
         f"policy={folder.resolve()}",
-        *job.chat.serve_arguments(template.resolve() if template else None),
+        *prepared.chat.serve_arguments(template.resolve() if template else None),
     ]
     run.note(adapter=str(folder), serve_command=shlex.join(command), adapter_files=export_digests(folder))
     return folder

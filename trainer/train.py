@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.engines.canary import Canary
 from trainer.evaluate import evaluate_if_due
-from trainer.job import prepare
 from trainer.learning.samples import num_trained_tokens
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
+from trainer.prepare import prepare
 from trainer.reachable import PATIENCE_S
 from trainer.rollouts.collect import Collector, to_samples, watch_for_no_ops
 from trainer.runs.folder import RunFolder
@@ -25,7 +24,7 @@ from trainer.tasks.load import train_requests
 from trainer.types import Kind, Phase
 
 if TYPE_CHECKING:
-    from trainer.setup import StartEngine
+    from trainer.session import StartEngine
 
 
 def train(
@@ -38,14 +37,12 @@ def train(
     """
     if RunFolder.is_finished(config):
         return config.output_dir
-    job = prepare(config, patience_s=PATIENCE_S)
-    from trainer.engines.publish import Publisher
+    prepared = prepare(config, patience_s=PATIENCE_S)
     from trainer.export import export_adapter
     from trainer.learning.checkpoint import keep_checkpoint, write_checkpoint
     from trainer.reports.run_report import write_report
     from trainer.reports.transcripts.write import write_token_figures, write_transcripts
-    from trainer.runs.scratch import sweep_default_roots
-    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch, release_left_open
+    from trainer.session import open_session, release_left_open
 
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
     num_steps = config.optim.num_steps
@@ -56,40 +53,28 @@ def train(
         first_step = run.resume_step
         progress = stack.enter_context(Progress(run.log_path, num_steps, first_step=first_step, show=run.is_main))
         loop = stack.enter_context(asyncio.Runner())
-        stack.callback(lambda: loop.run(job.aclose()))
-        run.note(resolved=job.resolved())
-        loop.run(release_left_open(job, run, progress))
-        sweep_default_roots()
-        policy = load_policy(job, run, accelerator, progress, loop)
-        progress.phase(Phase.STARTING)
-        scratch = stack.enter_context(open_scratch(job, policy))
-        engine = loop.run(open_engine(job, accelerator, start_engine, first_step=first_step))
-        stack.callback(engine.shutdown)
-        scratch.note_children()
-        canary_rows = loop.run(canary_ids(job, name=f"{run.run_id}-canary-{accelerator.process_index}"))
-        canary = Canary(canary_rows, tolerance=config.engine.canary_mean_tolerance)
-        publisher = Publisher(policy, engine, canary, scratch.path)
-        worker = make_worker(job, engine, run)
-        progress.phase(Phase.PUBLISHING)
-        loop.run(publisher.note_base())
-        loop.run(publisher.probe())
-        loop.run(publisher.publish())
-        collector = Collector(run, worker, accelerator, progress, loop)
-        curriculum = Curriculum(config, job.train_tasks, run, job.preflight)
+        stack.callback(lambda: loop.run(prepared.aclose()))
+        run.note(resolved=prepared.resolved())
+        loop.run(release_left_open(prepared, run, progress))
+        s = stack.enter_context(
+            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)
+        )
+        collector = Collector(run, s.worker, accelerator, progress, loop)
+        curriculum = Curriculum(config, prepared.train_tasks, run, prepared.preflight)
 
-        evaluate_if_due(job, run, collector, progress, step=first_step)
+        evaluate_if_due(prepared, run, collector, progress, step=first_step)
         for step in range(first_step + 1, num_steps + 1):
             clock = Stopwatch()
             requests = train_requests(config, curriculum.choose(step), run_id=run.run_id, step=step)
             progress.phase(Phase.ROLLOUTS, total=len(requests))
             rollouts = collector.collect(Kind.TRAIN, step, requests, temperature=config.rollout.temperature)
-            loop.run(engine.sleep())
+            loop.run(s.engine.sleep())
             clock.lap(Lap.ROLLOUTS)
 
             progress.phase(Phase.TRAINING)
             samples, group_metrics = to_samples(rollouts, config)
             watch_for_no_ops(rollouts, group_metrics, run, progress)
-            update = policy.update(
+            update = s.policy.update(
                 samples,
                 config.loss,
                 temperature=config.rollout.temperature,
@@ -98,22 +83,22 @@ def train(
             clock.lap(Lap.TRAINING)
 
             progress.phase(Phase.PUBLISHING)
-            loop.run(engine.wake_up())
-            canary_metrics = loop.run(publisher.publish())
+            loop.run(s.engine.wake_up())
+            canary_metrics = loop.run(s.publisher.publish())
             clock.lap(Lap.PUBLISH)
 
             if run.is_main:
                 write_token_figures(run.path, step, samples, update.logprobs)
             checkpoint = None
             if run.is_main and (step % config.checkpoint.every_steps == 0 or step == num_steps):
-                checkpoint = write_checkpoint(run, policy, step=step)
+                checkpoint = write_checkpoint(run, s.policy, step=step)
             clock.lap(Lap.CHECKPOINT)
             metrics = {
                 **prefixed("train", summarise(rollouts)),
                 **group_metrics,
                 **prefixed("loss", update.metrics),
                 **canary_metrics,
-                **job.metrics(),
+                **prepared.metrics(),
                 **curriculum.learn(step, rollouts),
                 **clock.metrics(
                     rollouts, num_trained_tokens=num_trained_tokens(samples, has_kl=config.loss.kl_coef > 0)
@@ -124,12 +109,12 @@ def train(
                 keep_checkpoint(run, checkpoint, keep=config.checkpoint.keep)
             accelerator.log(metrics, step=step)
             progress.step_done(step, metrics)
-            evaluate_if_due(job, run, collector, progress, step=step)
+            evaluate_if_due(prepared, run, collector, progress, step=step)
 
         progress.phase(Phase.EXPORTING)
         if run.is_main:
-            export_adapter(job, run, policy)
-            write_transcripts(run.path, lambda token_id: job.chat.decode([token_id]))
+            export_adapter(prepared, run, s.policy)
+            write_transcripts(run.path, lambda token_id: prepared.chat.decode([token_id]))
             write_report(run.path)
             run.note(finished_steps=num_steps)
     accelerator.end_training()

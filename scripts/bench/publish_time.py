@@ -23,12 +23,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from common import Figure, adapter_of, bench_config, load_policy, parser, ratio, report, run_main
+from common import Figure, adapted_policy, bench_config, parser, ratio, report, run_main
 from rollout_throughput import Call, generate, requests_of
 
 from trainer.config import RunConfig
 from trainer.engines.engine import VllmEngine
-from trainer.job import Job, prepare
+from trainer.prepare import Prepared, prepare
+from trainer.runs.manifest import adapter_of
 
 Way = Literal["merged", "lora"]
 _WAYS: tuple[Way, ...] = ("merged", "lora")
@@ -76,38 +77,38 @@ def move_adapter(policy: Any, seed: int) -> None:
     policy.load_state_dict(state | {"num_updates": policy.num_updates + 1})
 
 
-def first_turns(job: Job) -> list[list[Call]]:
+def first_turns(prepared: Prepared) -> list[list[Call]]:
     """One turn of full length for each rollout of a step."""
 
     def prompt_ids(request: Any) -> list[int]:
-        tools = job.world.make_env().tools
+        tools = prepared.world.make_env().tools
         names = tools if request.task.tools is None else request.task.tools
-        return list(job.chat.open(list(request.task.messages), [tools[name].schema() for name in names]))
+        return list(prepared.chat.open(list(request.task.messages), [tools[name].schema() for name in names]))
 
-    num_tokens = job.config.rollout.max_turn_tokens
+    num_tokens = prepared.config.rollout.max_turn_tokens
     return [
         [Call(prompt_ids=prompt_ids(request), num_tokens=num_tokens, seed=request.seed)]
-        for request in requests_of(job, 0)
+        for request in requests_of(prepared, 0)
     ]
 
 
-def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[dict[str, float]]:
+def measure_way(prepared: Prepared, way: Way, adapter: Path | None, repeats: int) -> list[dict[str, float]]:
     """Seconds of each part and tokens/s, one record a publish; the warm-up is left out."""
     from accelerate import Accelerator
 
     from trainer.engines.canary import Canary
     from trainer.engines.publish import Publisher
     from trainer.runs.scratch import Scratch
-    from trainer.setup import canary_ids, open_engine
+    from trainer.session import canary_ids, open_engine
 
     accelerator = Accelerator()
-    policy = load_policy(job, accelerator, adapter)
+    policy = adapted_policy(prepared, accelerator, adapter)
     records: list[dict[str, float]] = []
     with asyncio.Runner() as loop:
-        canary_rows = loop.run(canary_ids(job, name="bench-canary"))
-        canary = Canary(canary_rows, tolerance=job.config.engine.canary_mean_tolerance)
+        canary_rows = loop.run(canary_ids(prepared, name="bench-canary"))
+        canary = Canary(canary_rows, tolerance=prepared.config.engine.canary_mean_tolerance)
         print(f"{way}: starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None, first_step=0)).engine
+        engine = loop.run(open_engine(prepared, accelerator, None, first_step=0)).engine
         assert isinstance(engine, VllmEngine) and engine.publishes_merged == (way == "merged")
         try:
             with Scratch() as scratch:
@@ -124,7 +125,7 @@ def measure_way(job: Job, way: Way, adapter: Path | None, repeats: int) -> list[
                     start = time.perf_counter()
                     loop.run(publisher.publish())
                     record = {"publish": time.perf_counter() - start, **parts.seconds}
-                    record["generation"] = loop.run(tokens_per_s(engine, first_turns(job), job.config))
+                    record["generation"] = loop.run(tokens_per_s(engine, first_turns(prepared), prepared.config))
                     print(f"{way}, {f'repeat {repeat}' if repeat else 'warm-up'}: {record}", flush=True)
                     records.append(record)
         finally:
@@ -149,17 +150,17 @@ def figures_of(way: Way, records: Sequence[dict[str, float]]) -> list[Figure]:
 
 def main() -> None:
     given = parser(__doc__).parse_args()
-    adapter = adapter_of(given.run)
+    adapter = adapter_of(given.run) if given.run else None
     figures: dict[Way, list[Figure]] = {}
     with bench_config(given) as config:
         for way in _WAYS:
-            job = prepare(config.model_copy(update={"engine": config.engine.model_copy(update={"publish": way})}))
-            figures[way] = figures_of(way, measure_way(job, way, adapter, given.repeats))
+            prepared = prepare(config.model_copy(update={"engine": config.engine.model_copy(update={"publish": way})}))
+            figures[way] = figures_of(way, measure_way(prepared, way, adapter, given.repeats))
     speeds = (figures[way][-1] for way in _WAYS)
     figures_all = [*figures["merged"], *figures["lora"], ratio("generation, merged / lora", *speeds)]
     about = {
         "adapter": str(adapter or "at its start"),
-        "generation": f"{len(requests_of(job, 0))} sequences of {config.rollout.max_turn_tokens} tokens",
+        "generation": f"{len(requests_of(prepared, 0))} sequences of {config.rollout.max_turn_tokens} tokens",
         "seed": config.seed,
     }
     report("Publish time", figures_all, about=about, json_path=given.json)

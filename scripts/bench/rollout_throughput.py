@@ -35,18 +35,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Figure, adapter_of, bench_config, load_policy, parser, ratio, report, run_main
+from common import Figure, adapted_policy, bench_config, parser, ratio, report, run_main
 
 from envs.errors import UserError
 from trainer.config import RunConfig
 from trainer.engines.arguments import seeds_requests
 from trainer.engines.engine import Completion, Engine, Sampling, VllmEngine
-from trainer.job import Job, prepare
 from trainer.learning.warmstart import expert_ledger
+from trainer.prepare import Prepared, prepare
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.files import append_line
+from trainer.runs.manifest import adapter_of
 from trainer.runs.records import rollout_to_json
 from trainer.seeds import derive_seed
+from trainer.session import open_publisher
 from trainer.tasks.load import tasks_of_step, train_requests
 from trainer.types import Rollout, RolloutRequest
 
@@ -177,11 +179,11 @@ async def measure_arms(
     return seconds, rollouts
 
 
-def requests_of(job: Job, step: int) -> list[RolloutRequest]:
-    config = job.config
+def requests_of(prepared: Prepared, step: int) -> list[RolloutRequest]:
+    config = prepared.config
     rollout = config.rollout
     tasks = tasks_of_step(
-        job.train_tasks,
+        prepared.train_tasks,
         seed=config.seed,
         step=step,
         num_tasks=rollout.tasks_per_step,
@@ -190,65 +192,64 @@ def requests_of(job: Job, step: int) -> list[RolloutRequest]:
     return train_requests(config, tasks, run_id="bench", step=step)
 
 
-async def expert_turns(job: Job, requests: Sequence[RolloutRequest]) -> dict[int, list[int]]:
+async def expert_turns(prepared: Prepared, requests: Sequence[RolloutRequest]) -> dict[int, list[int]]:
     """The token ids of every turn that the stand-in plays, by the seed that the loop derives for it."""
     turns: dict[int, list[int]] = {}
     for request in requests:
-        script = job.world.expert_episode(request.task, request.seed)
+        script = prepared.world.expert_episode(request.task, request.seed)
         if not script:
             raise UserError(f"the world has no expert episode for task {request.task.task_id}; give --run or --adapter")
-        row = (await expert_ledger(request.task, script, world=job.world, chat=job.chat)).to_json()
+        row = (await expert_ledger(request.task, script, world=prepared.world, chat=prepared.chat)).to_json()
         for turn, (start, end, _) in enumerate(row["sampled"]):
             turns[derive_seed(request.seed, turn)] = row["token_ids"][start:end]
     return turns
 
 
-def publish_adapter(job: Job, engine: VllmEngine, loop: asyncio.Runner, accelerator: Any, adapter: Path) -> None:
+def publish_adapter(
+    prepared: Prepared, engine: VllmEngine, loop: asyncio.Runner, accelerator: Any, adapter: Path
+) -> None:
     """The weights reach the engine as in training, with proof."""
-    from trainer.engines.canary import Canary
-    from trainer.engines.publish import Publisher
     from trainer.runs.scratch import Scratch
-    from trainer.setup import canary_ids
 
-    policy = load_policy(job, accelerator, adapter)
-    canary_rows = loop.run(canary_ids(job, name="bench-canary"))
-    canary = Canary(canary_rows, tolerance=job.config.engine.canary_mean_tolerance)
+    policy = adapted_policy(prepared, accelerator, adapter)
     with Scratch() as scratch:
-        publisher = Publisher(policy, engine, canary, scratch.path)
+        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name="bench-canary"))
         loop.run(publisher.note_base())
         loop.run(publisher.publish())
 
 
-def measure(job: Job, adapter: Path | None, repeats: int) -> tuple[dict[str, list[float]], list[list[Rollout]]]:
+def measure(
+    prepared: Prepared, adapter: Path | None, repeats: int
+) -> tuple[dict[str, list[float]], list[list[Rollout]]]:
     """Seconds of each arm and the rollouts, a list entry per repeat; the warm-up is left out."""
     from accelerate import Accelerator
 
-    from trainer.setup import open_engine
+    from trainer.session import open_engine
 
     accelerator = Accelerator()
-    steps = [requests_of(job, step) for step in range(1 + repeats)]
+    steps = [requests_of(prepared, step) for step in range(1 + repeats)]
     arms: list[dict[str, float]] = []
     rollouts: list[list[Rollout]] = []
     with asyncio.Runner() as loop:
         print("starting the engine", flush=True)
-        engine = loop.run(open_engine(job, accelerator, None, first_step=0)).engine
+        engine = loop.run(open_engine(prepared, accelerator, None, first_step=0)).engine
         assert isinstance(engine, VllmEngine)
         try:
             sampler: Engine = engine
             if adapter is None:
                 requests_all = [request for requests in steps for request in requests]
-                sampler = StandInEngine(engine, job.config, loop.run(expert_turns(job, requests_all)))
+                sampler = StandInEngine(engine, prepared.config, loop.run(expert_turns(prepared, requests_all)))
             else:
-                publish_adapter(job, engine, loop, accelerator, adapter)
+                publish_adapter(prepared, engine, loop, accelerator, adapter)
             worker = RolloutWorker(
-                world=job.world,
-                grader=job.grader,
-                chat=job.chat,
+                world=prepared.world,
+                grader=prepared.grader,
+                chat=prepared.chat,
                 engine=sampler,
-                config=job.config.rollout,
+                config=prepared.config.rollout,
             )
             for step, requests in enumerate(steps):
-                seconds, done = loop.run(measure_arms(engine, worker, requests, job.config))
+                seconds, done = loop.run(measure_arms(engine, worker, requests, prepared.config))
                 arms.append(seconds)
                 rollouts.append(done)
                 times = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
@@ -262,7 +263,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--adapter", type=Path, help="adapter folder; see above")
     given = arguments.parse_args()
-    adapter = given.adapter or adapter_of(given.run)
+    adapter = given.adapter or (adapter_of(given.run) if given.run else None)
     with bench_config(given) as config:
         seconds, rollouts = measure(prepare(config), adapter, given.repeats)
     num_tokens = [sum(r.episode.num_tokens for r in repeat) for repeat in rollouts]

@@ -36,7 +36,7 @@ from envs.types import Episode, Message, Task, ToolCall
 from graders.types import Grade
 from trainer.config import RolloutConfig
 from trainer.engines.engine import Completion, Sampling
-from trainer.job import prepare
+from trainer.prepare import prepare
 from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
 from trainer.templates.chat import Chat

@@ -26,20 +26,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import Figure, bench_config, load_policy, parser, ratio, report, run_main
+from common import Figure, adapted_policy, bench_config, parser, ratio, report, run_main
 
 from envs.errors import UserError
 from trainer.config import RunConfig
 from trainer.learning.samples import sample_of
 
 if TYPE_CHECKING:
-    from trainer.job import Job
     from trainer.learning.packing import Microbatch
     from trainer.learning.samples import Sample
+    from trainer.prepare import Prepared
     from trainer.types import Ledger
 
 
-def expert_samples(job: Job, num_rows: int) -> list[Sample]:
+def expert_samples(prepared: Prepared, num_rows: int) -> list[Sample]:
     """The first tasks' expert episodes that fit into an episode's length, cycled where tasks are fewer than rows."""
     from trainer.learning.warmstart import expert_ledger
     from trainer.seeds import derive_seed
@@ -47,10 +47,10 @@ def expert_samples(job: Job, num_rows: int) -> list[Sample]:
     async def play() -> list[Ledger]:
         ledgers: list[Ledger] = []
         for attempt in range(4 * num_rows):
-            task = job.train_tasks[attempt % len(job.train_tasks)]
-            if turns := job.world.expert_episode(task, derive_seed(job.config.seed, "bench", attempt)):
-                ledger = await expert_ledger(task, turns, world=job.world, chat=job.chat)
-                if len(ledger) <= job.config.rollout.max_episode_tokens:
+            task = prepared.train_tasks[attempt % len(prepared.train_tasks)]
+            if turns := prepared.world.expert_episode(task, derive_seed(prepared.config.seed, "bench", attempt)):
+                ledger = await expert_ledger(task, turns, world=prepared.world, chat=prepared.chat)
+                if len(ledger) <= prepared.config.rollout.max_episode_tokens:
                     ledgers.append(ledger)
             if len(ledgers) == num_rows:
                 return ledgers
@@ -166,20 +166,20 @@ def main() -> None:
 def measure(
     config: RunConfig, num_rows: int, rollouts: Path | None, repeats: int
 ) -> tuple[list[Figure], dict[str, Any]]:
-    from trainer.job import prepare
+    from trainer.prepare import prepare
 
-    job = prepare(config)
+    prepared = prepare(config)
     from accelerate import Accelerator
 
     from trainer.learning.packing import pack
 
-    samples = rollout_file_samples(rollouts) if rollouts else expert_samples(job, num_rows)
-    policy = load_policy(job, Accelerator(), None)
+    samples = rollout_file_samples(rollouts) if rollouts else expert_samples(prepared, num_rows)
+    policy = adapted_policy(prepared, Accelerator(), None)
     batches = pack(samples, config.optim.max_microbatch_tokens)
     constants = {"temperature": config.rollout.temperature, "constant_tokens": config.rollout.max_episode_tokens}
     passes: dict[str, Callable[[], object]] = {
         "ours": lambda: policy.update(samples, config.loss, **constants),
-        "bare": bare_pass(config, job.model_path, policy.accelerator.device, batches),
+        "bare": bare_pass(config, prepared.model_path, policy.accelerator.device, batches),
         "core": core_pass(policy, config.rollout.temperature, batches),
     }
     num_tokens = sum(len(s.token_ids) for s in samples)

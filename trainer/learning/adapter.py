@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -27,6 +27,7 @@ from trainer.config import LoraConfig, ModelConfig
 from trainer.learning import head
 from trainer.learning.head import Head
 from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
+from trainer.runs.files import open_to_read
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -137,6 +138,17 @@ def hidden_states(model: Any, token_ids_BT: Tensor) -> Tensor:
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """A copy of the adapter's weights on the CPU, under PEFT's names."""
     return {_in_file(name): p.detach().cpu().clone() for name, p in trainable_parameters(model).items()}
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Load the adapter that `save_adapter` wrote. Raises `UserError` where it is damaged or does not fit."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        with open_to_read(path):
+            state = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: is damaged: {e}") from e
+    load_adapter_state(model, state)
 
 
 def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from envs.secrets import hidden_in
 from envs.tools import Tool
 from graders.config import GraderConfig, MultiConfig
 from trainer.config import RunConfig
-from trainer.job import Job, prepare
+from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
 from trainer.runs.folder import RunFolder
 from trainer.tasks.offer import tools_offered
@@ -24,32 +24,32 @@ _MOST_NAMES = 12
 
 def check_run(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of each part of the run. Raises `UserError` as training would before it loads anything."""
-    job = prepare(config, weights=False)
+    prepared = prepare(config, weights=False)
     try:
-        return list(_found(job))
+        return list(_found(prepared))
     finally:
-        asyncio.run(job.aclose())
+        asyncio.run(prepared.aclose())
 
 
-def _found(job: Job) -> Iterator[tuple[str, str]]:
-    config = job.config
+def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    config = prepared.config
     yield "run folder", _folder(config)
-    yield "tasks", f"{len(job.train_tasks)} to train on, {_held_out(job)}"
-    offered = job.world.make_env().tools
-    yield "prompts", _prompts(job, offered)
-    yield "tools", _tools(job, offered)
-    if job.users is not None:
-        yield "user", type(job.users).__name__
+    yield "tasks", f"{len(prepared.train_tasks)} to train on, {_held_out(prepared)}"
+    offered = prepared.world.make_env().tools
+    yield "prompts", _prompts(prepared, offered)
+    yield "tools", _tools(prepared, offered)
+    if prepared.users is not None:
+        yield "user", type(prepared.users).__name__
     yield "grader", _grader(config.grader)
     if config.watch_grader is not None:
         yield "watch grader", _grader(config.watch_grader)
     for key, url in servers_of(config).items():
         yield "reached", f"{key} {hidden_in(url)}"
     if config.warmstart is not None:
-        shown = f"{len(job.demonstrations)} conversations" if job.demonstrations else "the world's expert"
+        shown = f"{len(prepared.demonstrations)} conversations" if prepared.demonstrations else "the world's expert"
         yield "warm start", f"{config.warmstart.num_steps} steps of {config.warmstart.episodes_per_step}: {shown}"
     yield "model", f"{config.model.name}, calls read by {config.model.tool_parser}"
-    for key, meant in job.resolved().items():
+    for key, meant in prepared.resolved().items():
         yield "auto", f"{key}: {meant}"
 
 
@@ -60,30 +60,32 @@ def _folder(config: RunConfig) -> str:
     return f"{config.output_dir}, to be resumed after step {done}" if done else f"{config.output_dir}, new"
 
 
-def _held_out(job: Job) -> str:
-    num_tasks, wanted = len(job.eval_tasks), job.config.eval.num_tasks
+def _held_out(prepared: Prepared) -> str:
+    num_tasks, wanted = len(prepared.eval_tasks), prepared.config.eval.num_tasks
     told = f"{min(num_tasks, wanted)} of {num_tasks} held-out ones to evaluate on (eval.num_tasks {wanted})"
     # An environment that owns its data has the same empty prompt for all.
-    trained = {task.messages for task in job.train_tasks if task.messages[-1].content}
-    same = sum(task.messages in trained for task in job.eval_tasks)
+    trained = {task.messages for task in prepared.train_tasks if task.messages[-1].content}
+    same = sum(task.messages in trained for task in prepared.eval_tasks)
     return f"{told}; {same} of those have the prompt of a training task" if same else told
 
 
-def _prompts(job: Job, offered: Mapping[str, Tool]) -> str:
+def _prompts(prepared: Prepared, offered: Mapping[str, Tool]) -> str:
     """How long they are. Some suffice: a run may have many."""
-    limits = job.config.rollout
-    tasks = [*job.train_tasks, *job.eval_tasks][:: max(1, (len(job.train_tasks) + len(job.eval_tasks)) // 200)]
+    limits = prepared.config.rollout
+    tasks = [*prepared.train_tasks, *prepared.eval_tasks][
+        :: max(1, (len(prepared.train_tasks) + len(prepared.eval_tasks)) // 200)
+    ]
     lengths = []
     for task in tasks:
         schemas = [tool.schema() for tool in tools_offered(task, offered, limits).values()]
-        lengths.append(job.chat.num_tokens(job.chat.prompt_text(task.messages, schemas)))
+        lengths.append(prepared.chat.num_tokens(prepared.chat.prompt_text(task.messages, schemas)))
     middle, most = statistics.median(lengths), max(lengths)
     return f"{middle:,.0f} tokens in the middle, {most:,} at most, of an episode's {limits.max_episode_tokens:,}"
 
 
-def _tools(job: Job, offered: Mapping[str, Tool]) -> str:
-    rollout = job.config.rollout
-    names = list(dict.fromkeys(name for task in job.train_tasks for name in tools_offered(task, offered, rollout)))
+def _tools(prepared: Prepared, offered: Mapping[str, Tool]) -> str:
+    rollout = prepared.config.rollout
+    names = list(dict.fromkeys(name for task in prepared.train_tasks for name in tools_offered(task, offered, rollout)))
     shown = ", ".join(names[:_MOST_NAMES])
     return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown or "none"
 

@@ -1,7 +1,7 @@
 """Is this run worth its time? Some rollouts of the policy that training would start from, and what they say.
 
-They go through the very parts of the trainer: the job, the policy with its warm start, the engine, the published and
-proven adapter, the rollout worker. What is measured is what the first step would see.
+They go through the very parts of the trainer: what is prepared, the policy with its warm start, the engine, the
+published and proven adapter, the rollout worker. What is measured is what the first step would see.
 
 Writes into the folder `out`: preflight.html, preflight.json (`tasks` holds what the curriculum reads), rollouts.jsonl,
 preflight.log. *Not covered:* more than one process; the estimate takes a number of GPUs instead.
@@ -27,27 +27,25 @@ from envs.secrets import without_secrets
 from envs.types import Task
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.engines.canary import Canary
-from trainer.job import Job, prepare
 from trainer.learning.samples import rollout_samples
 from trainer.models.machines import Machine, check_option, this_machine
 from trainer.models.memory import MemoryRow, memory_rows, num_weights_of, read_shape
 from trainer.preflight.advice import Advice, advise, advise_memory, verdict
 from trainer.preflight.duration import Speeds, TimeEstimate, time_estimate
 from trainer.preflight.figures import Figures, figures_of
+from trainer.prepare import Prepared, prepare
 from trainer.reachable import PATIENCE_S
 from trainer.rollouts.collect import refuse_if_none_graded, warn_of_unclosed
-from trainer.runs.files import append_text, open_to_read, sealed, write_atomically
+from trainer.runs.files import append_text, sealed, write_atomically
 from trainer.runs.folder import RunFolder
-from trainer.runs.manifest import checkpoints
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_to_json
 from trainer.seeds import derive_seed
-from trainer.types import Phase, Rollout, RolloutRequest
+from trainer.types import Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     from trainer.learning.policy import Policy
-    from trainer.setup import StartEngine
+    from trainer.session import StartEngine
 
 _LONG_UPDATE_S = 60.0
 """An update that takes longer is not repeated without its warm-up."""
@@ -115,12 +113,12 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
     measured = config.model_copy(update={"trackers": []} | ({"warmstart": None} if options.adapter else {}))
     with tempfile.TemporaryDirectory(prefix="agent-rft-preflight-") as folder:
         # The run's own folder stays untouched: training must find it empty.
-        job = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}), patience_s=PATIENCE_S)
+        prepared = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}), patience_s=PATIENCE_S)
         options.out.mkdir(parents=True, exist_ok=True)
-        rollouts, speeds, machine = _measure(job, options, start_engine)
+        rollouts, speeds, machine = _measure(prepared, options, start_engine)
     figures = figures_of(rollouts, samples_per_task=_samples(config, options))
-    memory = memory_of(config, job.model_path, on_cpu=machine.on_cpu)
-    advice = advise(figures, config, offers_tools=bool(job.world.make_env().tools))
+    memory = memory_of(config, prepared.model_path, on_cpu=machine.on_cpu)
+    advice = advise(figures, config, offers_tools=bool(prepared.world.make_env().tools))
     if memory:
         advice += advise_memory(memory, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu)
     found = Preflight(
@@ -171,12 +169,12 @@ def memory_of(config: RunConfig, model_path: Path, *, on_cpu: bool) -> list[Memo
     return memory_rows(config, shape, num_weights_of(model_path, shape), on_cpu=on_cpu)
 
 
-def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tuple[list[Rollout], Speeds, Machine]:
-    from trainer.engines.publish import Publisher
-    from trainer.runs.scratch import sweep_default_roots
-    from trainer.setup import canary_ids, load_policy, make_worker, open_engine, open_scratch
+def _measure(
+    prepared: Prepared, options: Options, start_engine: StartEngine | None
+) -> tuple[list[Rollout], Speeds, Machine]:
+    from trainer.session import open_session
 
-    config = job.config
+    config = prepared.config
     accelerator = processes.start()
     if accelerator.num_processes > 1:
         raise UserError("preflight runs on one process: start it with python, and give the run's GPUs as --gpus")
@@ -185,30 +183,18 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(options.out / "preflight.log", 0))
         loop = stack.enter_context(asyncio.Runner())
-        stack.callback(lambda: loop.run(job.aclose()))
+        stack.callback(lambda: loop.run(prepared.aclose()))
         start = time.perf_counter()
-        sweep_default_roots()
-        policy = load_policy(job, run, accelerator, progress, loop)
-        if options.adapter is not None:
-            _load_adapter(policy, options.adapter)
-        progress.phase(Phase.STARTING)
-        scratch = stack.enter_context(open_scratch(job, policy))
-        engine = loop.run(open_engine(job, accelerator, start_engine, first_step=0))
-        stack.callback(engine.shutdown)
-        scratch.note_children()
-        canary_rows = loop.run(canary_ids(job, name=f"{run.run_id}-canary"))
-        canary = Canary(canary_rows, tolerance=config.engine.canary_mean_tolerance)
-        publisher = Publisher(policy, engine, canary, scratch.path)
-        worker = make_worker(job, engine, run)
-        progress.phase(Phase.PUBLISHING)
-        loop.run(publisher.note_base())
-        loop.run(publisher.probe())
-        publish_start = time.perf_counter()
-        loop.run(publisher.publish())
-        publish_s = time.perf_counter() - publish_start
+        session = stack.enter_context(
+            open_session(
+                prepared, run, accelerator, progress, loop, start_engine, first_step=0, adapter=options.adapter
+            )
+        )
         start_s = time.perf_counter() - start
 
-        requests = preflight_requests(config, job.eval_tasks if options.held_out else job.train_tasks, options)
+        requests = preflight_requests(
+            config, prepared.eval_tasks if options.held_out else prepared.train_tasks, options
+        )
         progress.phase("preflight's rollouts", total=len(requests))
         path = options.out / "rollouts.jsonl"
         write_atomically(path, "")
@@ -218,18 +204,18 @@ def _measure(job: Job, options: Options, start_engine: StartEngine | None) -> tu
             progress.advance(1, tokens=rollout.episode.num_tokens)
 
         rollouts_start = time.perf_counter()
-        rollouts = loop.run(worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
+        rollouts = loop.run(session.worker.run(requests, temperature=config.rollout.temperature, on_rollout=keep))
         rollouts_s = time.perf_counter() - rollouts_start
         warn_of_unclosed(rollouts, progress)
         refuse_if_none_graded(rollouts, "of the preflight")
 
         progress.phase("one microbatch's update")
-        trained_tokens_per_s = _training_speed(policy, rollouts, config, progress)
+        trained_tokens_per_s = _training_speed(session.policy, rollouts, config, progress)
     speeds = Speeds(
         sampled_tokens_per_s=sum(r.episode.num_tokens for r in rollouts) / rollouts_s,
         num_rollouts=len(rollouts),
         trained_tokens_per_s=trained_tokens_per_s,
-        publish_s=publish_s,
+        publish_s=session.first_publish_s,
         start_s=start_s,
     )
     return rollouts, speeds, this_machine()
@@ -276,29 +262,6 @@ def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConf
         return None
     progress.advance(1, tokens=tokens)
     return tokens / seconds
-
-
-def adapter_of(run: Path) -> Path:
-    """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`."""
-    for folder in (run / "adapter", *(checkpoint / "adapter" for _, checkpoint in checkpoints(run))):
-        if (folder / "adapter_model.safetensors").is_file():
-            return folder
-    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
-
-
-def _load_adapter(policy: Policy, folder: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from trainer.learning.adapter import load_adapter_state
-
-    path = folder / "adapter_model.safetensors"
-    try:
-        with open_to_read(path):
-            weights = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: is damaged: {e}") from e
-    load_adapter_state(policy.model, weights)
 
 
 def _checked(options: Options) -> Options:

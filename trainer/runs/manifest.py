@@ -46,6 +46,14 @@ class Manifest(BaseModel):
     """The beginnings of the run's own files; nothing of one that was not there."""
 
 
+def adapter_of(run: Path) -> Path:
+    """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`."""
+    for folder in (run / "adapter", *(checkpoint / "adapter" for _, checkpoint in checkpoints(run))):
+        if (folder / "adapter_model.safetensors").is_file():
+            return folder
+    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
+
+
 def write_manifest(checkpoint: Path, run: Path, *, step: int, run_id: str) -> None:
     """Into the folder `checkpoint`, whose files are then on the disk, and so is what it rests on."""
     files = {

@@ -43,7 +43,7 @@ from trainer.types import Demonstration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Prepared:
     """What the config asks for, checked; no model is loaded yet."""
 
     config: RunConfig
@@ -107,11 +107,11 @@ class Job:
         ]
 
 
-def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0) -> Job:
+def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0) -> Prepared:
     """Everything that a user can get wrong is found here. Raises `UserError`; writes nothing but the model cache.
 
     What takes long to load (vLLM's parsers, the tokenizer) comes last, so that most mistakes are told at once. Without
-    `weights` those of a hub's model are not fetched: the job can be looked at, not run. `patience_s` is for servers
+    `weights` those of a hub's model are not fetched: the run can be looked at, not made. `patience_s` is for servers
     that are started beside the run.
     """
     RunFolder.check(config)
@@ -148,7 +148,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     )
     _check_prompts(config, env.tools, chat, tasks)
     check_demonstrations(demonstrations, chat=chat, max_tokens=config.rollout.max_episode_tokens)
-    return Job(
+    return Prepared(
         config=config,
         world=world,
         grader=grader,

@@ -1,0 +1,261 @@
+"""The loaded stack: the policy, warm-started or restored, the engine that samples it, and the way between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from envs.base import Sweeps
+from envs.limits.clocks import time_limit
+from trainer import processes
+from trainer.config import publishes_merged
+from trainer.engines.canary import Canary
+from trainer.engines.engine import Engine, VllmEngine, release_memory
+from trainer.engines.publish import Publisher
+from trainer.engines.watched import WatchedEngine
+from trainer.learning.adapter import load_adapter, published_bytes
+from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
+from trainer.learning.policy import Policy
+from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
+from trainer.prepare import Prepared
+from trainer.rollouts.worker import RolloutWorker
+from trainer.runs.folder import RunFolder
+from trainer.runs.progress import Progress
+from trainer.runs.scratch import Scratch, sweep_default_roots
+from trainer.seeds import derive_seed
+from trainer.types import Phase
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+StartEngine = Callable[..., Awaitable[Engine]]
+
+_CANARY_TOKENS = 448
+_MOST_CANARIES = 8
+_MOST_VERSIONS = 2
+"""Versions that lie on their way to the engine at once: the former is deleted when the new one has been proved."""
+_FILE_OVERHEAD_BYTES = 2**20
+"""Headers and the adapter's config."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What is open together: the engine runs the policy, and that has been proved."""
+
+    policy: Policy
+    engine: WatchedEngine
+    publisher: Publisher
+    worker: RolloutWorker
+    first_publish_s: float
+    """Seconds that the publish took with which the session opened."""
+
+
+@contextlib.contextmanager
+def open_session(
+    prepared: Prepared,
+    run: RunFolder,
+    accelerator: Accelerator,
+    progress: Progress,
+    loop: asyncio.Runner,
+    start_engine: StartEngine | None,
+    *,
+    first_step: int,
+    adapter: Path | None = None,
+) -> Iterator[Session]:
+    """Load all of it and publish the policy; what is open closes at the end.
+
+    `start_engine` takes the arguments of `VllmEngine.start`, its default. `adapter` is a folder whose adapter takes the
+    place of the policy's own. Raises `UserError`, and `PublishError` when the engine does not run the policy.
+    """
+    sweep_default_roots()
+    policy = load_policy(prepared, run, accelerator, progress, loop)
+    if adapter is not None:
+        load_adapter(policy.model, adapter)
+    progress.phase(Phase.STARTING)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(open_scratch(prepared, policy))
+        engine = loop.run(open_engine(prepared, accelerator, start_engine, first_step=first_step))
+        stack.callback(engine.shutdown)
+        scratch.note_children()
+        name = f"{run.run_id}-canary-{accelerator.process_index}"
+        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name=name))
+        progress.phase(Phase.PUBLISHING)
+        loop.run(publisher.note_base())
+        loop.run(publisher.probe())
+        start = time.perf_counter()
+        loop.run(publisher.publish())
+        yield Session(
+            policy=policy,
+            engine=engine,
+            publisher=publisher,
+            worker=make_worker(prepared, engine, run),
+            first_publish_s=time.perf_counter() - start,
+        )
+
+
+def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
+    """The policy as it begins: the base model under an adapter that changes nothing."""
+    config = prepared.config
+    model_path, grammar = prepared.model_path, prepared.grammar
+    return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar)
+
+
+async def open_publisher(prepared: Prepared, policy: Policy, engine: Engine, scratch: Path, *, name: str) -> Publisher:
+    """`name` is that of the environments in which the canary's tasks are solved; no other process may have it then."""
+    rows = await canary_ids(prepared, name=name)
+    canary = Canary(rows, tolerance=prepared.config.engine.canary_mean_tolerance)
+    return Publisher(policy, engine, canary, scratch)
+
+
+def load_policy(
+    prepared: Prepared, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: asyncio.Runner
+) -> Policy:
+    """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
+    config = prepared.config
+    progress.phase(Phase.LOADING)
+    policy = new_policy(prepared, accelerator)
+    checkpoint = run.last_checkpoint()
+    processes.wait_for_all()
+    if checkpoint is not None:
+        step, folder = checkpoint
+        load_checkpoint(policy, folder)
+        for told in (*run.remarks, *run.rewind(step)):
+            progress.warn(told)
+        progress.say(f"resumed after step {step} from {folder}")
+    else:
+        if config.warmstart is not None:
+            _warm_start(prepared, run, policy, progress, loop)
+        if run.is_main:
+            keep_checkpoint(run, write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
+    processes.wait_for_all()
+    return policy
+
+
+def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Progress, loop: asyncio.Runner) -> None:
+    """Imitate the demonstrations. An interrupted warm start is done again from its beginning, to the same adapter."""
+    config = prepared.config
+    assert config.warmstart is not None
+    progress.phase(Phase.EXPERT)
+    ledgers = expert_ledgers(
+        config,
+        prepared.train_tasks,
+        world=prepared.world,
+        chat=prepared.chat,
+        loop=loop,
+        run_id=run.run_id,
+        demonstrations=prepared.demonstrations,
+        users=prepared.users,
+    )
+    steps = in_steps(ledgers, config.warmstart)
+    progress.phase(Phase.WARM_START, total=len(steps))
+    losses: list[float] = []
+
+    def on_step(loss: float) -> None:
+        progress.advance(1, tokens=sum(len(sample.token_ids) for sample in steps[len(losses)]))
+        losses.append(loss)
+
+    policy.imitate(steps, learning_rate=config.warmstart.learning_rate, on_step=on_step)
+    run.note(warmstart_loss=losses)
+    if config.loss.kl_coef > 0:
+        policy.keep_as_reference()
+
+
+async def release_left_open(prepared: Prepared, run: RunFolder, progress: Progress) -> None:
+    """Let the world release what rollouts of this run hold that a kill left open."""
+    left_open = run.left_open() if run.is_main else []
+    if left_open and isinstance(prepared.world, Sweeps):
+        progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
+        try:
+            async with time_limit(prepared.config.rollout.settle_timeout_s):
+                await prepared.world.sweep(left_open)
+        except TimeoutError:
+            progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
+    if run.is_main:
+        run.forget_left_open()
+
+
+def open_scratch(prepared: Prepared, policy: Policy) -> Scratch:
+    """The folder by which weights reach the engine, with room for this and every other process of the machine."""
+    merged = publishes_merged(prepared.config.engine, on_cpu=policy.accelerator.device.type == "cpu")
+    of_one_process = _MOST_VERSIONS * published_bytes(policy.model, merged=merged) + _FILE_OVERHEAD_BYTES
+    return Scratch(need_bytes=of_one_process * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+async def open_engine(
+    prepared: Prepared, accelerator: Any, start_engine: StartEngine | None, *, first_step: int
+) -> WatchedEngine:
+    """Start this process's engine on the base model."""
+    # The engine refuses to start where less is free than its share, and a warm start leaves its peak reserved.
+    release_memory()
+    start = start_engine or VllmEngine.start
+    # The engines of a machine share vLLM's compile cache, whose index is not written at once: one fills it for all.
+    takes_turns, is_first = accelerator.device.type != "cpu", accelerator.local_process_index == 0
+    if takes_turns and not is_first:
+        processes.wait_for_all()
+    started = await start(
+        prepared.model_path,
+        model=prepared.config.model,
+        engine=prepared.config.engine,
+        max_model_len=prepared.config.rollout.max_episode_tokens,
+        stop_token_ids=sorted(prepared.chat.stop_token_ids),
+        device=accelerator.device.type,
+        local_rank=accelerator.local_process_index,
+        # Another on every process and after every resume, or they would draw the same noise.
+        seed=derive_seed(prepared.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
+    )
+    engine = WatchedEngine(started, limit_s=prepared.config.engine.hung_after_s)
+    if takes_turns and is_first:
+        processes.wait_for_all()
+    for asks in prepared.asks_engine:
+        asks.bind(engine, prepared.chat)
+    return engine
+
+
+def make_worker(prepared: Prepared, engine: Engine, run: RunFolder) -> RolloutWorker:
+    return RolloutWorker(
+        world=prepared.world,
+        grader=prepared.grader,
+        watch_grader=prepared.watch_grader,
+        chat=prepared.chat,
+        engine=engine,
+        config=prepared.config.rollout,
+        users=prepared.users,
+        # Two lines a rollout, of use only where something can be released.
+        live=run if isinstance(prepared.world, Sweeps) else None,
+        max_num_seqs=prepared.config.engine.max_num_seqs,
+    )
+
+
+async def canary_ids(prepared: Prepared, *, name: str) -> list[list[int]]:
+    """The token sequences that are scored after every publish: the first training tasks, solved where possible.
+
+    The environments in which they are solved go by `name`, which no other process may have at the time.
+    As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU. Of a long episode
+    it is the end, where the model's own turns are; a row that began with every agent's long system prompt would hold
+    nothing else.
+    """
+    # Scoring generates a token, for which there must be room.
+    longest = min(_CANARY_TOKENS // 2, prepared.config.rollout.max_episode_tokens - 1)
+
+    rows: list[list[int]] = []
+    for number, task in enumerate(prepared.train_tasks[:_MOST_CANARIES]):
+        left = _CANARY_TOKENS - sum(map(len, rows))
+        if left <= 1:
+            break
+        ledger = await expert_ledger(
+            task,
+            prepared.world.expert_episode(task, 0),
+            world=prepared.world,
+            chat=prepared.chat,
+            users=prepared.users,
+            rollout=prepared.config.rollout,
+            rollout_id=f"{name}-{number}",
+        )
+        rows.append(ledger.prompt_ids[-min(left, longest) :])
+    return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_the_page_of_the_config_is_fresh_and_explains_every_key():
     assert len(explained) == len({*explained}) > 40
     for kind in ("world: {type: remote}", "grader: {type: multi}", "world.user: {type: engine}"):
         assert kind in explained
+
+
+def test_the_drawing_of_the_rooms_is_fresh_and_all_of_them_are_told():
+    rooms = SourceFileLoader("rooms", str(REPOSITORY / "docs" / "rooms.py")).load_module()
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert page == rooms.page(), "draw it anew: python docs/rooms.py"
+    folders = {path.parent.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("trainer/*/__init__.py")}
+    assert {"envs", "graders", *folders} == {*re.findall(r"^\| `([\w/]+)` \| ", page, re.M)}
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_the_pages_for_contributors_name_exist(page):
+    named = re.findall(r"`([\w/]+/[\w.]+\.(?:py|md|lock))`", (REPOSITORY / page).read_text())
+    assert len(named) > 3
+    for name in named:
+        assert any((REPOSITORY / folder / name).exists() for folder in ("", "trainer")), f"{page} names {name}"
 
 
 @pytest.mark.parametrize("page", ["compatibility.md", "borders.md"])

@@ -5,11 +5,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from servers import ONE_PROCESS, VLLM, running_vllm, served_dtype
+from servers import ONE_PROCESS, VLLM, running_vllm
+
+if TYPE_CHECKING:
+    from run_server import Server
 
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -123,6 +126,16 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server(tiny_model: Path) -> "Iterator[Server]":
+    """Runs configs of the scripted engine on the tiny model, each in a process of its own."""
+    from run_server import Server
+
+    server = Server(tiny_model)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
 def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama, 8,192 tokens long, that writes tool calls of the quickstart's and the shop's worlds, and JSON."""
     from taught import teach
@@ -131,13 +144,25 @@ def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def judge_url(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of a vLLM server that calls the default model `judge`; one for all tests, as its start is slow."""
-    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "judge", "--max-num-seqs", "16", *served_dtype()]
+def served(taught_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a vLLM server that calls the taught model `policy` and `judge`, under the template that is
+    exported beside an adapter; one for all tests, as its start is slow.
+    """
+    from trainer.templates.chat import Chat
+
+    folder, chat = tmp_path_factory.mktemp("served"), Chat(taught_model)
+    command = [*VLLM, "--model", str(taught_model), "--served-model-name", "policy", "judge", "--max-num-seqs", "16"]
+    command += ["--dtype", "float32", *chat.serve_arguments(chat.save_template(folder))]
     # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31.
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
-    with running_vllm(command, tmp_path_factory.mktemp("judge") / "log") as address:
-        yield f"{address}/v1"
+    with running_vllm(command, folder / "log") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def judge_url(served: str) -> str:
+    """The base URL under which a vLLM server calls its model `judge`."""
+    return f"{served}/v1"
 
 
 @pytest.fixture(scope="session")

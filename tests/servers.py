@@ -27,15 +27,7 @@ The run of test_quickstart_vllm has processes as its users have them.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **ONE_PROCESS}
 # Not `vllm serve`: the command itself asks for metadata that the package vllm-cpu does not have.
 VLLM = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-VLLM_OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "1024"]
-
-
-def served_dtype() -> list[str]:
-    """The embedded model's weights as the trainer holds them here; bfloat16 is an emulation on some CPUs."""
-    from trainer.config import ModelConfig
-    from trainer.models.family import weights_dtype
-
-    return ["--dtype", weights_dtype(ModelConfig(), on_cpu=True)]
+VLLM_OPTIONS = ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "2048"]
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from families import VOCABULARY
@@ -23,7 +24,7 @@ from trainer.learning.warmstart import expert_ledger
 from trainer.prepare import build_world
 from trainer.templates.chat import Chat
 
-NUM_STEPS = 200
+NUM_STEPS = 240
 THOUGHT = '<think> I think it is right.</think>{{"score": {}}}\n'
 """Learned under a tokenizer whose token 3 is `<think>`, and whose token 2 `</think>`."""
 Row = tuple[list[int], list[bool]]
@@ -75,15 +76,23 @@ def _episodes(chat: Chat, config: str, num_tasks: int) -> list[Row]:
 
 
 def _answers(chat: Chat) -> list[Row]:
-    """JSON without a tool, its white space as tools have it."""
+    """JSON without a tool: of an assistant and of a judge."""
     rows = []
     for i in range(10):
         asked = [Message(role="user", content=f"Is {i} + {i} = {2 * i + i % 2}? Explain, and give a score.")]
         verdict = {"explanation": f"I think it is {i}.", "score": 10 * i, "kind": "wrong" if i % 2 else "right"}
-        prompt = chat.open(asked, [])
-        own = chat.encode_assistant(asked, Message(role="assistant", content=json.dumps(verdict)), [])
-        rows.append((prompt + own, [False] * len(prompt) + [True] * len(own)))
+        rows.append(_answered(chat, asked, verdict))
+        found = [0.5, "right", 1, "wrong", 0][i % 5]
+        judged = {"steps": [{"description": "Look.", "conclusion": f"It is {i}."}], "result": found}
+        asked = [Message(role="user", content=f"Gold answer: {i}. Answer: It is {i}.")]
+        rows.append(_answered(chat, asked, judged))
     return rows
+
+
+def _answered(chat: Chat, asked: list[Message], answer: dict[str, Any]) -> Row:
+    prompt = chat.open(asked, [])
+    own = chat.encode_assistant(asked, Message(role="assistant", content=json.dumps(answer)), [])
+    return prompt + own, [False] * len(prompt) + [True] * len(own)
 
 
 def _thoughts(tokenizer: Path) -> list[Row]:

@@ -182,11 +182,12 @@ async def test_what_the_model_writes_runs_as_a_call_and_never_as_code(chat, worl
 @pytest.mark.vllm
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
-async def test_the_embedded_model_plays_it_on_vllm_without_a_fault_of_the_world(smollm2, chat, world):
-    small = LIMITS.model_copy(update={"max_turns": 4, "max_turn_tokens": 64, "max_episode_tokens": 4000})
+async def test_a_model_plays_it_on_vllm_without_a_fault_of_the_world(taught_model, one_process, world):
+    chat = Chat(taught_model)
+    small = LIMITS.model_copy(update={"max_turns": 4, "max_turn_tokens": 64, "max_episode_tokens": 8000})
     engine = await VllmEngine.start(
-        smollm2,
-        model=ModelConfig(),
+        taught_model,
+        model=ModelConfig(dtype="float32"),
         engine=EngineConfig(publish="merged", seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4),
         max_model_len=small.max_episode_tokens + 1,
         stop_token_ids=sorted(chat.stop_token_ids),

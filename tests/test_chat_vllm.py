@@ -3,13 +3,11 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import VLLM, running_vllm, served_dtype
 
 from envs.types import Message, ToolCall
 from trainer.templates.chat import Chat
@@ -78,18 +76,8 @@ WRITINGS = {
 
 
 @pytest.fixture(scope="module")
-def chat(smollm2: Path) -> Chat:
-    return Chat(smollm2)
-
-
-@pytest.fixture(scope="module")
-def server(smollm2: Path, chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a `vllm serve`, with the template that is exported beside an adapter."""
-    folder = tmp_path_factory.mktemp("serve")
-    command = [*VLLM, "--model", str(smollm2), "--served-model-name", "policy"]
-    command += [*served_dtype(), "--max-num-seqs", "16", *chat.serve_arguments(chat.save_template(folder))]
-    with running_vllm(command, folder / "log") as address:
-        yield address
+def chat(taught_model: Path) -> Chat:
+    return Chat(taught_model)
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -105,23 +93,23 @@ def post(url: str, body: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 @pytest.mark.parametrize("tools", [TOOLS, []], ids=["tools", "no tools"])
 def test_the_rendered_prompt_is_what_vllm_serve_renders(
-    server: str, chat: Chat, messages: list[Message], tools: list[dict[str, Any]]
+    served: str, chat: Chat, messages: list[Message], tools: list[dict[str, Any]]
 ) -> None:
     body = {"messages": [m.to_openai() for m in messages], **({"tools": tools} if tools else {})}
-    assert chat.open(messages, tools) == post(f"{server}/tokenize", body)["tokens"]
+    assert chat.open(messages, tools) == post(f"{served}/tokenize", body)["tokens"]
 
 
-def test_turns_are_parsed_as_vllm_serve_parses_them(server: str, chat: Chat) -> None:
+def test_turns_are_parsed_as_vllm_serve_parses_them(served: str, chat: Chat) -> None:
     """Forced writings, and free ones; the server says which tokens it parsed."""
     free: list[dict[str, Any]] = [{"temperature": 1.0, "seed": seed, "max_tokens": 40} for seed in range(6)]
     # The grammar leaves the model the choice of the tokens: often not those that the tokenizer would choose.
     forced = [
-        {"temperature": 1.0, "seed": 1, "max_tokens": 120, "structured_outputs": {"choice": [text]}}
+        {"temperature": 1.0, "seed": 1, "max_tokens": 300, "structured_outputs": {"choice": [text]}}
         for text in WRITINGS.values()
     ]
     body = {"messages": [QUESTION.to_openai()], "tools": TOOLS, "return_token_ids": True}
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda more: post(f"{server}/v1/chat/completions", {**body, **more}), forced + free))
+        answers = list(pool.map(lambda more: post(f"{served}/v1/chat/completions", {**body, **more}), forced + free))
     written = []
     for answer in answers:
         assert answer["prompt_token_ids"] == chat.open([QUESTION], TOOLS)
@@ -140,11 +128,11 @@ def test_turns_are_parsed_as_vllm_serve_parses_them(server: str, chat: Chat) -> 
         assert bool(turn.message.tool_calls) == (name in ("call", "spaced call", "two calls", "no closing tag")), name
 
 
-def test_a_served_conversation_continues_from_the_ledger(server: str, chat: Chat) -> None:
+def test_a_served_conversation_continues_from_the_ledger(served: str, chat: Chat) -> None:
     """Prompt, sampled tokens and glue together are the prompt of the server's next turn."""
     before = [SYSTEM, QUESTION]
     sampled = chat.encode_assistant(before, CALLS, TOOLS)
     more = chat.extend(before, CALLS, RESULTS, TOOLS, sampled)
     assert not (more.forked or more.drifted)
     body = {"messages": [m.to_openai() for m in [*before, CALLS, *RESULTS]], "tools": TOOLS}
-    assert chat.open(before, TOOLS) + sampled + more.token_ids == post(f"{server}/tokenize", body)["tokens"]
+    assert chat.open(before, TOOLS) + sampled + more.token_ids == post(f"{served}/tokenize", body)["tokens"]

@@ -23,7 +23,12 @@ ALWAYS = {("granite", "lora"), ("qwen3-moe", "merged"), ("gemma3-vision", "lora"
 NEEDS_TORCHVISION = {"qwen3.5", "gemma3-vision", "mistral3", "qwen2.5-vl"}
 """vLLM's classes of wrappers import it, and no build of it on PyPI fits torch's CPU build."""
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_process"),
+]
 
 
 def cases() -> list[object]:

@@ -18,11 +18,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2400)]
 FINANCE = [sys.executable, "scripts/examples/finance_server.py", "--config", "configs/quickstart.yaml"]
 DEADLINE_S = 900
 SMALL = [
-    "warmstart.num_steps=3",
+    "model.dtype=float32",
+    "warmstart.num_steps=1",
     "warmstart.episodes_per_step=3",
-    "warmstart.learning_rate=2e-3",
     "optim.num_steps=1",
     "rollout.max_turns=4",
+    "rollout.max_episode_tokens=1500",
     "eval.num_tasks=2",
     "engine.kv_cache_gib=1",
 ]
@@ -63,13 +64,14 @@ def write_base(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(judge_url: str, taught_model: Path, one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosted")
     subprocess.run([*FINANCE, "--write", str(folder)], cwd=REPOSITORY, check=True, capture_output=True)
     with running(FINANCE, folder / "tools.log", ready="/docs") as url:
         train = [sys.executable, "scripts/train.py", "--hosted-job", str(write_job(folder, url))]
         train += ["--config", str(write_base(folder)), *SMALL, f"output_dir={folder / 'run'}"]
-        train += [f"warmstart.data={folder / 'conversations.jsonl'}", f"judge.base_url={judge_url}"]
+        train += [f"model.name={taught_model}", f"warmstart.data={folder / 'conversations.jsonl'}"]
+        train += [f"judge.base_url={judge_url}"]
         result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert result.returncode == 0, result.stderr
     assert "job.json: model: 'o4-mini-2025-04-16' is the hosted service's" in result.stdout

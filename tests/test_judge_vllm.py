@@ -1,6 +1,6 @@
 """A real vLLM server as the judge of `score_model` and `label_model`.
 
-The judge is an untrained model of 135M parameters: what it finds is worth nothing. What can be tested is that the
+The judge is the taught model: what it finds is worth nothing. What can be tested is that the
 server enforces the structure, and that what comes back is read, counted and cached.
 """
 
@@ -24,7 +24,7 @@ from graders.judges.openai_judge import build_judge
 from graders.types import Grade, Grader, GraderErrorKind
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
-MAX_MODEL_LEN = 1024
+MAX_MODEL_LEN = 2048
 NUM_SEEDS = 8
 QUESTION = [
     {
@@ -69,16 +69,30 @@ class Judged:
     is_complete: bool
 
 
-async def judged(url: str, build: Callable[[int, Judge], Grader]) -> list[Judged]:
-    """What graders of several seeds find, asked at once; every answer fits the structure, one at least is complete."""
-    judge = build_judge(JudgeConfig(base_url=url))
+@pytest.fixture(scope="module")
+def found(judge_url: str) -> dict[str, list[Judged]]:
+    """What graders of both kinds and of several seeds find, all asked at once."""
+
+    async def ask() -> dict[str, list[Judged]]:
+        judge = build_judge(JudgeConfig(base_url=judge_url))
+        try:
+            scores, labels = await asyncio.gather(
+                judged(judge, lambda seed, judge: ScoreModelGrader(score_config(seed), judge)),
+                judged(judge, lambda seed, judge: LabelModelGrader(label_config(seed), judge)),
+            )
+        finally:
+            await judge.aclose()
+        return {"score": scores, "label": labels}
+
+    return asyncio.run(ask())
+
+
+async def judged(judge: Judge, build: Callable[[int, Judge], Grader]) -> list[Judged]:
+    """Every answer fits the structure, one at least is complete."""
     recorders = [Recorder(judge) for _ in range(NUM_SEEDS)]
-    try:
-        grades = await asyncio.gather(
-            *(build(seed, recorder).grade(TASK, episode()) for seed, recorder in enumerate(recorders))
-        )
-    finally:
-        await judge.aclose()
+    grades = await asyncio.gather(
+        *(build(seed, recorder).grade(TASK, episode()) for seed, recorder in enumerate(recorders))
+    )
     found = []
     for grade, recorder in zip(grades, recorders, strict=True):
         ((request, reply),) = recorder.seen
@@ -126,14 +140,13 @@ def assert_structured(request: JudgeRequest, reply: JudgeReply) -> bool:
     return True
 
 
-async def test_a_score_fits_the_structure_and_lies_in_the_range(judge_url: str) -> None:
-    found = await judged(judge_url, lambda seed, judge: ScoreModelGrader(score_config(seed), judge))
-    assert [x.grade.judge_tokens for x in found] == [{"judge": x.reply.num_tokens} for x in found]
+def test_a_score_fits_the_structure_and_lies_in_the_range(found: dict[str, list[Judged]]) -> None:
+    for x in found["score"]:
+        assert x.grade.judge_tokens == {"judge": x.reply.num_tokens}
 
 
-async def test_a_label_is_one_of_the_list(judge_url: str) -> None:
-    found = await judged(judge_url, lambda seed, judge: LabelModelGrader(label_config(seed), judge))
-    for x in found:
+def test_a_label_is_one_of_the_list(found: dict[str, list[Judged]]) -> None:
+    for x in found["label"]:
         if x.is_complete:
             assert x.grade.reward == float(json.loads(x.reply.text)["result"] == "right")
 

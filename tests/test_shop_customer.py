@@ -24,12 +24,12 @@ from trainer.types import Rollout, RolloutRequest
 
 CONFIG = REPOSITORY / "configs" / "shop_customer.yaml"
 SMALL = [
+    "model.dtype=float32",
     "warmstart={num_steps: 1, episodes_per_step: 4}",
     "optim.num_steps=1",
     "rollout.tasks_per_step=2",
     "rollout.group_size=2",
     "rollout.max_turns=4",
-    "rollout.max_turn_tokens=48",
     "eval={num_tasks: 2, samples_per_task: 1}",
     "engine.kv_cache_gib=1",
 ]
@@ -81,9 +81,10 @@ async def rolled_out(config: RunConfig, chat: Chat, written: list[str], grader: 
 
 @pytest.mark.vllm
 @pytest.mark.timeout(1500)
-def test_a_step_of_the_example_runs_on_a_real_engine(tmp_path: Path) -> None:
+def test_a_step_of_the_example_runs_on_a_real_engine(taught_model: Path, one_process: None, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train = [sys.executable, "scripts/train.py", "--config", str(CONFIG), *SMALL, f"output_dir={folder}"]
+    train += [f"model.name={taught_model}"]
     result = subprocess.run(train, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200, check=False)
     assert result.returncode == 0, result.stderr
     files = [*folder.glob("rollouts/*.jsonl"), *folder.glob("evals/*.jsonl")]

@@ -1,4 +1,4 @@
-"""A model behind a real vLLM server plays the user: an untrained one, so what it says is worth nothing."""
+"""A model behind a real vLLM server plays the user: what this one says is worth nothing."""
 
 from __future__ import annotations
 

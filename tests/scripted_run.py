@@ -8,6 +8,7 @@ imports take, and is a process of its own, which can be killed.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -44,6 +45,9 @@ def serve() -> None:
 
     Chat(Path(sys.argv[2]))
     assert not accelerate.PartialState._shared_state, "every run sets up accelerate itself"
+    # Or each run's first collection would look at all that was loaded here.
+    gc.collect()
+    gc.freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()

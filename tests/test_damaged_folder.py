@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +43,6 @@ class Ran:
     def outside(self) -> Path:
         """Where links lead."""
         return self.folder.with_name("outside")
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path) -> Iterator[Server]:
-    server = Server(tiny_model)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -134,9 +134,9 @@ IN_TOUCH = """
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
     accelerator = processes.start(cpu=True)
     rank = accelerator.process_index
-    time.sleep(4 * rank)
+    time.sleep(2.5 * rank)
     assert processes.gather([rank, str(rank)]) == [0, "0", 1, "1"]
-    time.sleep(4 * rank)
+    time.sleep(2.5 * rank)
     processes.wait_for_all()
     made = []
     assert processes.from_main(lambda: made.append(rank) or "made") == "made" and made == [0] * (rank == 0)

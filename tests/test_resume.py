@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,13 +19,6 @@ from trainer.train import train
 
 NUM_STEPS = 12
 NUM_KILLS = 10
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path) -> Iterator[Server]:
-    server = Server(tiny_model)
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

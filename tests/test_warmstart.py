@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import scripted_config
 from safetensors.torch import load_file
+from scripted_run import run
 
 from envs.errors import UserError
 from envs.types import Message
@@ -295,17 +296,17 @@ def test_two_processes_share_out_the_warm_start_and_end_with_the_same_adapter(ti
     for name in ("one", "two"):
         config = scripted_config(tmp_path / name, tiny_model, warmstart=warmstart, optim={"num_steps": 0})
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if name == "two" else []
-        script = Path(__file__).with_name("scripted_run.py")
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(tmp_path / f"{name}.yaml")],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            capture_output=True,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path / "one.yaml")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(Path(__file__).with_name("scripted_run.py")), str(tmp_path / "two.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     losses = [json.loads((tmp_path / name / "run.json").read_text())["warmstart_loss"] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 3
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))

@@ -29,10 +29,18 @@ def _starts_engines(file: str) -> bool:
     return file.endswith("_vllm.py")
 
 
+LONGEST = [
+    f"test_{name}.py"
+    for name in ("damaged_folder", "resume", "sandbox_escapes", "train_scripted", "warmstart", "shop_customer", "bfcl")
+]
+"""Of the files that start no engine, or one; the first two share a server."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers the slowest first, so that none is left alone with them at the end."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not _starts_engines(item.path.name))
+        order = {name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (not _starts_engines(item.path.name), order.get(item.path.name, len(order))))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -25,7 +25,7 @@ from graders.sandbox.protocol import (
     READY,
     SOURCE_NAME,
     Limits,
-    Settings,
+    WorkerSettings,
     read_frame,
     write_all,
 )
@@ -37,7 +37,7 @@ _MAX_FRAMES = 8
 
 
 def run(
-    settings: Settings, code: types.CodeType | None, *, scratch: bool, in_fd: int, result_fd: int, output_fd: int
+    settings: WorkerSettings, code: types.CodeType | None, *, scratch: bool, in_fd: int, result_fd: int, output_fd: int
 ) -> NoReturn:
     """In the new process: never returns. Without `code` it only tries whether all can be given up.
 
@@ -64,7 +64,7 @@ def run(
         os._exit(0)
 
 
-def confine(settings: Settings, parent: int, *, scratch: bool) -> None:
+def confine(settings: WorkerSettings, parent: int, *, scratch: bool) -> None:
     limits = Limits(**settings.limits)
     isolated = settings.isolation != "none"
     if scratch:
@@ -91,13 +91,13 @@ def confine(settings: Settings, parent: int, *, scratch: bool) -> None:
     seccomp.install(program)
 
 
-def readable(settings: Settings) -> list[str]:
+def readable(settings: WorkerSettings) -> list[str]:
     """Everything that may be read, at the paths where it is seen."""
     place = 1 if settings.isolation != "landlock" else 0
     return [bind[place] for bind in settings.binds] + settings.devices
 
 
-def truncation_is_ruled(settings: Settings) -> bool:
+def truncation_is_ruled(settings: WorkerSettings) -> bool:
     """Whether mounts or landlock keep files from being cut short; else the system-call filter must."""
     return settings.isolation != "landlock" or landlock.rules_truncation()
 
@@ -170,7 +170,7 @@ def _set_limits(limits: Limits, *, scratch: bool, isolated: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
 
 
-def _try_reading(settings: Settings) -> None:
+def _try_reading(settings: WorkerSettings) -> None:
     if settings.isolation != "none":
         for path in readable(settings):
             os.close(os.open(path, os.O_RDONLY))

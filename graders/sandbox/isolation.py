@@ -22,7 +22,7 @@ from pathlib import Path
 
 from envs.errors import UserError
 from graders.sandbox.kernel import MACHINES
-from graders.sandbox.protocol import HEADER, Limits, Settings, frame
+from graders.sandbox.protocol import HEADER, Limits, WorkerSettings, frame
 
 Imports = Sequence[tuple[str, Sequence[str]]]
 """Modules that a source surely imports, each with the names that it takes from it."""
@@ -148,7 +148,7 @@ def boot_frame(isolation: Isolation, source: str, imports: Imports, limits: Limi
     modules = [["graders", ""], [_PACKAGE, ""]]
     modules += [[f"{_PACKAGE}.{name}", _program_of(name)] for name in _MODULES]
     binds, links = _visible()
-    settings = Settings(
+    settings = WorkerSettings(
         isolation=isolation,
         source=source,
         imports=[(name, list(attributes)) for name, attributes in imports],

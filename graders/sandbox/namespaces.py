@@ -1,8 +1,9 @@
 """New namespaces and a root of its own for a worker, without any program's help: what bubblewrap does.
 
 *Covered*: users, mounts, processes, network (not even a loopback that is up), IPC, host name, cgroups. The root is an
-empty read-only tmpfs in which only what `Settings` names appears, read-only, at its own path; there is no /proc and no
-/sys. *Not covered*: kernels before 5.12 (`mount_setattr`); where user namespaces are forbidden, `unshare` says so.
+empty read-only tmpfs in which only what `WorkerSettings` names appears, read-only, at its own path; there is no /proc
+and no /sys. *Not covered*: kernels before 5.12 (`mount_setattr`); where user namespaces are forbidden, `unshare` says
+so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from graders.sandbox import kernel
-from graders.sandbox.protocol import Settings
+from graders.sandbox.protocol import WorkerSettings
 
 SCRATCH = "/scratch"
 NOBODY = 65534
@@ -40,7 +41,7 @@ def die_with_parent(parent: int | None) -> None:
         os._exit(1)
 
 
-def enter(settings: Settings) -> None:
+def enter(settings: WorkerSettings) -> None:
     """Return in a new process, the first one of new namespaces; this process waits for it and ends as it does."""
     user, group = os.getuid(), os.getgid()
     mapper = _start_mapper() if settings.nobody else None
@@ -96,7 +97,7 @@ def _end_as(worker: int) -> NoReturn:
     os._exit(abs(os.waitstatus_to_exitcode(status)))
 
 
-def _build_root(settings: Settings) -> None:
+def _build_root(settings: WorkerSettings) -> None:
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", _BASE, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m,nr_inodes=4096")
     Path(_BASE + _OLD_ROOT).mkdir()

@@ -33,7 +33,7 @@ from graders.sandbox.protocol import (
     REPLY,
     SOURCE_NAME,
     Limits,
-    Settings,
+    WorkerSettings,
     frame,
     write_all,
 )
@@ -46,7 +46,7 @@ _OOM_SCORE = 500
 
 
 def main(raw_settings: dict[str, Any]) -> None:
-    settings = Settings(**raw_settings)
+    settings = WorkerSettings(**raw_settings)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     match settings.isolation:
@@ -58,7 +58,7 @@ def main(raw_settings: dict[str, Any]) -> None:
     Worker(settings).serve()
 
 
-def _confine(settings: Settings) -> None:
+def _confine(settings: WorkerSettings) -> None:
     """What can be given up for ever and gradings still be made: it holds the imports."""
     memory_bytes = settings.limits["memory_bytes"]
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -122,7 +122,7 @@ class _Ended:
 class Worker:
     """Answers frames on what were its standard input and output."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._limits = Limits(**settings.limits)
         self._in, self._out = (_move_away(fd) for fd in (0, 1))

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.learning.samples import Sample
 
 
-class Row(Protocol):
+class TokenRow(Protocol):
     """What packing reads of a row; `Sample` is one."""
 
     @property
@@ -70,7 +70,7 @@ class Microbatch:
         )
 
 
-def used_length(row: Row) -> int:
+def used_length(row: TokenRow) -> int:
     """Positions the model has to read: what follows the last trainable token predicts nothing that counts."""
     return max((t for t, trainable in enumerate(row.trainable) if trainable), default=0)
 
@@ -120,7 +120,7 @@ def split(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def pack(rows: Sequence[Row], max_tokens: int) -> list[Microbatch]:
+def pack(rows: Sequence[TokenRow], max_tokens: int) -> list[Microbatch]:
     """All rows that have a trainable token, as microbatches of at most `max_tokens` padded tokens."""
     lengths = [used_length(row) for row in rows]
     kept = [i for i, length in enumerate(lengths) if length > 0]
@@ -129,7 +129,7 @@ def pack(rows: Sequence[Row], max_tokens: int) -> list[Microbatch]:
     ]
 
 
-def _tensors(rows: Sequence[Row], indices: Sequence[int], lengths: Sequence[int]) -> Microbatch:
+def _tensors(rows: Sequence[TokenRow], indices: Sequence[int], lengths: Sequence[int]) -> Microbatch:
     num_positions = max(lengths[i] for i in indices)
     token_ids_BT = torch.zeros(len(indices), num_positions, dtype=torch.long)
     positions: list[int] = []

@@ -27,7 +27,7 @@ from trainer.config import LossConfig, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
 from trainer.learning.head import token_logprobs
 from trainer.learning.losses import policy_loss, reduce_metrics, token_weights
-from trainer.learning.packing import FixedRow, Microbatch, Row, minibatches_of, pack, split, used_length
+from trainer.learning.packing import FixedRow, Microbatch, TokenRow, minibatches_of, pack, split, used_length
 from trainer.learning.samples import Sample
 from trainer.templates.grammar import Grammar
 
@@ -97,7 +97,7 @@ class Policy:
     def _adamw(self, learning_rate: float, *, weight_decay: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
-    def logprobs(self, rows: Sequence[Row], *, temperature: float, adapter: bool = True) -> list[Tensor]:
+    def logprobs(self, rows: Sequence[TokenRow], *, temperature: float, adapter: bool = True) -> list[Tensor]:
         """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
 
         They are log softmax(logits / temperature), over the allowed tokens only where a grammar constrained the answer:

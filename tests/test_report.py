@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -378,6 +379,14 @@ def test_rollouts_that_the_metrics_count_and_no_file_holds_are_missed_aloud(run:
     notes = (page.by_id("notes") or {})["text"]
     assert "evals/step-000000.jsonl is missing" in notes and "0 of 4 rollouts could be read" in notes
     assert _cells(page)["reward"] == ["0.875"], "the other evaluation alone"
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_no_rollout_to_compare(run: Path, reward: float) -> None:
+    _write_lines(run / "evals" / "step-000000.rank1.jsonl", [_rollout("t3", reward, "42", "right")])
+    page = _parse(write_report(run))
+    assert "evals/step-000000.rank1.jsonl, line 1: not a rollout" in (page.by_id("notes") or {})["text"]
+    assert _cells(page)["reward"][0] == "0.500"
 
 
 def test_evaluations_of_different_tasks_are_not_compared(run: Path) -> None:

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.learning.losses import k3, policy_loss, reduce_metrics, token_weights
+from trainer.config import LossConfig
+from trainer.learning.losses.base import LossInputs, k3, reduce_metrics, token_weights
+from trainer.learning.losses.clipped import clipped_loss
 
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "tis_cap": 1.5}
 
@@ -25,6 +27,11 @@ def random_batch(seed: int, n: int = 40) -> dict[str, torch.Tensor]:
         "advantages_N": draw(),
         "weights_N": torch.rand(n, generator=generator),
     }
+
+
+def policy_loss(*, clip_low, clip_high, kl_coef, tis_cap, **tensors):
+    inputs = LossInputs(row_of_N=torch.zeros(len(tensors["logprobs_N"]), dtype=torch.int64), **tensors)
+    return clipped_loss(inputs, LossConfig(clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, tis_cap=tis_cap))
 
 
 def naive_loss(batch: dict[str, torch.Tensor], *, clip_low, clip_high, kl_coef, tis_cap) -> float:

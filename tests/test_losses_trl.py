@@ -12,7 +12,8 @@ from policy_worker import VOCABULARY, save_tiny_llama, tiny_policy
 from trainer.config import LossConfig
 from trainer.learning.adapter import trainable_parameters
 from trainer.learning.advantages import group_advantages
-from trainer.learning.losses import policy_loss
+from trainer.learning.losses.base import LossInputs
+from trainer.learning.losses.clipped import clipped_loss
 from trainer.learning.samples import sample_of
 from trainer.types import Ledger
 
@@ -214,18 +215,16 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     # The policy moves on, as it does between two minibatches, so that ratio and clip have something to do.
     move_adapter(policy.model, seed=2, scale=0.05)
     expected = trainer._compute_loss(policy.model, inputs)
-    loss, metrics = policy_loss(
+    inputs = LossInputs(
         logprobs_N=policy._microbatch_logprobs(work.microbatch, TEMPERATURE, adapter=True),
         old_logprobs_N=work.old_logprobs_N,
         sampler_logprobs_N=work.sampler_logprobs_N,
         ref_logprobs_N=work.ref_logprobs_N,
         advantages_N=work.advantages_N,
         weights_N=work.weights_N,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        kl_coef=config.kl_coef,
-        tis_cap=config.tis_cap,
+        row_of_N=work.row_of_N,
     )
+    loss, metrics = clipped_loss(inputs, config)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(policy.model, loss), gradients(policy.model, expected), atol=1e-5, rtol=1e-4)
     assert metrics["clipped_low_share"] + metrics["clipped_high_share"] > 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from envs.errors import UserError
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
-from trainer.learning.losses import k3
+from trainer.learning.losses.base import k3
 from trainer.learning.packing import pack, plan, split, used_length
 from trainer.learning.policy import Policy, learning_rate
 from trainer.learning.samples import Sample

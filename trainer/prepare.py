@@ -24,7 +24,7 @@ from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
-from trainer.config import RunConfig, check_publish, depends_on_the_machine
+from trainer.config import CustomLossConfig, RunConfig, check_publish, depends_on_the_machine
 from trainer.config.response_format import ResponseFormat, schema_text
 from trainer.engines.arguments import check_engine, shared_memory_is_short
 from trainer.engines.base_judge import EngineJudge
@@ -116,6 +116,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     """
     RunFolder.check(config)
     _check_trackers(config)
+    _check_loss(config)
     _check_engine(config)
     world = build_world(config.world)
     env = _checked_env(world)
@@ -305,6 +306,13 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
                 )
     if len({str(task.item[key]) for task in tasks}) == 1:
         raise UserError(f"rollout.stratify_by: every training task has the same {key!r}; leave the setting out")
+
+
+def _check_loss(config: RunConfig) -> None:
+    if isinstance(config.loss, CustomLossConfig):
+        from trainer.learning.losses.registry import loss_of
+
+        loss_of(config.loss)
 
 
 def _check_engine(config: RunConfig) -> None:

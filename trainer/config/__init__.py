@@ -3,7 +3,9 @@
 from trainer.config.engines import EngineConfig as EngineConfig
 from trainer.config.engines import Sleep as Sleep
 from trainer.config.engines import publishes_merged as publishes_merged
+from trainer.config.learning import CustomLossConfig as CustomLossConfig
 from trainer.config.learning import LossConfig as LossConfig
+from trainer.config.learning import LossSettings as LossSettings
 from trainer.config.learning import OptimConfig as OptimConfig
 from trainer.config.learning import WarmstartConfig as WarmstartConfig
 from trainer.config.load import load_config as load_config

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from envs.reading.rows import FileOrDataset
 from envs.settings import Settings
+from envs.user_code import TARGET_PATTERN
 
 
-class LossConfig(Settings):
-    """The policy-gradient loss. See `trainer.learning.losses` and `trainer.learning.advantages` for the formulas."""
+class LossSettings(Settings):
+    """What every loss has: advantages, weights, KL and the correction between sampler and trainer."""
 
+    type: str
     advantage: Literal["grpo", "dr_grpo"] = Field(
         "grpo", description="grpo: centred and divided by the group's standard deviation; dr_grpo: centred only"
     )
@@ -21,17 +23,42 @@ class LossConfig(Settings):
         description="token: mean over all trainable tokens (DAPO); sequence: mean of per-rollout means (GRPO); "
         "constant: sum over tokens / (rollouts · max_episode_tokens) (Dr. GRPO)",
     )
-    clip_low: float = Field(0.2, ge=0, lt=1, description="lower clip range of the ratio")
-    clip_high: float = Field(0.2, ge=0, description="upper clip range of the ratio")
     kl_coef: float = Field(
         0.0,
         ge=0,
         description="weight of the KL divergence (k3) to the policy before the first step: the base model, or what "
         "the warm start left",
     )
+
+
+class LossConfig(LossSettings):
+    """The clipped policy-gradient loss. See `trainer.learning.losses` and `trainer.learning.advantages`."""
+
+    type: Literal["clipped"] = "clipped"
+    clip_low: float = Field(0.2, ge=0, lt=1, description="lower clip range of the ratio")
+    clip_high: float = Field(0.2, ge=0, description="upper clip range of the ratio")
     tis_cap: float | None = Field(
         2.0, gt=0, description="cap of the truncated importance weight between sampler and trainer; null: no correction"
     )
+
+
+class CustomLossConfig(LossSettings):
+    """Your own loss: a function of `trainer.learning.losses.base.LossInputs` that gives the loss and its metrics."""
+
+    type: Literal["custom"]
+    target: str = Field(pattern=TARGET_PATTERN, description="`package.module:name` or `path/to/file.py:name`")
+    kwargs: dict[str, Any] = Field({}, description="with them the target is a class or factory, called before the run")
+    kl_coef: float = Field(0.0, ge=0, description="above 0 the loss gets the reference's log-probabilities")
+
+
+def _loss_type(value: Any) -> str:
+    return str(value.get("type", "clipped") if isinstance(value, dict) else getattr(value, "type", "clipped"))
+
+
+AnyLossConfig = Annotated[
+    Annotated[LossConfig, Tag("clipped")] | Annotated[CustomLossConfig, Tag("custom")], Discriminator(_loss_type)
+]
+"""By its `type`; without one it is clipped."""
 
 
 class OptimConfig(Settings):

@@ -18,7 +18,7 @@ from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
 from graders.penalties import PenaltiesConfig, check_penalties
 from trainer.config.engines import EngineConfig, publishes_merged
-from trainer.config.learning import LossConfig, OptimConfig, WarmstartConfig
+from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
 from trainer.config.rollouts import RolloutConfig
 from trainer.config.tasks import CurriculumConfig, DataConfig, EvalConfig
@@ -66,7 +66,7 @@ class RunConfig(Settings):
     ] = None
     judge: JudgeConfig = Field(JudgeConfig(), description="the model that judging graders ask")
     rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are run")
-    loss: LossConfig = Field(LossConfig(), description="the policy-gradient loss")
+    loss: AnyLossConfig = Field(LossConfig(), description="the policy-gradient loss")
     optim: OptimConfig = Field(OptimConfig(), description="the optimizer")
     warmstart: WarmstartConfig | None = Field(None, description="imitation before the first step; null: none")
     curriculum: CurriculumConfig | None = Field(None, description="tasks by measured difficulty; null: all alike")

@@ -23,10 +23,11 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from trainer import processes
-from trainer.config import LossConfig, ModelConfig, OptimConfig
+from trainer.config import LossConfig, LossSettings, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
 from trainer.learning.head import token_logprobs
-from trainer.learning.losses import policy_loss, reduce_metrics, token_weights
+from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics, token_weights
+from trainer.learning.losses.registry import loss_of
 from trainer.learning.packing import FixedRow, Microbatch, TokenRow, minibatches_of, pack, split, used_length
 from trainer.learning.samples import Sample
 from trainer.templates.grammar import Grammar
@@ -44,6 +45,7 @@ class _Work:
     """The microbatch's, in its order."""
     advantages_N: Tensor
     weights_N: Tensor
+    row_of_N: Tensor
     sampler_logprobs_N: Tensor
     old_logprobs_N: Tensor | None
     ref_logprobs_N: Tensor | None
@@ -54,7 +56,7 @@ class Update:
     """What is known of one step's training, the same on every process."""
 
     metrics: dict[str, float]
-    """Means per trainable token that took part, over all processes and updates; see `losses.policy_loss`."""
+    """Means per trainable token that took part, over all processes and updates; see `losses.base.Loss`."""
     logprobs: list[list[float] | None]
     """For each sample: what the trainer gave its trainable tokens before the first optimizer step; None where the row
     had no gradient and was not computed."""
@@ -148,7 +150,7 @@ class Policy:
             on_step(sum(processes.gather([loss])))
 
     def update(
-        self, samples: Sequence[Sample], loss: LossConfig, *, temperature: float, constant_tokens: int
+        self, samples: Sequence[Sample], loss: LossSettings, *, temperature: float, constant_tokens: int
     ) -> Update:
         """Train on one step's samples: `num_epochs` passes of `minibatches` optimizer updates.
 
@@ -171,6 +173,7 @@ class Policy:
             list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
             for minibatch in minibatches
         ]
+        function = loss_of(loss)
         parts: list[dict[str, Tensor]] = []
         old: dict[int, Tensor] = {}
         norms: list[float] = []
@@ -180,7 +183,7 @@ class Policy:
                     continue
                 scale = _gradient_scale(minibatch)
                 for w in works:
-                    metrics, old_N = self._accumulate(w, loss, temperature, scale)
+                    metrics, old_N = self._accumulate(w, function, temperature, scale)
                     parts.append(metrics)
                     old |= _by_row(w, old_N)
                 norms.append(self._apply(scale, self._optimizer))
@@ -196,7 +199,7 @@ class Policy:
         return Update(metrics=means, logprobs=logprobs)
 
     def _work(
-        self, minibatch: Sequence[Sample], loss: LossConfig, temperature: float, constant_tokens: int, needs_old: bool
+        self, minibatch: Sequence[Sample], loss: LossSettings, temperature: float, constant_tokens: int, needs_old: bool
     ) -> Iterable[_Work]:
         """This process's share of a minibatch."""
         num_tokens = Counter[str]()
@@ -221,6 +224,9 @@ class Policy:
                 rows=tuple(packed),
                 advantages_N=self._per_token(s.advantage for s in packed for _ in range(s.num_trainable)),
                 weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
+                row_of_N=torch.arange(len(packed), device=self.accelerator.device).repeat_interleave(
+                    torch.tensor(microbatch.num_trainable_B, device=self.accelerator.device)
+                ),
                 sampler_logprobs_N=self._per_token(
                     x for s in packed for x, trainable in zip(s.logprobs, s.trainable, strict=True) if trainable
                 ),
@@ -271,7 +277,7 @@ class Policy:
             parameter.data = weight
 
     def _accumulate(
-        self, work: _Work, loss: LossConfig, temperature: float, scale: float
+        self, work: _Work, loss: Loss, temperature: float, scale: float
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Add one microbatch's gradient, times `scale`, to the parameters' gradients.
 
@@ -279,17 +285,16 @@ class Policy:
         """
         logprobs_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
-        value, metrics = policy_loss(
-            logprobs_N=logprobs_N,
-            old_logprobs_N=old_N,
-            sampler_logprobs_N=work.sampler_logprobs_N,
-            ref_logprobs_N=work.ref_logprobs_N,
-            advantages_N=work.advantages_N,
-            weights_N=work.weights_N,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            kl_coef=loss.kl_coef,
-            tis_cap=loss.tis_cap,
+        value, metrics = loss(
+            LossInputs(
+                logprobs_N=logprobs_N,
+                old_logprobs_N=old_N,
+                sampler_logprobs_N=work.sampler_logprobs_N,
+                ref_logprobs_N=work.ref_logprobs_N,
+                advantages_N=work.advantages_N,
+                weights_N=work.weights_N,
+                row_of_N=work.row_of_N,
+            )
         )
         (value * scale).backward()  # type: ignore[no-untyped-call]
         return metrics, old_N
@@ -357,7 +362,7 @@ class Policy:
         self.num_steps = state["num_steps"]
 
 
-def _has_gradient(sample: Sample, loss: LossConfig) -> bool:
+def _has_gradient(sample: Sample, loss: LossSettings) -> bool:
     return sample.advantage != 0.0 or loss.kl_coef > 0
 
 

@@ -1,0 +1,147 @@
+"""`loss: {type: custom}`: a loss that a user brings, tried before the run and trained by as the trainer's own are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import scripted_config
+from policy_worker import random_samples, save_tiny_llama, tiny_policy
+from scripted_engine import engine_starter, finance_script
+
+from envs.errors import UserError
+from envs.finance.world import FinanceWorld
+from trainer.config import CustomLossConfig, LossConfig, RunConfig
+from trainer.config.learning import LossSettings
+from trainer.learning.losses.registry import LOSSES, loss_of
+from trainer.prepare import prepare
+from trainer.runs.files import read_lines
+from trainer.train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REINFORCE = """
+import torch
+
+def reinforce(inputs):
+    weight = (inputs.logprobs_N.detach() - inputs.sampler_logprobs_N).exp().clamp(max=2.0)
+    loss = -(weight * inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
+    return loss, {"mine": weight.sum(), "mine_max": weight.max()}
+
+class Scaled:
+    def __init__(self, by=1.0):
+        self.by, self.calls = by, 0
+    def __call__(self, inputs):
+        self.calls += 1
+        loss, metrics = reinforce(inputs)
+        return self.by * loss, metrics | {"calls": self.calls * inputs.logprobs_N.numel()}
+
+def of_rows(inputs):
+    rows = torch.zeros(int(inputs.row_of_N.max()) + 1).index_add(0, inputs.row_of_N, inputs.logprobs_N)
+    return -(rows[inputs.row_of_N] * inputs.advantages_N * inputs.weights_N).sum()
+
+def needs_reference(inputs):
+    return (inputs.logprobs_N - inputs.ref_logprobs_N).square().sum(), {}
+
+def two(inputs, other): return inputs.logprobs_N.sum()
+def no_gradient(inputs): return inputs.logprobs_N.detach().sum()
+def with_axes(inputs): return -inputs.logprobs_N
+def a_list(inputs): return inputs.logprobs_N.sum(), [1.0]
+def fails(inputs): return inputs.logprob
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my_loss.py"
+    path.write_text(REINFORCE)
+    return path
+
+
+def custom(file: Path, name: str, **settings: object) -> CustomLossConfig:
+    return CustomLossConfig(type="custom", target=f"{file}:{name}", **settings)
+
+
+def adapters_after(model: Path, *losses: LossSettings) -> list[dict[str, torch.Tensor]]:
+    adapters = []
+    for loss in losses:
+        policy = tiny_policy(model, max_microbatch_tokens=64)
+        for seed in range(2):
+            policy.update(random_samples(seed=seed), loss, temperature=1.0, constant_tokens=64)
+        adapters.append(policy.state_dict()["adapter"])
+    return adapters
+
+
+def test_the_users_reinforce_moves_the_adapter_as_the_clipped_loss_does_on_policy(tmp_path, file):
+    """With one update a step the ratio is 1, so that the two have the same gradient."""
+    model = save_tiny_llama(tmp_path / "model")
+    ours, theirs, other = adapters_after(
+        model, LossConfig(), custom(file, "reinforce"), custom(file, "Scaled", kwargs={"by": -1.0})
+    )
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+    assert any(not torch.allclose(ours[name], other[name], atol=1e-3) for name in ours)
+
+
+def test_its_figures_stand_beside_ours_and_it_is_made_once(tmp_path, file):
+    policy = tiny_policy(save_tiny_llama(tmp_path / "model"))
+    loss = custom(file, "Scaled", kwargs={"by": 0.5})
+    calls = []
+    for seed in range(2):
+        metrics = policy.update(random_samples(seed=seed), loss, temperature=1.0, constant_tokens=64).metrics
+        assert metrics["mismatch_abs"] > 0 and 0 < metrics["mine"] <= metrics["mine_max"] <= 2.0
+        calls.append(metrics["calls"])
+    assert calls == [2, 3], "the first call was its trial"
+
+
+def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
+    policy = tiny_policy(save_tiny_llama(tmp_path / "model"), max_microbatch_tokens=512)
+    samples = [s for s in random_samples() if s.advantage]
+    [work, *_] = policy._work(samples, LossConfig(), 1.0, 64, needs_old=False)
+    assert work.row_of_N.tolist() == [i for i, row in enumerate(work.rows) for _ in range(row.num_trainable)]
+    before = policy.state_dict()["adapter"]
+    policy.update(samples, custom(file, "of_rows"), temperature=1.0, constant_tokens=64)
+    assert any(not torch.equal(before[name], after) for name, after in policy.state_dict()["adapter"].items())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("nothing", {}, r"my_loss\.py has no 'nothing'"),
+        ("number", {}, "expected a function of one argument, a LossInputs; got int"),
+        ("two", {}, "got one that takes inputs, other"),
+        ("Scaled", {"kwargs": {"times": 2}}, "kwargs: got an unexpected keyword argument 'times'"),
+        ("no_gradient", {}, r"with a gradient to logprobs_N; got one of shape \(\) without a gradient"),
+        ("with_axes", {}, r"without axes, .* got one of shape \(4,\)"),
+        ("a_list", {}, "expected a dict of sums over tokens for metrics; got list"),
+        ("fails", {}, r"raised AttributeError: .*my_loss\.py, line \d+"),
+        ("needs_reference", {}, "raised TypeError"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told_before_a_model_is_loaded(tmp_path, tiny_model, file, name, settings, told):
+    loss = {"type": "custom", "target": f"{file}:{name}", **settings}
+    config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, loss=loss))
+    with pytest.raises(UserError, match=rf"^loss\.target '.*my_loss\.py:{name}': .*{told}"):
+        prepare(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_with_a_kl_term_it_gets_the_reference(file):
+    loss_of(custom(file, "needs_reference", kl_coef=0.1))
+
+
+def test_a_run_trains_by_it(tmp_path, tiny_model, file):
+    loss = {"type": "custom", "target": f"{file}:reinforce", "advantage": "dr_grpo"}
+    config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, loss=loss, optim={"num_steps": 1}))
+    train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
+    [step] = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss/num_tokens" in line]
+    assert step["loss/mine"] > 0 and step["loss/grad_norm"] > 0 and "loss/ratio" not in step
+
+
+def test_every_loss_of_the_register_is_a_type_of_the_config():
+    assert {*LOSSES, "custom"} == {"clipped", "custom"}
+    for name in LOSSES:
+        config = RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, "loss": {"type": name}})
+        assert callable(loss_of(config.loss))

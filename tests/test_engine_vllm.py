@@ -346,7 +346,8 @@ def test_an_adapter_is_published_under_its_version_and_proved(lora: Rig) -> None
 def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig, taught_model: Path) -> None:
     chat = Chat(taught_model)
     prompt = chat.open([Message(role="user", content="Is 2 + 2 = 4? Answer with JSON.")], [])
-    schema = {"type": "object", "properties": {"result": {"enum": [0, 1]}}, "required": ["result"]}
+    # Between the parts of an object a grammar lets a model write blank lines for ever, and this one may.
+    schema = {"enum": [0, 1]}
 
     def judged() -> list[int]:
         asked = lora.engine.generate_base(prompt, max_tokens=40, temperature=0, top_p=1, seed=None, schema=schema)
@@ -361,7 +362,7 @@ def test_the_base_model_answers_beside_the_adapter_and_fits_the_schema(lora: Rig
         prompt[:] = prompt * 40
         judged()
     prompt[:] = prompt[: len(prompt) // 40]
-    assert json.loads(chat.parse(before).message.content)["result"] in (0, 1)
+    assert json.loads(chat.parse(before).message.content) in (0, 1)
 
 
 def test_the_base_model_plays_the_user_beside_the_adapter(lora: Rig, taught_model: Path) -> None:

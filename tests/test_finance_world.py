@@ -294,7 +294,7 @@ def test_a_task_becomes_a_row_of_the_hosted_format(world: FinanceWorld) -> None:
         ({"question_mix": {"valu": 1}}, "'value', 'change', 'percentage', 'comparison'"),
         ({"question_mix": {"value": 0}}, "at least one of them above 0"),
         ({"question_mix": {}}, "at least one of them above 0"),
-        ({"question_mix": {"value": -1, "change": 2}}, "not negative"),
+        ({"question_mix": {"value": -1, "change": 2}}, "must not be negative"),
         ({"question_mix": {"value": float("inf")}}, "finite"),
         ({"question_mix": {"value": float("nan")}}, "finite"),
         ({"detour_calls": 7}, "less than or equal to 6"),

@@ -13,7 +13,7 @@ from scripted_engine import engine_starter, finance_script
 from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from trainer.config import CustomLossConfig, LossConfig, RunConfig
-from trainer.config.learning import LossSettings
+from trainer.config.learning import LOSS_SETTINGS, LossSettings
 from trainer.learning.losses.registry import LOSSES, loss_of
 from trainer.prepare import prepare
 from trainer.runs.files import read_lines
@@ -141,7 +141,7 @@ def test_a_run_trains_by_it(tmp_path, tiny_model, file):
 
 
 def test_every_loss_of_the_register_is_a_type_of_the_config():
-    assert {*LOSSES, "custom"} == {"clipped", "custom"}
+    assert {*LOSSES, "custom"} == {*LOSS_SETTINGS}
     for name in LOSSES:
         config = RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, "loss": {"type": name}})
-        assert callable(loss_of(config.loss))
+        assert type(config.loss) is LOSS_SETTINGS[name] and callable(loss_of(config.loss))

@@ -53,7 +53,7 @@ def test_the_drawing_of_the_rooms_is_fresh_and_all_of_them_are_told():
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
 def test_files_that_the_pages_for_contributors_name_exist(page):
     named = re.findall(r"`([\w/]+/[\w.]+\.(?:py|md|lock))`", (REPOSITORY / page).read_text())
-    assert len(named) > 3
+    assert len(named) >= 1
     for name in named:
         assert any((REPOSITORY / folder / name).exists() for folder in ("", "trainer")), f"{page} names {name}"
 

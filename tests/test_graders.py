@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -430,57 +428,3 @@ async def test_any_number_like_answer_is_graded_without_an_error(text: str) -> N
 @given(values=st.lists(st.integers(100, 899), min_size=5, max_size=12, unique=True))
 async def test_naming_many_numbers_never_scores_even_with_the_gold_among_them(values: list[int]) -> None:
     assert (await grade(", ".join(map(str, values)), gold=str(values[-1]))).reward == 0.0
-
-
-NEW_GRADER = '''
-from typing import Literal
-
-from pydantic import Field
-
-from graders.settings import GraderSettings
-from graders.types import Grade
-
-
-class LengthConfig(GraderSettings):
-    """1 for a short answer."""
-
-    type: Literal["length"]
-    at_most: int = Field(ge=1, description="Characters.")
-
-
-class LengthGrader:
-    def __init__(self, config):
-        self._most = config.at_most
-
-    async def grade(self, task, episode):
-        score = float(len(episode.answer or "") <= self._most)
-        return Grade(reward=score, parts={"length": score})
-'''
-USE_OF_IT = """
-import asyncio, sys
-import graders
-from graders.registry import GRADERS, Entry
-
-graders.__path__.append(sys.argv[1])
-GRADERS["length"] = Entry("length", "LengthConfig", "LengthGrader")
-
-from pydantic import TypeAdapter
-from envs.types import Episode, Message, StopReason, Task, Turn
-from graders.build import build_grader
-from graders.config import GraderConfig
-from graders.penalties import PenaltiesConfig
-
-both = {"type": "multi", "calculate_output": "a + b", "graders": {
-    "a": {"type": "length", "at_most": 3}, "b": {"type": "length", "at_most": 1}}}
-grader = build_grader(TypeAdapter(GraderConfig).validate_python(both), PenaltiesConfig())
-said = Message(role="assistant", content="4.2")
-episode = Episode(rollout_id="r", task_id="t", messages=(said,), turns=(Turn(message=said),),
-                  stop_reason=StopReason.ANSWERED)
-print(asyncio.run(grader.grade(Task(task_id="t", messages=()), episode)).reward)
-"""
-
-
-def test_a_new_grader_is_a_file_with_its_settings_and_a_line_of_the_registry(tmp_path):
-    (tmp_path / "length.py").write_text(NEW_GRADER)
-    done = subprocess.run([sys.executable, "-c", USE_OF_IT, str(tmp_path)], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1.0\n", "")

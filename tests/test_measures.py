@@ -1,13 +1,13 @@
 """The catalogue of measures: its page is fresh, and an entry in it is all that a new measure needs."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from servers import REPOSITORY
+from test_adding import apply, copied
 
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.types import Grade
@@ -16,24 +16,6 @@ from trainer.measures.catalogue import CATALOGUE, COUNTS
 from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
 
-MEASURE = '''
-    Measure(
-        key="words",
-        title="Words of the answer",
-        label="words per answer",
-        unit="words per answer",
-        format="{:.1f}",
-        of=_graded(lambda r: len((r.episode.answer or "").split())),
-        better=-1,
-        places=frozenset(Place),
-        on_screen="{:.0f} words",
-    ),
-)
-"""All are per'''
-PICTURE = """
-    _Chart(section=_REWARD, title="Words, once more", unit="words", series=_one("train/words", "words")),
-)
-_OWN_CHARTS"""
 SHOW = """
 import json, sys
 from pathlib import Path
@@ -93,17 +75,9 @@ def test_every_measure_has_words_and_a_format(entry):
 
 
 def test_a_new_measure_and_a_new_picture_are_one_edit_each(tmp_path: Path, answered: Rollout):
-    tree = tmp_path / "tree"
-    shutil.copytree(REPOSITORY / "trainer", tree / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("envs", "graders"):
-        (tree / name).symlink_to(REPOSITORY / name)
-    for file, end, entry in (
-        ("measures/catalogue.py", '\n)\n"""All are per', MEASURE),
-        ("reports/run_report.py", "\n)\n_OWN_CHARTS", PICTURE),
-    ):
-        path = tree / "trainer" / file
-        assert path.read_text().count(end) == 1
-        path.write_text(path.read_text().replace(end, entry))
+    tree = copied(tmp_path / "tree")
+    assert {*apply(tree, "A measure")} == {"trainer/measures/catalogue.py"}
+    assert {*apply(tree, "A picture")} == {"trainer/reports/run_report.py"}
     run = tmp_path / "run"
     (run / "evals").mkdir(parents=True)
     for step in (0, 1):

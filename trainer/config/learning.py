@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -51,14 +53,26 @@ class CustomLossConfig(LossSettings):
     kl_coef: float = Field(0.0, ge=0, description="above 0 the loss gets the reference's log-probabilities")
 
 
+LOSS_SETTINGS: dict[str, type[LossSettings]] = {
+    "clipped": LossConfig,
+    "custom": CustomLossConfig,
+}
+"""By the `type` that a config names."""
+
+
 def _loss_type(value: Any) -> str:
     return str(value.get("type", "clipped") if isinstance(value, dict) else getattr(value, "type", "clipped"))
 
 
-AnyLossConfig = Annotated[
-    Annotated[LossConfig, Tag("clipped")] | Annotated[CustomLossConfig, Tag("custom")], Discriminator(_loss_type)
-]
-"""By its `type`; without one it is clipped."""
+def _tagged(name: str) -> Any:
+    return Annotated[LOSS_SETTINGS[name], Tag(name)]
+
+
+if TYPE_CHECKING:
+    AnyLossConfig = LossSettings
+else:
+    # Without a type it is clipped.
+    AnyLossConfig = Annotated[functools.reduce(operator.or_, map(_tagged, LOSS_SETTINGS)), Discriminator(_loss_type)]
 
 
 class OptimConfig(Settings):

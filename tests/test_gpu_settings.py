@@ -23,6 +23,7 @@ from trainer.learning.adapter import load_model
 from trainer.learning.head import chunk_rows
 from trainer.learning.policy import Policy
 from trainer.models.family import check_attention
+from trainer.models.machines import hardware
 from trainer.models.memory import MemoryRow, head_bytes
 from trainer.preflight.advice import Level, advise_memory
 from trainer.prepare import prepare
@@ -81,6 +82,13 @@ def test_a_vllm_that_can_only_give_all_away_is_told_before_it_starts(monkeypatch
     check_engine(EngineConfig(sleep="weights"), on_cpu=False)
     with pytest.raises(UserError, match=r"^engine\.sleep: kv needs vLLM 0\.31 or newer, .* set it to weights$"):
         check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+
+
+def test_a_run_names_the_cards_that_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hardware(1).endswith(" CPU cores") and "×" not in hardware(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hardware(8).startswith("8 × NVIDIA H200, ")
 
 
 def test_vllm_spawns_its_processes_on_a_card_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

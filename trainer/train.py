@@ -14,6 +14,7 @@ from trainer.evaluate import evaluate_if_due
 from trainer.learning.samples import num_trained_tokens
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
+from trainer.models.machines import hardware
 from trainer.prepare import prepare
 from trainer.reachable import PATIENCE_S
 from trainer.rollouts.collect import Collector, to_samples, watch_for_no_ops
@@ -54,7 +55,7 @@ def train(
         progress = stack.enter_context(Progress(run.log_path, num_steps, first_step=first_step, show=run.is_main))
         loop = stack.enter_context(asyncio.Runner())
         stack.callback(lambda: loop.run(prepared.aclose()))
-        run.note(resolved=prepared.resolved())
+        run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
         loop.run(release_left_open(prepared, run, progress))
         s = stack.enter_context(
             open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)

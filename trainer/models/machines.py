@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 from dataclasses import dataclass, replace
 
 from envs.errors import UserError
@@ -26,6 +28,14 @@ def this_machine() -> Machine:
     if torch.cuda.is_available():
         return Machine(on_cpu=False, memory_bytes=float(torch.cuda.get_device_properties(0).total_memory))
     return Machine(on_cpu=True, memory_bytes=float(psutil.virtual_memory().total))
+
+
+def hardware(num_processes: int) -> str:
+    """What a run of so many processes, a card each, runs on: `8 × NVIDIA H200, x86_64, 192 CPU cores`."""
+    import torch
+
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    return f"{num_processes} × {torch.cuda.get_device_name(0)}, {machine}" if torch.cuda.is_available() else machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -186,7 +186,6 @@ class RunFolder:
             "run_id": known or f"run-{uuid.uuid4().hex[:12]}",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         }
         write_atomically(path / "run.json", json.dumps(about, indent=2))
         return ["run.json was missing and has been made anew"] * bool(checkpoints(path))

@@ -12,7 +12,7 @@ from servers import REPOSITORY
 
 from trainer.config import RunConfig, reference
 
-PAGES = sorted([*REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("*.md")])
+PAGES = sorted([*REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("*.md")])
 
 
 def names_in(path: Path) -> set[str]:
@@ -48,6 +48,12 @@ def test_the_drawing_of_the_rooms_is_fresh_and_all_of_them_are_told():
     assert page == rooms.page(), "draw it anew: python docs/rooms.py"
     folders = {path.parent.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("trainer/*/__init__.py")}
     assert {"envs", "graders", *folders} == {*re.findall(r"^\| `([\w/]+)` \| ", page, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_between_the_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), f"{page.name} links {link}"
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])

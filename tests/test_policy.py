@@ -106,7 +106,7 @@ def test_what_follows_the_last_trainable_token_is_not_read():
         trainable=(*sample.trainable, False, False),
         logprobs=(*sample.logprobs, 0.0, 0.0),
         versions=(*sample.versions, -1, -1),
-        advantage=1.0,
+        advantages=(*sample.advantages, 0.0, 0.0),
         rollout_id="r",
         task_id="t",
     )
@@ -174,7 +174,7 @@ def test_untrainable_tokens_have_no_influence_but_as_context(model):
             trainable=(*sample.trainable, False),
             logprobs=(*(x if on else -9.0 for x, on in zip(sample.logprobs, sample.trainable, strict=True)), -9.0),
             versions=(*sample.versions, 3),
-            advantage=sample.advantage,
+            advantages=(*sample.advantages, 0.0),
             rollout_id=sample.rollout_id,
             task_id=sample.task_id,
         )
@@ -210,7 +210,7 @@ def test_samples_without_advantage_cost_nothing_but_count_in_the_mean(model):
 
 def test_the_kl_term_is_measured_from_the_base_until_a_policy_is_kept_as_the_reference(model):
     # Without advantages the KL term is the whole loss.
-    flat = [replace(s, advantage=0.0) for s in random_samples()]
+    flat = [replace(s, advantages=(0.0,) * len(s.token_ids)) for s in random_samples()]
     policy, loss = tiny_policy(model), LossConfig(kl_coef=0.1)
 
     def kl() -> float:
@@ -257,6 +257,33 @@ def test_updates_raise_what_was_good_and_lower_what_was_bad(model):
     before = advantage_weighted()
     policy.update(samples, LossConfig(tis_cap=None), temperature=1.0, constant_tokens=64)
     assert advantage_weighted() > before
+
+
+def test_each_token_is_weighted_by_its_own_advantage(model):
+    samples = [
+        replace(s, advantages=tuple(float(t % 3 - 1) if on else 0.0 for t, on in enumerate(s.trainable)))
+        for s in random_samples()
+    ]
+    policy = tiny_policy(model, max_microbatch_tokens=64)
+    works = list(policy._work(samples, PG, 1.0, 64, needs_old=False))
+    assert len(works) > 1
+    for work in works:
+        own = [a for s in work.rows for a, on in zip(s.advantages, s.trainable, strict=True) if on]
+        assert work.advantages_N.tolist() == own
+
+
+def test_credit_on_one_token_moves_that_token(model):
+    samples = [s for s in random_samples() if s.num_trainable > 3]
+    at = [max(t for t, on in enumerate(s.trainable) if on) for s in samples]
+    credited = [
+        replace(s, advantages=tuple(float(t == last) for t in range(len(s.token_ids))))
+        for s, last in zip(samples, at, strict=True)
+    ]
+    policy = tiny_policy(model, learning_rate=3e-3)
+    before = [x[-1].item() for x in policy.logprobs(samples, temperature=1.0)]
+    policy.update(credited, LossConfig(tis_cap=None), temperature=1.0, constant_tokens=64)
+    after = [x[-1].item() for x in policy.logprobs(samples, temperature=1.0)]
+    assert sum(after) > sum(before)
 
 
 def test_first_minibatch_is_on_policy_and_the_second_is_not(model):

@@ -319,7 +319,8 @@ def test_log_probabilities_and_gradient_are_those_of_the_masked_distribution(tin
 def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, chat, grammar):
     policy, sample = tiny_policy(tiny_model), constrained_sample(chat, advantage=1.5)
     policy._grammar = grammar
-    other = replace(sample, constrained=(), rollout_id="free", advantage=-0.5)
+    advantages = tuple(-0.5 if on else 0.0 for on in sample.trainable)
+    other = replace(sample, constrained=(), rollout_id="free", advantages=advantages)
     policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64)  # so that B is not zero
     loss = torch.zeros(())
     num_tokens = sample.num_trainable + other.num_trainable

@@ -91,3 +91,5 @@ def test_rows_of_a_rollout_carry_its_advantage_and_rows_without_sampled_tokens_a
     samples = rollout_samples(rows, advantage=-0.5, rollout_id="r", task_id="t")
     assert [s.token_ids for s in samples] == [(1, 5), (1, 6)]
     assert {(s.advantage, s.rollout_id, s.task_id) for s in samples} == {(-0.5, "r", "t")}
+    for sample in samples:
+        assert sample.advantages == tuple(-0.5 if on else 0.0 for on in sample.trainable) and sample.has_advantage

@@ -222,7 +222,9 @@ class Policy:
             yield _Work(
                 microbatch=microbatch,
                 rows=tuple(packed),
-                advantages_N=self._per_token(s.advantage for s in packed for _ in range(s.num_trainable)),
+                advantages_N=self._per_token(
+                    a for s in packed for a, trainable in zip(s.advantages, s.trainable, strict=True) if trainable
+                ),
                 weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
                 row_of_N=torch.arange(len(packed), device=self.accelerator.device).repeat_interleave(
                     torch.tensor(microbatch.num_trainable_B, device=self.accelerator.device)
@@ -322,7 +324,7 @@ class Policy:
         return [everyone.get(i) for i in range(len(samples))]
 
     def _assert_same_everywhere(self, samples: Sequence[Sample]) -> None:
-        digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(s.advantage for s in samples))
+        digest = (len(samples), sum(sum(s.token_ids) for s in samples), sum(sum(s.advantages) for s in samples))
         digests = processes.gather([digest])
         assert all(d == digest for d in digests), f"processes were given different samples: {digests}"
 
@@ -363,7 +365,7 @@ class Policy:
 
 
 def _has_gradient(sample: Sample, loss: LossSettings) -> bool:
-    return sample.advantage != 0.0 or loss.kl_coef > 0
+    return sample.has_advantage or loss.kl_coef > 0
 
 
 def _gradient_scale(samples: Sequence[Sample]) -> float:

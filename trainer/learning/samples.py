@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from trainer.types import Ledger
 
@@ -20,12 +21,13 @@ class Sample:
         trainable    0    0     0    1     1      0    0     0    1    1
         logprobs     0.0  0.0   0.0  -1.2  -0.1   0.0  0.0   0.0  -0.4 -0.1
         versions     -1   -1    -1   7     7      -1   -1    -1   7    7
+        advantages   0.0  0.0   0.0  0.5   0.5    0.0  0.0   0.0  0.5  0.5
 
     The token at position t is predicted from position t - 1, so the loss reads the model's output at positions
     2, 3, 7 and 8. A tool result that contains the model's very words stays untrainable: position 6, against 8.
 
-    All rows of a rollout carry the rollout's whole advantage. It is not divided among them: each trainable token
-    occurs in one row only, and the loss counts tokens (or rollouts), never rows.
+    All rows of a rollout carry the rollout's whole advantage, on each of their trainable tokens. It is not divided
+    among them: each trainable token occurs in one row only, and the loss counts tokens (or rollouts), never rows.
     """
 
     token_ids: tuple[int, ...]
@@ -35,8 +37,8 @@ class Sample:
     """The sampler's, after temperature; 0.0 where untrainable."""
     versions: tuple[int, ...]
     """The policy version that sampled the token; -1 where untrainable."""
-    advantage: float
-    """Of the whole rollout."""
+    advantages: tuple[float, ...]
+    """One a token; 0.0 where untrainable."""
     constrained: tuple[tuple[int, int], ...] = ()
     """[start, end) of each answer that was sampled under a grammar, from the grammar's start; its log-probabilities
     are those of what the grammar allows."""
@@ -47,14 +49,26 @@ class Sample:
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
-        assert n == len(self.trainable) == len(self.logprobs) == len(self.versions), "ragged sample"
+        lengths = {n, len(self.trainable), len(self.logprobs), len(self.versions), len(self.advantages)}
+        assert len(lengths) == 1, "ragged sample"
         assert not (n and self.trainable[0]), "nothing precedes the first token, so nothing predicts it"
         assert all(all(self.trainable[a:b]) for a, b in self.constrained), "a grammar constrains sampled tokens only"
-        assert math.isfinite(self.advantage), f"advantage {self.advantage} of rollout {self.rollout_id}"
+        assert all(map(math.isfinite, self.advantages)), f"advantages of rollout {self.rollout_id} are not finite"
 
     @property
     def num_trainable(self) -> int:
         return sum(self.trainable)
+
+    @property
+    def advantage(self) -> float:
+        """The mean over its trainable tokens: the rollout's own where they all have the same. 0.0 without any."""
+        own = [a for a, trainable in zip(self.advantages, self.trainable, strict=True) if trainable]
+        return own[0] if len({*own}) == 1 else fmean(own) if own else 0.0
+
+    @property
+    def has_advantage(self) -> bool:
+        """Whether any token has one: without it, and without a KL term, the row has no gradient."""
+        return any(self.advantages)
 
 
 def sample_of(ledger: Ledger, *, advantage: float, rollout_id: str, task_id: str, row: int = 0) -> Sample:
@@ -65,7 +79,7 @@ def sample_of(ledger: Ledger, *, advantage: float, rollout_id: str, task_id: str
         logprobs=ledger.logprobs,
         versions=ledger.versions,
         constrained=ledger.constrained,
-        advantage=advantage,
+        advantages=tuple(advantage if trainable else 0.0 for trainable in ledger.trainable),
         rollout_id=rollout_id,
         task_id=task_id,
         row=row,
@@ -83,4 +97,4 @@ def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str
 
 def num_trained_tokens(samples: Sequence[Sample], *, has_kl: bool) -> int:
     """Tokens of the rows that cost the trainer something: without a KL term, of those with an advantage."""
-    return sum(len(sample.token_ids) for sample in samples if sample.advantage or has_kl)
+    return sum(len(sample.token_ids) for sample in samples if sample.has_advantage or has_kl)

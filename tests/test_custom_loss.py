@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from trainer.config import CustomLossConfig, LossConfig, RunConfig
 from trainer.config.learning import LOSS_SETTINGS, LossSettings
-from trainer.learning.losses.registry import LOSSES, loss_of
+from trainer.learning.losses.registry import LOSSES, check_loss, loss_of
 from trainer.prepare import prepare
 from trainer.runs.files import read_lines
 from trainer.train import train
@@ -48,6 +49,14 @@ def two(inputs, other): return inputs.logprobs_N.sum()
 def no_gradient(inputs): return inputs.logprobs_N.detach().sum()
 def with_axes(inputs): return -inputs.logprobs_N
 def a_list(inputs): return inputs.logprobs_N.sum(), [1.0]
+def a_row_of_figures(inputs): return inputs.logprobs_N.sum(), {"mine": inputs.logprobs_N}
+def our_name(inputs): return inputs.logprobs_N.sum(), {"num_tokens": 4}
+def our_other_name(inputs): return inputs.logprobs_N.sum(), {"grad_norm": 4}
+class Module(torch.nn.Module):
+    def forward(self, inputs): return inputs.logprobs_N.sum()
+class Dated:
+    def __init__(self, since, by): self.since, self.by = since, by
+    def __call__(self, inputs): return inputs.logprobs_N.sum(), {"year": self.since.year, "two": self.by[2]}
 def fails(inputs): return inputs.logprob
 number = 3
 """
@@ -93,7 +102,22 @@ def test_its_figures_stand_beside_ours_and_it_is_made_once(tmp_path, file):
         metrics = policy.update(random_samples(seed=seed), loss, temperature=1.0, constant_tokens=64).metrics
         assert metrics["mismatch_abs"] > 0 and 0 < metrics["mine"] <= metrics["mine_max"] <= 2.0
         calls.append(metrics["calls"])
-    assert calls == [2, 3], "the first call was its trial"
+    assert calls == [1, 2]
+
+
+def test_no_run_learns_from_its_trial_or_from_another_run(tmp_path, file):
+    loss = custom(file, "Scaled", kwargs={"by": 0.5})
+    check_loss(loss)
+    for _ in range(2):
+        policy = tiny_policy(save_tiny_llama(tmp_path / "model"))
+        assert policy.update(random_samples(), loss, temperature=1.0, constant_tokens=64).metrics["calls"] == 1
+
+
+def test_its_kwargs_are_given_as_the_config_has_them(tmp_path, file):
+    policy = tiny_policy(save_tiny_llama(tmp_path / "model"))
+    loss = custom(file, "Dated", kwargs={"since": datetime.date(2024, 1, 31), "by": {2: 3.0, "two": 4.0}})
+    metrics = policy.update(random_samples(), loss, temperature=1.0, constant_tokens=64).metrics
+    assert metrics["year"] > 0 and metrics["two"] == pytest.approx(metrics["year"] * 3 / 2024)
 
 
 def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
@@ -116,6 +140,9 @@ def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
         ("no_gradient", {}, r"with a gradient to logprobs_N; got one of shape \(\) without a gradient"),
         ("with_axes", {}, r"without axes, .* got one of shape \(4,\)"),
         ("a_list", {}, "expected a dict of sums over tokens for metrics; got list"),
+        ("a_row_of_figures", {}, r"metrics: 'mine': expected a sum over tokens, one number; got one of shape \(4,\)"),
+        ("our_name", {}, "metrics: 'num_tokens' is a name of the trainer's own"),
+        ("our_other_name", {}, "metrics: 'grad_norm' is a name of the trainer's own"),
         ("fails", {}, r"raised AttributeError: .*my_loss\.py, line \d+"),
         ("needs_reference", {}, "raised TypeError"),
     ],
@@ -129,7 +156,11 @@ def test_what_is_wrong_with_it_is_told_before_a_model_is_loaded(tmp_path, tiny_m
 
 
 def test_with_a_kl_term_it_gets_the_reference(file):
-    loss_of(custom(file, "needs_reference", kl_coef=0.1))
+    check_loss(custom(file, "needs_reference", kl_coef=0.1))
+
+
+def test_a_module_of_torch_is_a_loss_too(file):
+    check_loss(custom(file, "Module"))
 
 
 def test_a_run_trains_by_it(tmp_path, tiny_model, file):

@@ -310,9 +310,9 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 def _check_loss(config: RunConfig) -> None:
     if isinstance(config.loss, CustomLossConfig):
-        from trainer.learning.losses.registry import loss_of
+        from trainer.learning.losses.registry import check_loss
 
-        loss_of(config.loss)
+        check_loss(config.loss)
 
 
 def _check_engine(config: RunConfig) -> None:

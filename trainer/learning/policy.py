@@ -86,6 +86,7 @@ class Policy:
         self._optim = optim
         self._seed = seed
         self._grammar = grammar
+        self._loss: tuple[LossSettings, Loss] | None = None
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model."""
         self._head = lora.read_head(self.model)
@@ -173,7 +174,7 @@ class Policy:
             list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
             for minibatch in minibatches
         ]
-        function = loss_of(loss)
+        function = self._made(loss)
         parts: list[dict[str, Tensor]] = []
         old: dict[int, Tensor] = {}
         norms: list[float] = []
@@ -197,6 +198,12 @@ class Policy:
             "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
         }
         return Update(metrics=means, logprobs=logprobs)
+
+    def _made(self, config: LossSettings) -> Loss:
+        """Made once: one of the user's own may keep what it learns of earlier updates."""
+        if self._loss is None or self._loss[0] != config:
+            self._loss = config, loss_of(config)
+        return self._loss[1]
 
     def _work(
         self, minibatch: Sequence[Sample], loss: LossSettings, temperature: float, constant_tokens: int, needs_old: bool

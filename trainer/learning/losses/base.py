@@ -57,7 +57,8 @@ class LossInputs:
     """The trainable tokens of one microbatch; float32 tensors of shape (N,), row after row.
 
     Gradient flows through `logprobs_N` only. The loss of a microbatch is a sum over its tokens, each times its
-    weight, so that the sum over microbatches and processes is the loss of one large batch (invariant 6).
+    weight, so that the sum over microbatches and processes is the loss of one large batch (invariant 6). Rows without
+    an advantage are not among them where `loss.kl_coef` is 0.
     """
 
     logprobs_N: Tensor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
+import inspect
+from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
@@ -19,36 +20,61 @@ LOSSES = {
     "clipped": "clipped:clipped_loss",
 }
 """Where each stands below this folder; called with the inputs and its settings."""
+_OF_EVERY_UPDATE = {"grad_norm", "learning_rate", "skipped_updates"}
+"""Figures that stand beside the loss's, see `Policy.update`."""
 
 
 def loss_of(config: LossSettings) -> Loss:
-    """The loss that the config names. Raises `UserError` for one of the user's own that does not work."""
+    """The loss that the config names, made anew: one of the user's own may keep what it learns of earlier updates.
+
+    Raises `UserError` for a target that can't be had, or can't be called with a `LossInputs` alone.
+    """
     if isinstance(config, CustomLossConfig):
-        return _custom(config.target, json.dumps(config.kwargs, sort_keys=True, default=str), config.kl_coef > 0)
+        return _custom(config)
     function = resolve_name(f"trainer.learning.losses.{LOSSES[config.type]}")
     return lambda inputs: function(inputs, config)
 
 
-@functools.lru_cache(maxsize=16)
-def _custom(name: str, kwargs: str, has_reference: bool) -> Loss:
-    """Made once, so that a loss may keep what it learns of earlier updates."""
-    key = "loss.target"
-    where = f"{key} {name!r}"
-    target = load_target(name, key=key)
+def check_loss(config: CustomLossConfig) -> None:
+    """Try it on a few tokens. Raises `UserError` where it does not work.
+
+    What is tried is not what the run gets, so that the run's has learned nothing of the trial.
+    """
+    loss = _custom(config)
+    with looked_at(_where(config)):
+        loss(_example(has_reference=config.kl_coef > 0))
+
+
+def _where(config: CustomLossConfig) -> str:
+    return f"loss.target {config.target!r}"
+
+
+def _custom(config: CustomLossConfig) -> Loss:
+    where = _where(config)
+    target = load_target(config.target, key="loss.target")
     with looked_at(where):
-        if isinstance(target, type) or kwargs != "{}":
-            target = make(target, json.loads(kwargs), where=where)
-    if not callable(target) or len(needed := required(target)) != 1:
-        takes = f"one that takes {', '.join(needed) or 'nothing'}" if callable(target) else type(target).__name__
-        raise UserError(f"{where}: expected a function of one argument, a LossInputs; got {takes}")
+        if isinstance(target, type) or config.kwargs:
+            target = make(target, copy.deepcopy(config.kwargs), where=where)
+        if not callable(target) or not _takes_inputs_alone(target):
+            takes = f"one that takes {', '.join(required(target)) or 'nothing'}" if callable(target) else _told(target)
+            raise UserError(f"{where}: expected a function of one argument, a LossInputs; got {takes}")
 
     def loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         value, metrics = _checked(target(inputs), where)
-        return value, token_sums(inputs) | metrics
+        sums = token_sums(inputs)
+        if own := sorted(metrics.keys() & (sums.keys() | _OF_EVERY_UPDATE)):
+            raise UserError(f"{where}: metrics: {own[0]!r} is a name of the trainer's own; expected another")
+        return value, sums | metrics
 
-    with looked_at(where):
-        loss(_example(has_reference=has_reference))
     return loss
+
+
+def _takes_inputs_alone(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def _checked(answer: Any, where: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,8 +82,11 @@ def _checked(answer: Any, where: str) -> tuple[Tensor, dict[str, Tensor]]:
     value, metrics = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         raise UserError(f"{where}: expected a tensor without axes, with a gradient to logprobs_N; got {_told(value)}")
-    if not isinstance(metrics, dict) or not all(isinstance(m, Tensor | float | int) for m in metrics.values()):
+    if not isinstance(metrics, dict):
         raise UserError(f"{where}: expected a dict of sums over tokens for metrics; got {_told(metrics)}")
+    for name, metric in metrics.items():
+        if not isinstance(metric, Tensor | float | int) or (isinstance(metric, Tensor) and metric.numel() != 1):
+            raise UserError(f"{where}: metrics: {name!r}: expected a sum over tokens, one number; got {_told(metric)}")
     return value, {str(name): torch.as_tensor(metric).detach() for name, metric in metrics.items()}
 
 

@@ -344,6 +344,13 @@ def test_a_32b_model_fits_no_gpu_twice_in_16_bits(tmp_path):
     assert Level.STOP in {advice.level for advice in found.advice}
 
 
+def test_an_estimate_for_another_machine_asks_for_no_vllm_here(tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model", "Qwen/Qwen2.5-7B-Instruct")
+    config = load_config(ROOT / "configs" / "finance_7b.yaml", [f"model.name={model}", "engine.sleep=kv"])
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert estimate_only(config, Assumptions(gpu=GPUS["H200"])).time is not None
+
+
 def test_the_script_prints_memory_time_and_price_of_a_model_of_which_only_the_config_is_there(tmp_path):
     model = write_model(tmp_path / "model", "Qwen/Qwen2.5-32B-Instruct")
     common = ("--config", ROOT / "configs" / "finance_32b.yaml", "--estimate-only", f"model.name={model}")

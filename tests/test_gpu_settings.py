@@ -17,7 +17,7 @@ from test_families import config_alone
 from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
-from trainer.engines.arguments import check_engine, engine_arguments, engine_environment, seeds_requests
+from trainer.engines.arguments import check_engine, check_vllm, engine_arguments, engine_environment, seeds_requests
 from trainer.engines.engine import VllmEngine
 from trainer.learning.adapter import load_model
 from trainer.learning.head import chunk_rows
@@ -76,12 +76,12 @@ async def test_the_engine_leaves_to_the_trainer_what_is_asked_and_no_more(
 def test_a_vllm_that_can_only_give_all_away_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+    check_vllm(EngineConfig(sleep="kv"))
     for it_or_its_base in AsyncLLM.__mro__:
         monkeypatch.delattr(it_or_its_base, "release_kv_cache_memory", raising=False)
-    check_engine(EngineConfig(sleep="weights"), on_cpu=False)
+    check_vllm(EngineConfig(sleep="weights"))
     with pytest.raises(UserError, match=r"^engine\.sleep: kv needs vLLM 0\.31 or newer, .* set it to weights$"):
-        check_engine(EngineConfig(sleep="kv"), on_cpu=False)
+        check_vllm(EngineConfig(sleep="kv"))
 
 
 def test_a_run_names_the_cards_that_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
 from trainer.config import CustomLossConfig, RunConfig, check_publish, depends_on_the_machine
 from trainer.config.response_format import ResponseFormat, schema_text
-from trainer.engines.arguments import check_engine, shared_memory_is_short
+from trainer.engines.arguments import check_engine, check_vllm, shared_memory_is_short
 from trainer.engines.base_judge import EngineJudge
 from trainer.learning.warmstart import check_company, check_demonstrations
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
@@ -323,6 +323,7 @@ def _check_engine(config: RunConfig) -> None:
 
     on_cpu = not torch.cuda.is_available()
     check_engine(config.engine, on_cpu=on_cpu)
+    check_vllm(config.engine)
     check_publish(config, on_cpu=on_cpu)
 
 

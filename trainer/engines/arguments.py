@@ -50,6 +50,10 @@ def check_engine(engine: EngineConfig, *, on_cpu: bool) -> None:
         raise UserError(
             f"engine.sleep: {engine.sleep} gives a GPU's memory to the trainer, and this machine has none; leave it out"
         )
+
+
+def check_vllm(engine: EngineConfig) -> None:
+    """What depends on the vLLM that is installed. Raises `UserError`."""
     if engine.sleep == "kv":
         import vllm
         from vllm.v1.engine.async_llm import AsyncLLM

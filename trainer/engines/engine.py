@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from envs.errors import PublishError, WorldError
 from trainer.config import EngineConfig, ModelConfig, Sleep
-from trainer.engines.arguments import check_engine, engine_arguments, engine_environment, seeds_requests
+from trainer.engines.arguments import check_engine, check_vllm, engine_arguments, engine_environment, seeds_requests
 from trainer.templates.grammar import first_constrained
 
 PROBE_VERSION = -1
@@ -135,6 +135,7 @@ class VllmEngine:
     ) -> VllmEngine:
         """Start the engine's processes and load the base model. `device` is cpu or cuda."""
         check_engine(engine, on_cpu=device == "cpu")
+        check_vllm(engine)
         with engine_environment(engine, device=device, local_rank=local_rank):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -40,6 +41,19 @@ def _is_json(value: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"not JSON: {e} (YAML reads 2024-01-31 as a date; put such a text in quotes)") from None
     return value
 
+
+def _has_finite_numbers(value: dict[str, Any]) -> dict[str, Any]:
+    waiting: list[Any] = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, float) and not math.isfinite(inner):
+            raise ValueError(f"Input should be a finite number (got {inner})")
+        waiting += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
+    return value
+
+
+Kwargs = Annotated[dict[str, Any], AfterValidator(_has_finite_numbers)]
+"""What the user's own code is called with: all that YAML has, dates included, but NaN and infinite numbers."""
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(_is_json)]
 """What goes on as JSON, though YAML has more than that: dates, sets, NaN."""

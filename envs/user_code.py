@@ -94,7 +94,7 @@ def looked_at(where: str) -> Iterator[None]:
         yield
     except AgentRFTError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         frame = traceback.extract_tb(e.__traceback__)[-1]
         raise UserError(f"{where}: raised {type(e).__name__}: {e} ({frame.filename}, line {frame.lineno})") from e
 

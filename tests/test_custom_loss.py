@@ -58,6 +58,14 @@ class Dated:
     def __init__(self, since, by): self.since, self.by = since, by
     def __call__(self, inputs): return inputs.logprobs_N.sum(), {"year": self.since.year, "two": self.by[2]}
 def fails(inputs): return inputs.logprob
+def exits(inputs): raise SystemExit(0)
+def foreign(inputs): return torch.zeros((), requires_grad=True) * 1.0
+def is_nan(inputs): return inputs.logprobs_N.sum() * float("nan")
+def nan_metric(inputs): return inputs.logprobs_N.sum(), {"mine": float("inf")}
+def four(inputs): return (inputs.logprobs_N * torch.ones(4)).sum()
+def in_place(inputs):
+    inputs.advantages_N.mul_(2)
+    return (inputs.logprobs_N * inputs.advantages_N).sum()
 number = 3
 """
 
@@ -145,6 +153,12 @@ def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
         ("our_other_name", {}, "metrics: 'grad_norm' is a name of the trainer's own"),
         ("fails", {}, r"raised AttributeError: .*my_loss\.py, line \d+"),
         ("needs_reference", {}, "raised TypeError"),
+        ("exits", {}, "raised SystemExit"),
+        ("foreign", {}, "has no gradient to logprobs_N"),
+        ("is_nan", {}, "the loss is nan"),
+        ("nan_metric", {}, "mine is inf"),
+        ("four", {}, "raised RuntimeError"),
+        ("in_place", {}, "changes advantages_N in place"),
     ],
 )
 def test_what_is_wrong_with_it_is_told_before_a_model_is_loaded(tmp_path, tiny_model, file, name, settings, told):

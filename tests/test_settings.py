@@ -119,3 +119,17 @@ def test_all_settings_share_one_base():
         if not where.startswith(RECORDS):
             assert issubclass(model, Settings), where
             assert model.model_config["frozen"] and model.model_config["allow_inf_nan"] is False, where
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"loss": {"type": "custom", "target": "a.py:f", "kwargs": {"a": [1, {"b": float("nan")}]}}},
+        {"world": {"type": "custom", "target": "a.py:f", "kwargs": {"a": float("inf")}}},
+        {"grader": {"type": "custom", "target": "a.py:f", "kwargs": {"a": float("-inf")}}},
+    ],
+    ids=lambda section: next(iter(section)),
+)
+def test_what_the_users_own_code_is_called_with_holds_no_nan_either(section):
+    with pytest.raises(ValidationError, match="finite number"):
+        RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, **section})

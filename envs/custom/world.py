@@ -17,7 +17,7 @@ from envs.base import Checks, Closes, Counts, Env, ExpertTurn, Sweeps, World
 from envs.custom.toolbox import ToolboxEnv, is_toolbox, read_toolbox
 from envs.custom.trl_env import TrlEnv, TrlKind, kind_and_row, trl_kind
 from envs.errors import UserError, told_of
-from envs.settings import WorldSettings
+from envs.settings import Kwargs, WorldSettings
 from envs.tools import Tool
 from envs.types import Message, Task
 from envs.user_code import TARGET_PATTERN, check_order, load_target, looked_at, make
@@ -32,7 +32,7 @@ class CustomEnvConfig(WorldSettings):
 
     type: Literal["custom"]
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
-    kwargs: dict[str, Any] = Field(default={}, description="The class or factory is called with them.")
+    kwargs: Kwargs = Field(default={}, description="The class or factory is called with them.")
     user: UserConfig | None = Field(
         default=None, description="A simulated user who answers turns without calls, where the target has none."
     )

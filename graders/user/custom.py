@@ -31,7 +31,7 @@ from envs.base import Checks, Closes, Counts
 from envs.custom.trl_env import live_environment
 from envs.errors import Unscored, UserError, first_error, nearest
 from envs.messages import trl_form
-from envs.settings import Settings
+from envs.settings import Kwargs, Settings
 from envs.types import Episode, Task
 from envs.user_code import (
     TARGET_PATTERN,
@@ -64,7 +64,7 @@ class CustomTarget(Settings):
     """One of several graders of the user's own, whose rewards are summed."""
 
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`.")
-    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    kwargs: Kwargs = Field(default={}, description="A class or a factory is called with them.")
     weight: float = Field(default=1.0, description="What its reward is multiplied with, as trl's reward_weights.")
 
 
@@ -76,7 +76,7 @@ class CustomConfig(Continuous):
     target: str | None = Field(
         default=None, pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`."
     )
-    kwargs: dict[str, Any] = Field(default={}, description="A class or a factory is called with them.")
+    kwargs: Kwargs = Field(default={}, description="A class or a factory is called with them.")
     targets: list[CustomTarget] | None = Field(
         default=None,
         min_length=1,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from envs.reading.rows import FileOrDataset
-from envs.settings import Settings
+from envs.settings import Kwargs, Settings
 from envs.user_code import TARGET_PATTERN
 
 
@@ -49,7 +49,7 @@ class CustomLossConfig(LossSettings):
 
     type: Literal["custom"]
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:name` or `path/to/file.py:name`")
-    kwargs: dict[str, Any] = Field({}, description="with them the target is a class or factory, called before the run")
+    kwargs: Kwargs = Field({}, description="with them the target is a class or factory, called before the run")
     kl_coef: float = Field(0.0, ge=0, description="above 0 the loss gets the reference's log-probabilities")
 
 

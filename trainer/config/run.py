@@ -50,7 +50,7 @@ class RunConfig(Settings):
     """One training run."""
 
     output_dir: Path = Field(description="the run folder; holds everything the run writes")
-    seed: int = Field(0, description="of tasks' order, sampling and the adapter's beginning")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="of tasks' order, sampling and the adapter's beginning")
     model: ModelConfig = Field(ModelConfig(), description="the base model and its adapter")
     engine: EngineConfig = Field(EngineConfig(), description="what samples the tokens")
     world: Annotated[

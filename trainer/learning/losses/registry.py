@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from pkgutil import resolve_name
 from typing import Any
 
@@ -40,9 +41,17 @@ def check_loss(config: CustomLossConfig) -> None:
 
     What is tried is not what the run gets, so that the run's has learned nothing of the trial.
     """
-    loss = _custom(config)
-    with looked_at(_where(config)):
-        loss(_example(has_reference=config.kl_coef > 0))
+    loss, where = _custom(config), _where(config)
+    for num_tokens in (4, 7):
+        inputs = _example(num_tokens, has_reference=config.kl_coef > 0)
+        with looked_at(where):
+            value, metrics = loss(inputs)
+            (gradient_N,) = torch.autograd.grad(value, inputs.logprobs_N, allow_unused=True)
+        if gradient_N is None:
+            raise UserError(f"{where}: has no gradient to logprobs_N: nothing would be learned by it")
+        for name, number in {"the loss": value, "its gradient": gradient_N, **metrics}.items():
+            if not number.isfinite().all():
+                raise UserError(f"{where}: {name} is {number.detach().tolist()} on the tokens that it is tried on")
 
 
 def _where(config: CustomLossConfig) -> str:
@@ -60,7 +69,12 @@ def _custom(config: CustomLossConfig) -> Loss:
             raise UserError(f"{where}: expected a function of one argument, a LossInputs; got {takes}")
 
     def loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        given = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+        versions = {name: tensor._version for name, tensor in given.items() if tensor is not None}
         value, metrics = _checked(target(inputs), where)
+        for name, version in versions.items():
+            if given[name]._version != version:
+                raise UserError(f"{where}: changes {name} in place; expected new tensors")
         sums = token_sums(inputs)
         if own := sorted(metrics.keys() & (sums.keys() | _OF_EVERY_UPDATE)):
             raise UserError(f"{where}: metrics: {own[0]!r} is a name of the trainer's own; expected another")
@@ -96,15 +110,16 @@ def _told(value: Any) -> str:
     return type(value).__name__
 
 
-def _example(*, has_reference: bool) -> LossInputs:
-    """Four tokens of two rows, with which a loss is tried before the run."""
-    logprobs_N = torch.tensor([-0.5, -1.0, -0.1, -2.0])
+def _example(num_tokens: int = 4, *, has_reference: bool) -> LossInputs:
+    """A few tokens of two rows, with which a loss is tried before the run."""
+    logprobs_N = -torch.arange(1.0, num_tokens + 1) / 4
+    is_second_N = torch.arange(num_tokens) >= num_tokens // 2
     return LossInputs(
         logprobs_N=logprobs_N.clone().requires_grad_(),
         old_logprobs_N=logprobs_N,
         sampler_logprobs_N=logprobs_N - 0.01,
         ref_logprobs_N=logprobs_N - 0.1 if has_reference else None,
-        advantages_N=torch.tensor([1.0, 1.0, -1.0, -1.0]),
-        weights_N=torch.full((4,), 0.25),
-        row_of_N=torch.tensor([0, 0, 1, 1]),
+        advantages_N=1.0 - 2.0 * is_second_N,
+        weights_N=torch.full((num_tokens,), 1.0 / num_tokens),
+        row_of_N=is_second_N.long(),
     )

@@ -98,3 +98,15 @@ def test_package_files_hold_no_code():
         for node in ast.parse(path.read_text()).body:
             is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             assert is_docstring or isinstance(node, ast.Import | ast.ImportFrom), f"{path}:{node.lineno}"
+
+
+def test_the_rooms_keep_their_contracts():
+    """Those of `[tool.importlinter]` in pyproject.toml: no arrow up, no circle, nothing heavy where it has no place."""
+    run = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command; lint_imports_command()",
+        "--no-cache",
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and "3 kept, 0 broken" in done.stdout, done.stdout + done.stderr

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import Discriminator, Tag
+from typing import TYPE_CHECKING
 
 from envs.base import World
-from envs.settings import WorldSettings
+from envs.settings import WorldSettings, by_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +26,13 @@ WORLDS = {
     "remote": Entry("remote.config:RemoteConfig", "remote.world:RemoteWorld"),
     "custom": Entry("custom.world:CustomEnvConfig", "custom.world:CustomWorld"),
 }
-_WITHOUT_TYPE = "remote"
-
-
-def _settings_of(name: str) -> Any:
-    return Annotated[resolve_name(f"envs.{WORLDS[name].settings}"), Tag(name)]
-
-
-def _type_of(value: Any) -> str:
-    given = value.get("type", _WITHOUT_TYPE) if isinstance(value, dict) else getattr(value, "type", _WITHOUT_TYPE)
-    return str(given)
-
 
 if TYPE_CHECKING:
     WorldConfig = WorldSettings
 else:
-    WorldConfig = Annotated[functools.reduce(operator.or_, map(_settings_of, WORLDS)), Discriminator(_type_of)]
+    WorldConfig = by_type(
+        {name: resolve_name(f"envs.{entry.settings}") for name, entry in WORLDS.items()}, without_type="remote"
+    )
 
 
 def build_world(config: WorldSettings) -> World:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Tag
 
 
 class Settings(BaseModel):
@@ -32,6 +34,17 @@ class AsksServers(Protocol):
     def servers(self) -> Mapping[str, str]:
         """Their URLs as they are written, by the keys that hold them; somebody has to answer there before a run."""
         ...
+
+
+def by_type(settings: Mapping[str, type[Settings]], *, without_type: str) -> Any:
+    """The union of settings that a config tells apart by `type`; those that name none are of `without_type`."""
+
+    def type_of(value: Any) -> str:
+        given = value.get("type", without_type) if isinstance(value, dict) else getattr(value, "type", without_type)
+        return str(given)
+
+    tagged: Any = [Annotated[one, Tag(name)] for name, one in settings.items()]
+    return Annotated[functools.reduce(operator.or_, tagged), Discriminator(type_of)]
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from envs.reading.rows import FileOrDataset
-from envs.settings import Kwargs, Settings
+from envs.settings import Kwargs, Settings, by_type
 from envs.user_code import TARGET_PATTERN
 
 
 class LossSettings(Settings):
-    """What every loss has: advantages, weights, KL and the correction between sampler and trainer."""
+    """What every loss has: advantages, weights of tokens, and a reference."""
 
     type: str
     advantage: Literal["grpo", "dr_grpo"] = Field(
@@ -60,19 +58,10 @@ LOSS_SETTINGS: dict[str, type[LossSettings]] = {
 """By the `type` that a config names."""
 
 
-def _loss_type(value: Any) -> str:
-    return str(value.get("type", "clipped") if isinstance(value, dict) else getattr(value, "type", "clipped"))
-
-
-def _tagged(name: str) -> Any:
-    return Annotated[LOSS_SETTINGS[name], Tag(name)]
-
-
 if TYPE_CHECKING:
     AnyLossConfig = LossSettings
 else:
-    # Without a type it is clipped.
-    AnyLossConfig = Annotated[functools.reduce(operator.or_, map(_tagged, LOSS_SETTINGS)), Discriminator(_loss_type)]
+    AnyLossConfig = by_type(LOSS_SETTINGS, without_type="clipped")
 
 
 class OptimConfig(Settings):

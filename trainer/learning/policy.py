@@ -229,16 +229,12 @@ class Policy:
             yield _Work(
                 microbatch=microbatch,
                 rows=tuple(packed),
-                advantages_N=self._per_token(
-                    a for s in packed for a, trainable in zip(s.advantages, s.trainable, strict=True) if trainable
-                ),
+                advantages_N=self._per_token(a for s in packed for a in s.trained(s.advantages)),
                 weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
                 row_of_N=torch.arange(len(packed), device=self.accelerator.device).repeat_interleave(
                     torch.tensor(microbatch.num_trainable_B, device=self.accelerator.device)
                 ),
-                sampler_logprobs_N=self._per_token(
-                    x for s in packed for x, trainable in zip(s.logprobs, s.trainable, strict=True) if trainable
-                ),
+                sampler_logprobs_N=self._per_token(x for s in packed for x in s.trained(s.logprobs)),
                 old_logprobs_N=old_N,
                 ref_logprobs_N=ref_N,
             )

@@ -59,10 +59,14 @@ class Sample:
     def num_trainable(self) -> int:
         return sum(self.trainable)
 
+    def trained(self, values: Sequence[float]) -> list[float]:
+        """Those of its trainable tokens, of `values` that are one a token."""
+        return [x for x, trainable in zip(values, self.trainable, strict=True) if trainable]
+
     @property
     def advantage(self) -> float:
         """The mean over its trainable tokens: the rollout's own where they all have the same. 0.0 without any."""
-        own = [a for a, trainable in zip(self.advantages, self.trainable, strict=True) if trainable]
+        own = self.trained(self.advantages)
         return own[0] if len({*own}) == 1 else fmean(own) if own else 0.0
 
     @property

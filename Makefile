@@ -40,11 +40,11 @@ test-learning: setup
 
 # Every model family through the real engine, some 40 s each way; prints the rows of the table in docs/models.md.
 test-families: setup
-	$(BIN)/python -m pytest tests/test_families.py tests/test_families_vllm.py -m 'families or not families'
+	$(BIN)/python -m pytest tests/trainer/models/test_families.py tests/trainer/models/test_families_vllm.py -m 'families or not families'
 
 # Every file of a run folder damaged in every way that is tried; `make test` tries the plainest ones.
 test-damages: setup
-	$(BIN)/python -m pytest tests/test_damaged_folder.py -m 'damages or not damages'
+	$(BIN)/python -m pytest tests/trainer/runs/test_damaged_folder.py -m 'damages or not damages'
 
 check: setup
 	$(BIN)/ruff check .

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
-from servers import ONE_PROCESS, VLLM, running_vllm
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.servers import ONE_PROCESS, VLLM, running_vllm  # noqa: E402
 
 if TYPE_CHECKING:
-    from run_server import Server
+    from tests.support.run_server import Server
+    from trainer.templates.chat import Chat
 
 # The same examples every time: a test that found its counterexample by chance could not be repeated.
 settings.register_profile("repeatable", derandomize=True)
@@ -56,43 +60,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-# One ChatML template in four dialects of tool calls; with `thinking`, reasoning before the last question is dropped.
-TOY_TEMPLATE = """
-{%- set ns = namespace(last=-1) -%}
-{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
-{%- if tools -%}<|im_start|>system
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% endif -%}
-{%- for m in messages -%}
-<|im_start|>{{ m.role }}
-{% if m.reasoning_content and loop.index0 > ns.last %}<think>
-{{ m.reasoning_content.strip('\\n') }}
-</think>
-
-{% endif -%}
-{{ m.content }}{% for c in m.tool_calls or [] %}CALL_FORMAT{% endfor %}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}
-"""
-ARGUMENTS = "{{ c.function.arguments | tojson }}"
-DIALECTS = {
-    "hermes": f'<tool_call>\n{{"name": "{{{{ c.function.name }}}}", "arguments": {ARGUMENTS}}}\n</tool_call>',
-    "llama3_json": f'{{"name": "{{{{ c.function.name }}}}", "parameters": {ARGUMENTS}}}',
-    "pythonic": "[{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }}"
-    "{{ ', ' if not loop.last else '' }}{% endfor %})]",
-    "qwen3_xml": "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
-    "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>",
-}
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of the embedded default model, converted on first use (some 10 s) and cached for later runs."""
     from trainer.models.cache import DEFAULT_MODEL, resolve_model
 
     return resolve_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def chat(smollm2: Path) -> "Chat":
+    from trainer.templates.chat import Chat
+
+    return Chat(smollm2)
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +116,7 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path) -> "Iterator[Server]":
     """Runs configs of the scripted engine on the tiny model, each in a process of its own."""
-    from run_server import Server
+    from tests.support.run_server import Server
 
     server = Server(tiny_model)
     yield server
@@ -146,7 +126,7 @@ def server(tiny_model: Path) -> "Iterator[Server]":
 @pytest.fixture(scope="session")
 def taught_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama, 8,192 tokens long, that writes tool calls of the quickstart's and the shop's worlds, and JSON."""
-    from taught import teach
+    from tests.support.taught import teach
 
     return teach(tmp_path_factory.mktemp("taught-model") / "model", tiny_model)
 
@@ -200,31 +180,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def scripted_config(folder: Path, model: Path, **sections: dict[str, object]) -> dict[str, object]:
-    """A config for the scripted engine: short finance episodes on the tiny model. `sections` adds to its sections."""
-    config: dict[str, dict[str, object]] = {
-        "model": {"name": str(model), "dtype": "float32", "lora": {"r": 4, "alpha": 8}},
-        "world": {
-            "type": "finance",
-            "num_companies": 8,
-            "num_train_tasks": 3,
-            "num_eval_tasks": 3,
-            "question_mix": {"value": 1.0},
-            "detour_calls": 0,
-        },
-        "grader": {"type": "numeric"},
-        "penalties": {"tool_calls": {"free": 2, "slope": 0.04, "floor": -0.2, "only_passing": True}},
-        "rollout": {
-            "tasks_per_step": 2,
-            "group_size": 4,
-            "max_turns": 5,
-            "max_tool_calls": 4,
-            "max_turn_tokens": 96,
-            "max_episode_tokens": 1000,
-        },
-        "optim": {"num_steps": 3, "learning_rate": 1e-2},
-        "eval": {"num_tasks": 2, "samples_per_task": 1},
-    }
-    return {"output_dir": str(folder)} | {k: config.get(k, {}) | sections.get(k, {}) for k in config | sections}

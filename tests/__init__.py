@@ -1,0 +1,1 @@
+"""Mirrors the packages; what tests share is in `tests.support`."""

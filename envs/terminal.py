@@ -6,6 +6,7 @@ errors of `envs.errors` are clean by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import traceback
@@ -58,9 +59,19 @@ def console() -> Console:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`; what it raises is told as Python tells it, but clean."""
+    """Ends the process with the exit code of `main`, or with 130 after Ctrl-C.
+
+    What else it raises is told as Python tells it, but clean.
+    """
     sys.excepthook = _tell
-    sys.exit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+        # A terminal that was closed takes no more words.
+        with contextlib.suppress(OSError):
+            say("interrupted", file=sys.stderr)
+    sys.exit(code)
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

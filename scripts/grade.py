@@ -4,7 +4,7 @@ The grader is the hosted service's JSON, or the `grader`, `penalties` and `judge
 line of the samples is `{"item", "sample"}` (exported ones too), `{"item", "model_sample"}` as the hosted graders/run
 takes them, or a rollout as a run writes it. `validate` checks the grader alone, and with `--samples` that it can grade
 these rows; it asks no judge, and needs no key.
-Exit codes: 0 done, 2 something in the input is wrong, 1 anything else.
+Exit codes: 0 done, 2 something in the input is wrong, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from envs.errors import UserError
-from envs.reading.documents import check_writable, read_document
 from envs.terminal import console, run, say, without_control
-from envs.validation import validation_problems
-from graders.hosted.sample_file import read_samples
-from graders.trial import Graded, TrialSettings, as_hosted, build_trial, grade_all
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from graders.trial import Graded, TrialSettings
 
 
 def main() -> int:
     arguments = _parse_arguments()
+    # Only now: --help and a misspelt option answer at once.
+    from envs.reading.documents import check_writable
+    from graders.hosted.sample_file import read_samples
+    from graders.trial import as_hosted, build_trial, grade_all
+
     try:
         settings = _read_settings(arguments)
         rows = list(itertools.islice(read_samples(arguments.samples), arguments.limit)) if arguments.samples else []
@@ -80,6 +83,12 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _read_settings(arguments: argparse.Namespace) -> TrialSettings:
+    from pydantic import ValidationError
+
+    from envs.reading.documents import read_document
+    from envs.validation import validation_problems
+    from graders.trial import TrialSettings
+
     path: Path = arguments.grader
     data = read_document(path, str(path))
     if isinstance(data, dict) and "type" in data:
@@ -132,6 +141,8 @@ def print_tables(console: Console, graded: Sequence[Graded], *, num_worst: int) 
 
 
 def _table(*columns: str) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
@@ -153,6 +164,8 @@ def _print_counts(console: Console, what: str, counts: Mapping[str, int], num_ro
 
 
 def _print_worst(console: Console, graded: Sequence[Graded], num_worst: int) -> None:
+    from rich.text import Text
+
     worst = sorted(graded, key=lambda g: g.grade.reward if g.grade else float("-inf"))[:num_worst]
     if worst:
         table = _table("line", "reward")

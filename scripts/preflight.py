@@ -14,15 +14,20 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envs.errors import UserError
 from envs.terminal import console, run, say
-from trainer.config import RunConfig, load_config
-from trainer.processes import end_on_signals
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
+    # Only now: --help and a misspelt option answer at once.
+    from trainer.processes import end_on_signals
+
     end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -36,9 +41,6 @@ def main() -> int:
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        say("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -70,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
+    from trainer.config import load_config
+
     run: Path | None = arguments.run
     if run is not None and not (run / "config.yaml").is_file():
         raise UserError(f"--run {run}: holds no config.yaml; expected the folder of a run")

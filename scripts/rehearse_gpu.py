@@ -4,7 +4,7 @@ Piece by piece, each in processes of its own and within a time limit:
 
 environment   driver, cards, versions, free memory, /dev/shm; a Triton kernel and `torch.compile` on the card
 quickstart    twenty steps of configs/quickstart.yaml through scripts/train.py; every adapter published and proved
-model         random weights of a 1.5B shape (Qwen2.5's), with the default model's tokenizer: nothing is downloaded
+model         scripts/bench/random_model.py: random weights of a 1.5B shape, with the default model's tokenizer
 rollouts      scripts/bench/rollout_throughput.py on those weights
 training      scripts/bench/training_throughput.py on those weights
 together      two steps of scripts/train.py on those weights, the engine asleep while the trainer trains
@@ -50,25 +50,6 @@ Figures = dict[str, float | str]
 _POLL_S = 0.5
 _END_S = 30
 """What a piece that ran past its limit is given to end its engine."""
-
-QWEN_1_5B = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-}
-"""Of Qwen2.5-1.5B, as its config.json says."""
-SMALLEST = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 49_280,
-}
-"""More words than the tokenizer has, as above."""
 
 _COMMON = ["engine.publish=lora", "trackers=[]"]
 _QUICKSTART = {
@@ -129,7 +110,7 @@ class Piece:
 
 def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
     """In their order; their limits add up to 25 minutes on a GPU, and to four times that on a CPU."""
-    model, own = out / "model", ["scripts/rehearse_gpu.py", "--out", str(out), *(["--cpu"] if on_cpu else [])]
+    model, form = out / "model", ["--cpu"] if on_cpu else []
     on_random = [f"model.name={json.dumps(str(model))}", *_COMMON, *_RANDOM[on_cpu]]
     rows = ["--repeats", "1" if on_cpu else "2"]
 
@@ -149,15 +130,15 @@ def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
         ]
         return Piece(name=name, limit_s=limit_s, command=command, figures=lambda: run_figures(run))
 
-    def of_this_script(name: str, limit_s: int) -> Piece:
+    def of_its_own(name: str, limit_s: int, script: str, *options: str) -> Piece:
         path = out / "logs" / f"{name}.figures.json"
-        command = [*own, "--only", name]
+        command = [f"scripts/{script}", *form, *options, str(path)]
         return Piece(name=name, limit_s=limit_s, command=command, figures=lambda: json.loads(path.read_text()))
 
     in_order = [
-        of_this_script("environment", 120),
+        of_its_own("environment", 120, "rehearse_gpu.py", "--environment"),
         training_run("quickstart", 600, [*_COMMON, *_QUICKSTART[on_cpu]]),
-        of_this_script("model", 120),
+        of_its_own("model", 120, "bench/random_model.py", str(model), "--json"),
         bench("rollouts", 240, "rollout_throughput.py"),
         bench("training", 180, "training_throughput.py", "--rows", "2" if on_cpu else "32"),
         training_run("together", 240, [*on_random, *_TOGETHER[on_cpu], _NO_EVALUATION]),
@@ -225,37 +206,6 @@ def nvidia_smi(what: str) -> list[str]:
     """A value of every card."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
-
-
-def write_random_model(folder: Path, *, on_cpu: bool) -> Figures:
-    """A checkpoint that transformers and vLLM load; its log-probabilities vary."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from trainer.models.cache import DEFAULT_MODEL, resolve_model
-
-    shape = SMALLEST if on_cpu else QWEN_1_5B
-    config = Qwen2Config(
-        **shape,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.8 / shape["hidden_size"] ** 0.5,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    torch.manual_seed(0)
-    with torch.device("cpu" if on_cpu else "cuda"):
-        model = Qwen2ForCausalLM(config).to(torch.float32 if on_cpu else torch.bfloat16)
-    unfinished = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    for file in resolve_model(DEFAULT_MODEL).iterdir():
-        if file.name != "config.json" and file.suffix != ".safetensors":
-            shutil.copy(file, unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.replace(folder)
-    return {"weights": float(sum(p.numel() for p in model.parameters()))}
 
 
 # ---- one after the other
@@ -385,22 +335,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"), help="folder (default runs/rehearsal)")
     parser.add_argument("--cpu", action="store_true", help="the smallest form, on a machine without a GPU")
-    parser.add_argument("--only", choices=("environment", "model"), help=argparse.SUPPRESS)
+    parser.add_argument("--environment", type=Path, metavar="JSON", help="write what the machine has there, and end")
     given = parser.parse_args()
-    out = given.out.resolve()
     # The piece at work is of another session and would outlive this one.
     end_on_signals()
     try:
-        if given.only is None:
-            done = rehearse(out, on_cpu=given.cpu)
-            say(table(done))
-            return 0 if all(piece["ok"] for piece in done) else 1
-        made = (
-            look_at_environment(on_cpu=given.cpu)
-            if given.only == "environment"
-            else write_random_model(out / "model", on_cpu=given.cpu)
-        )
-        write_atomically(out / "logs" / f"{given.only}.figures.json", json.dumps(made))
+        if given.environment is not None:
+            write_atomically(given.environment, json.dumps(look_at_environment(on_cpu=given.cpu)))
+            return 0
+        done = rehearse(given.out.resolve(), on_cpu=given.cpu)
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
         return 2
@@ -409,7 +352,8 @@ def main() -> int:
         with contextlib.suppress(OSError):
             say("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    return 0
+    say(table(done))
+    return 0 if all(piece["ok"] for piece in done) else 1
 
 
 if __name__ == "__main__":

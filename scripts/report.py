@@ -11,14 +11,16 @@ from pathlib import Path
 
 from envs.errors import UserError
 from envs.terminal import run, say
-from trainer.reports.run_report import write_report
-from trainer.reports.transcripts.write import run_decoder, write_transcripts
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, help="run folder")
     folder: Path = parser.parse_args().run
+    # Only now: --help and a misspelt option answer at once.
+    from trainer.reports.run_report import write_report
+    from trainer.reports.transcripts.write import run_decoder, write_transcripts
+
     if not (folder / "run.json").is_file():
         say(f"error: {folder}: holds no run.json; expected the folder of a run", file=sys.stderr)
         return 2

@@ -2,26 +2,25 @@
 
 Every combination of the values given with `--set` is a run of `scripts/train.py` in a folder of its own under the
 config's `output_dir`, one after the other; finished runs are not run again, interrupted ones are resumed. Ends with a
-Markdown table of all runs. `--launch "accelerate launch --num_processes 8"` says how each is started.
+Markdown table of all runs. `--launch "accelerate launch --num_processes 8"` says how each is started. Exit codes as
+`scripts/train.py`; a run that fails ends the sweep with its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from envs.errors import UserError
 from envs.terminal import run, say
-from trainer.config import RunConfig, load_config
-from trainer.measures.catalogue import Place, shown_in
-from trainer.reports.comparison_page import in_short
-from trainer.reports.run_report import before_and_after
-from trainer.reports.tables import Grid, Row, to_markdown
 
 
 def main() -> int:
@@ -30,21 +29,38 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=V1,V2", help="values to go through")
     parser.add_argument("--launch", default=sys.executable, help="what starts scripts/train.py")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the same for all runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    # Only now: --help and a misspelt option answer at once.
+    from trainer.config import load_config
+    from trainer.processes import end_on_signals
+
     try:
         runs = _runs(arguments.config, arguments.overrides, arguments.set)
         launch = _launch(arguments.launch)
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
         return 2
+    end_on_signals()
     train = Path(__file__).with_name("train.py")
     for name, overrides in runs.items():
         say(f"--- {name}")
         command = [*launch, str(train), "--config", str(arguments.config), *overrides]
-        if code := subprocess.run(command).returncode:
+        if code := _run_to_its_end(command):
             return code
     say(_table({name: load_config(arguments.config, overrides).output_dir for name, overrides in runs.items()}))
     return 0
+
+
+def _run_to_its_end(command: Sequence[str]) -> int:
+    """The exit code. What interrupts the sweep interrupts the run, and waits until it has ended its engine."""
+    # Of a session of its own it hears of Ctrl-C once: a second signal would break off its clearing up.
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
 
 
 def _launch(text: str) -> list[str]:
@@ -62,7 +78,9 @@ def _launch(text: str) -> list[str]:
 
 def _runs(config_path: Path, overrides: list[str], swept: list[str]) -> dict[str, list[str]]:
     """The overrides of each run under its name; every config is checked before the first run starts."""
-    base: RunConfig = load_config(config_path, overrides)
+    from trainer.config import load_config
+
+    base = load_config(config_path, overrides)
     axes: dict[str, list[str]] = {}
     for axis in swept:
         key, equals, values = axis.partition("=")
@@ -84,6 +102,11 @@ def _runs(config_path: Path, overrides: list[str], swept: list[str]) -> dict[str
 
 def _table(folders: dict[str, Path]) -> str:
     """A row per run: each figure before → after."""
+    from trainer.measures.catalogue import Place, shown_in
+    from trainer.reports.comparison_page import in_short
+    from trainer.reports.run_report import before_and_after
+    from trainer.reports.tables import Grid, Row, to_markdown
+
     shown = shown_in(Place.SWEEP)
     rows = []
     for name, folder in folders.items():

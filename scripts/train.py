@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError
-from envs.reading.documents import check_writable
 from envs.terminal import console, run, say
-from trainer.config import RunConfig, load_config
-from trainer.processes import end_on_signals
 
 if TYPE_CHECKING:
+    from trainer.config import RunConfig
     from trainer.hosted.job import TakenJob
 
 HOSTED_ONLY = ("training_file", "validation_file", "write_config")
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
+    # Only now: --help and a misspelt option answer at once.
+    from envs.reading.documents import check_writable
+    from trainer.config import load_config
+    from trainer.processes import end_on_signals
+
     is_main = os.environ.get("RANK", "0") == "0"
     end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.

@@ -10,10 +10,8 @@ Each process holds the whole frozen base; sharding it (FSDP, tensor parallel) is
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +24,16 @@ from trainer import processes
 from trainer.config import LossConfig, LossSettings, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
 from trainer.learning.head import token_logprobs
-from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics, token_weights
+from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics
 from trainer.learning.losses.registry import loss_of
-from trainer.learning.packing import FixedRow, Microbatch, TokenRow, minibatches_of, pack, split, used_length
+from trainer.learning.optimizer import Optimizer, learning_rate
+from trainer.learning.packing import FixedRow, Microbatch, TokenRow, minibatches_of, pack
 from trainer.learning.samples import Sample
+from trainer.learning.work import Work, gradient_scale, has_gradient, share_of
 from trainer.templates.grammar import Grammar
 
 _IMITATION = LossConfig(normalisation="token", kl_coef=0.0)
 """Every trainable token of a batch weighs the same."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """One microbatch and what its loss needs. Old and reference log-probabilities are filled in where they matter."""
-
-    microbatch: Microbatch
-    rows: tuple[Sample, ...]
-    """The microbatch's, in its order."""
-    advantages_N: Tensor
-    weights_N: Tensor
-    row_of_N: Tensor
-    sampler_logprobs_N: Tensor
-    old_logprobs_N: Tensor | None
-    ref_logprobs_N: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +80,16 @@ class Policy:
         processes.wait_for_all()
         for parameter in self._parameters:
             broadcast(parameter.data)
-        self._optimizer = self._adamw(optim.learning_rate, weight_decay=optim.weight_decay)
+        self._optimizer = self._new_optimizer(optim.learning_rate, weight_decay=optim.weight_decay)
 
-    def _adamw(self, learning_rate: float, *, weight_decay: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self._parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    def _new_optimizer(self, rate: float, *, weight_decay: float) -> Optimizer:
+        return Optimizer(
+            self._parameters,
+            self.accelerator,
+            learning_rate=rate,
+            weight_decay=weight_decay,
+            max_grad_norm=self._optim.max_grad_norm,
+        )
 
     def logprobs(self, rows: Sequence[TokenRow], *, temperature: float, adapter: bool = True) -> list[Tensor]:
         """Each row's log-probabilities of its trainable tokens, float32 on the CPU; no gradient.
@@ -137,17 +128,17 @@ class Policy:
         here, and the denominator is that of all processes. AdamW without weight decay at a constant rate; its moments
         end with it, and none of it counts as an update: policy version 0 is what it leaves.
         """
-        optimizer = self._adamw(learning_rate, weight_decay=0.0)
+        optimizer = self._new_optimizer(learning_rate, weight_decay=0.0)
         for batch in batches:
             self._assert_same_everywhere(batch)
-            scale = _gradient_scale(batch)
+            scale = gradient_scale(batch)
             loss = 0.0
             for work in self._work(batch, _IMITATION, 1.0, 0, needs_old=False):
                 logprobs_N = self._microbatch_logprobs(work.microbatch, 1.0, adapter=True)
                 value = -(work.weights_N * logprobs_N).sum()
                 (value * scale).backward()  # type: ignore[no-untyped-call]
                 loss += float(value.detach())
-            self._apply(scale, optimizer)
+            optimizer.step(scale)
             on_step(sum(processes.gather([loss])))
 
     def update(
@@ -166,8 +157,7 @@ class Policy:
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
         self._assert_same_everywhere(samples)
         rate = learning_rate(self._optim, self.num_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        self._optimizer.set_learning_rate(rate)
         minibatches = minibatches_of(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
         is_single = self._optim.num_epochs * len(minibatches) == 1
         work = [
@@ -180,14 +170,14 @@ class Policy:
         norms: list[float] = []
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
-                if not any(_has_gradient(s, loss) for s in minibatch):
+                if not any(has_gradient(s, loss) for s in minibatch):
                     continue
-                scale = _gradient_scale(minibatch)
+                scale = gradient_scale(minibatch)
                 for w in works:
                     metrics, old_N = self._accumulate(w, function, temperature, scale)
                     parts.append(metrics)
-                    old |= _by_row(w, old_N)
-                norms.append(self._apply(scale, self._optimizer))
+                    old |= w.by_row(old_N)
+                norms.append(self._optimizer.step(scale))
                 self.num_updates += 1
         self.num_steps += 1
         logprobs = self._of_all_processes(samples, old)
@@ -207,40 +197,23 @@ class Policy:
 
     def _work(
         self, minibatch: Sequence[Sample], loss: LossSettings, temperature: float, constant_tokens: int, needs_old: bool
-    ) -> Iterable[_Work]:
-        """This process's share of a minibatch."""
-        num_tokens = Counter[str]()
-        for sample in minibatch:
-            num_tokens[sample.rollout_id] += sample.num_trainable
-        weights = token_weights(list(num_tokens.values()), loss.normalisation, constant_tokens=constant_tokens)
-        weight_of = dict(zip(num_tokens, weights, strict=True))
-        # Rows without a gradient count in the denominators above and cost no time below.
-        rows = [s for s in minibatch if _has_gradient(s, loss)]
-        shares = split([used_length(row) for row in rows], self.accelerator.num_processes)
-        rows = [rows[i] for i in shares[self.accelerator.process_index]]
-        for microbatch in pack(rows, self._optim.max_microbatch_tokens):
-            packed = [rows[i] for i in microbatch.row_indices]
+    ) -> Iterator[Work]:
+        """This process's share of a minibatch, with the log-probabilities of earlier policies that its loss needs."""
+        share = share_of(
+            minibatch,
+            loss,
+            constant_tokens=constant_tokens,
+            max_microbatch_tokens=self._optim.max_microbatch_tokens,
+            accelerator=self.accelerator,
+        )
+        for work in share:
             old_N = ref_N = None
             with torch.no_grad():
                 if needs_old:
-                    old_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+                    old_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
                 if loss.kl_coef > 0:
-                    ref_N = self._reference_logprobs(microbatch, temperature)
-            yield _Work(
-                microbatch=microbatch,
-                rows=tuple(packed),
-                advantages_N=self._per_token(a for s in packed for a in s.trained(s.advantages)),
-                weights_N=self._per_token(weight_of[s.rollout_id] for s in packed for _ in range(s.num_trainable)),
-                row_of_N=torch.arange(len(packed), device=self.accelerator.device).repeat_interleave(
-                    torch.tensor(microbatch.num_trainable_B, device=self.accelerator.device)
-                ),
-                sampler_logprobs_N=self._per_token(x for s in packed for x in s.trained(s.logprobs)),
-                old_logprobs_N=old_N,
-                ref_logprobs_N=ref_N,
-            )
-
-    def _per_token(self, values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float32, device=self.accelerator.device)
+                    ref_N = self._reference_logprobs(work.microbatch, temperature)
+            yield replace(work, old_logprobs_N=old_N, ref_logprobs_N=ref_N)
 
     def _microbatch_logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
         """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
@@ -281,9 +254,7 @@ class Policy:
         for parameter, weight in zip(self._parameters, weights, strict=True):
             parameter.data = weight
 
-    def _accumulate(
-        self, work: _Work, loss: Loss, temperature: float, scale: float
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _accumulate(self, work: Work, loss: Loss, temperature: float, scale: float) -> tuple[dict[str, Tensor], Tensor]:
         """Add one microbatch's gradient, times `scale`, to the parameters' gradients.
 
         Returns the loss's metrics and the (N,) log-probabilities from before the step's first update.
@@ -303,22 +274,6 @@ class Policy:
         )
         (value * scale).backward()  # type: ignore[no-untyped-call]
         return metrics, old_N
-
-    def _apply(self, scale: float, optimizer: torch.optim.Optimizer) -> float:
-        """One update from the gradients of all processes, out of which `scale` is taken; their norm before clipping."""
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        flat: Tensor = torch.cat([g.flatten() for g in gradients]) / scale
-        flat = self.accelerator.reduce(flat, reduction="sum")
-        norm = float(flat.norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm} after {self.num_updates} updates")
-        sizes = [p.numel() for p in self._parameters]
-        flat *= min(1.0, self._optim.max_grad_norm / (norm + 1e-6))
-        for parameter, gradient in zip(self._parameters, torch.split(flat, sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
 
     def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
         """In the order of `samples`, the log-probabilities that each process noted of its own rows."""
@@ -341,14 +296,10 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact continuation needs, as copies: adapter, reference, Adam's moments, the two counters."""
-        moments = [
-            {key: value.detach().cpu().clone() for key, value in self._optimizer.state[p].items()}
-            for p in self._parameters
-        ]
         return {
             "adapter": lora.adapter_state(self.model),
             "reference": None if self._reference is None else [t.cpu().clone() for t in self._reference],
-            "moments": moments,
+            "moments": self._optimizer.moments(),
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
         }
@@ -358,37 +309,6 @@ class Policy:
         lora.load_adapter_state(self.model, state["adapter"])
         if state["reference"] is not None:
             self._reference = [t.to(self.accelerator.device, copy=True) for t in state["reference"]]
-        for parameter, moments in zip(self._parameters, state["moments"], strict=True):
-            # A fused AdamW keeps its step counter, too, on the parameter's device.
-            self._optimizer.state[parameter] = {
-                key: value.to(parameter.device, copy=True) for key, value in moments.items()
-            }
+        self._optimizer.load_moments(state["moments"])
         self.num_updates = state["num_updates"]
         self.num_steps = state["num_steps"]
-
-
-def _has_gradient(sample: Sample, loss: LossSettings) -> bool:
-    return sample.has_advantage or loss.kl_coef > 0
-
-
-def _gradient_scale(samples: Sequence[Sample]) -> float:
-    """Keeps the gradients of float16 models from underflowing; a power of two, so exact."""
-    return 2.0 ** round(math.log2(sum(s.num_trainable for s in samples)))
-
-
-def _by_row(work: _Work, values_N: Tensor) -> dict[int, Tensor]:
-    """Values of a microbatch's trainable tokens by the identity of the sample they belong to."""
-    parts = torch.split(values_N, list(work.microbatch.num_trainable_B))
-    return {id(row): part for row, part in zip(work.rows, parts, strict=True)}
-
-
-def learning_rate(optim: OptimConfig, step: int) -> float:
-    """Of the 0-based training step: a linear warm-up to the peak, then the schedule, reaching 0 at `num_steps`."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.learning_rate
-    remaining = max(0.0, 1.0 - (step - optim.warmup_steps) / max(1, optim.num_steps - optim.warmup_steps))
-    if optim.schedule == "cosine":
-        remaining = 0.5 * (1.0 - math.cos(math.pi * remaining))
-    return optim.learning_rate * remaining

@@ -22,8 +22,9 @@ from tests.support.policy_worker import (
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
 from trainer.learning.losses.base import k3
+from trainer.learning.optimizer import learning_rate
 from trainer.learning.packing import pack, plan, split, used_length
-from trainer.learning.policy import Policy, learning_rate
+from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample
 
 PG = LossConfig()

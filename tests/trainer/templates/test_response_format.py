@@ -334,8 +334,8 @@ def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, c
     expected = torch.autograd.grad(loss, policy._parameters)
     norm = torch.cat([g.flatten() for g in expected]).norm()
     taken: list[torch.Tensor] = []
-    step = policy._optimizer.step
-    policy._optimizer.step = lambda: (taken.extend(p.grad.clone() for p in policy._parameters), step())
+    step = policy._optimizer._adamw.step
+    policy._optimizer._adamw.step = lambda: (taken.extend(p.grad.clone() for p in policy._parameters), step())
     metrics = policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64).metrics
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     scale = min(1.0, 1.0 / (float(norm) + 1e-6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from envs.tools import Tool
@@ -141,5 +142,17 @@ class World(Protocol):
         ...
 
 
-ExpertTurn = str | tuple[tuple[str, Mapping[str, object]], ...]
-"""One scripted turn: a final answer's text, or the tool calls (name, arguments) that the turn makes."""
+Act = str | tuple[tuple[str, Mapping[str, object]], ...]
+"""A final answer's text, or the tool calls (name, arguments) that a turn makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thinks:
+    """A turn that reasons before it acts, for models that do."""
+
+    reasoning: str
+    then: Act
+
+
+ExpertTurn = Act | Thinks
+"""One scripted turn."""

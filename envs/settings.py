@@ -26,6 +26,11 @@ class WorldSettings(Settings):
 
     type: str
 
+    @property
+    def expert_reasons(self) -> bool:
+        """Whether the scripted expert writes reasoning, which a model needs a reasoning parser for."""
+        return False
+
 
 @runtime_checkable
 class AsksServers(Protocol):

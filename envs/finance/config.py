@@ -125,6 +125,17 @@ class FinanceConfig(WorldSettings):
         le=6,
         description="Mean number of needless tool calls in an expert episode, before the cap on calls.",
     )
+    detour_thoughts: float | None = Field(
+        default=None,
+        ge=0,
+        le=6,
+        description="With it the expert reasons before each turn, with so many needless sentences on the mean; for "
+        "models with a reasoning parser.",
+    )
+
+    @property
+    def expert_reasons(self) -> bool:
+        return self.detour_thoughts is not None
 
     @property
     def is_paged(self) -> bool:

@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from envs.base import ExpertTurn
+from envs.base import Act, ExpertTurn, Thinks
+from envs.finance.thoughts import thought_before
 from envs.types import Task
 
 MAX_CALLS = 8
@@ -36,13 +37,20 @@ class Reading:
 
 
 def expert_turns(
-    task: Task, seed: int, readings: Sequence[Reading], *, expression: str, detour_calls: float
+    task: Task,
+    seed: int,
+    readings: Sequence[Reading],
+    *,
+    expression: str,
+    detour_calls: float,
+    detour_thoughts: float | None = None,
 ) -> Sequence[ExpertTurn]:
     """Search, read and (where there is an `expression`) compute, then answer; one call a turn.
 
     Deterministic in (task, seed). The number of needless calls is binomial with mean `detour_calls` out of at most six,
     cut to eight calls in all and to the detours there are: a vague search, the same search again, a directory listing,
     a distractor's report, a report or a sum twice. The right reports are read all the same, so the answer is right.
+    With `detour_thoughts` each turn reasons first, see `thought_before`.
     """
     rng = random.Random(f"{seed}/{task.task_id}")
     options = [
@@ -61,7 +69,10 @@ def expert_turns(
         calls += _read(reading, {kind for kind, j in detours if j == i}, rng)
     if expression:
         calls += [("calculate", {"expression": expression})] * (1 + (("compute_again", 0) in detours))
-    return [*((call,) for call in calls), str(task.item["answer"])]
+    acts: list[Act] = [*((call,) for call in calls), str(task.item["answer"])]
+    if detour_thoughts is None:
+        return acts
+    return [Thinks(thought_before(task, act, rng, detour_thoughts=detour_thoughts), act) for act in acts]
 
 
 def _read(reading: Reading, detours: set[str], rng: random.Random) -> list[Call]:

@@ -50,6 +50,7 @@ class FinanceWorld:
             self._library.readings(task, self._shelf),
             expression=expression if self.config.calculate else "",
             detour_calls=self.config.detour_calls,
+            detour_thoughts=self.config.detour_thoughts,
         )
 
 

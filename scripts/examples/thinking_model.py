@@ -7,8 +7,8 @@ The first writes `model/` and `conversations.jsonl`. The model's weights are the
 it was never trained on are renamed to <think>, </think>, <tool_call> and </tool_call>, and take the embeddings of the
 four rarest words, since LoRA trains none: with an embedding that stands out from nothing (the mean of those that
 spell the marker was tried) the model goes on spelling the markers out. The template is the one that the package trl
-ships for Qwen3, byte for byte. The conversations are the finance world's expert episodes with a line of reasoning
-before each turn.
+ships for Qwen3, byte for byte. The conversations are the finance world's expert episodes, which reason before each
+turn.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from envs.finance.config import FinanceConfig
 from envs.finance.world import FinanceWorld
-from envs.types import Message
 from trainer.config import load_config
 from trainer.models.cache import DEFAULT_MODEL, resolve_model
 
@@ -85,34 +83,16 @@ def _embed_as_rare_words(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def conversations(world: FinanceWorld, num: int) -> Iterator[dict[str, Any]]:
+def conversations(config: FinanceConfig, num: int) -> Iterator[dict[str, Any]]:
     """Expert episodes of training tasks, as rows of the supervised format with `reasoning_content`."""
     from trainer.tasks.expert import play_expert
 
+    world = FinanceWorld(config.model_copy(update={"detour_thoughts": 0.0}))
     tasks = world.tasks("train")
     for seed in range(num):
         task = tasks[seed % len(tasks)]
         played = asyncio.run(play_expert(task, world.expert_episode(task, seed), world=world))
-        messages = [replace(m, reasoning=_thought(m)) if m.role == "assistant" else m for m in played.messages]
-        yield {"messages": [m.to_openai() for m in messages], "tools": list(played.tools)}
-
-
-def _thought(message: Message) -> str:
-    """A line that leads to the turn: what is looked for, what is read, what has been found."""
-    if not message.tool_calls:
-        return f"I have read what I need. The value is {message.content}."
-    call = message.tool_calls[0]
-    arguments = json.loads(call.arguments)
-    about = ", ".join(str(value) for value in arguments.values())
-    match call.name:
-        case "search":
-            return f"I need the right report first. I search for {about}."
-        case "cat":
-            return f"This looks like the report. I read {about} and look for the line."
-        case "list":
-            return f"I am not sure which reports there are. I list {about}."
-        case _:
-            return f"I compute {about}."
+        yield {"messages": [m.to_openai() for m in played.messages], "tools": list(played.tools)}
 
 
 def main() -> None:
@@ -125,7 +105,7 @@ def main() -> None:
         parser.error(f"--config {arguments.config}: its world is {config.world.type!r}; expected finance")
     arguments.write.mkdir(parents=True, exist_ok=True)
     write_model(arguments.write / "model")
-    rows = conversations(FinanceWorld(config.world), NUM_DEMONSTRATIONS)
+    rows = conversations(config.world, NUM_DEMONSTRATIONS)
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     (arguments.write / "conversations.jsonl").write_text(lines, encoding="utf-8")
     print(f"{arguments.write}: model/ and conversations.jsonl ({NUM_DEMONSTRATIONS} rows)")

@@ -13,6 +13,7 @@ from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult,
 from graders.build import build_grader
 from graders.penalties import PenaltiesConfig
 from graders.rules.numeric import NumericConfig
+from trainer.tasks.expert import parts_of
 
 NUMERIC = NumericConfig(type="numeric")
 GRADER = build_grader(NUMERIC, PenaltiesConfig())
@@ -33,15 +34,15 @@ async def replay(world: World, task: Task, script: Sequence[ExpertTurn]) -> Epis
     await env.open(task, "r")
     turns: list[Turn] = []
     messages = list(task.messages)
-    for i, scripted in enumerate(script):
+    for i, (reasoning, scripted) in enumerate(map(parts_of, script)):
         if isinstance(scripted, str):
-            message, results = Message(role="assistant", content=scripted), []
+            message, results = Message(role="assistant", reasoning=reasoning, content=scripted), []
         else:
             calls = [
                 ToolCall(call_id=f"{i}.{j}", name=name, arguments=json.dumps(arguments))
                 for j, (name, arguments) in enumerate(scripted)
             ]
-            message = Message(role="assistant", tool_calls=tuple(calls))
+            message = Message(role="assistant", reasoning=reasoning, tool_calls=tuple(calls))
             results = await asyncio.gather(*(call_tool(env.tools, c, timeout_s=10) for c in calls))
         turns.append(Turn(message=message, results=tuple(results)))
         messages += [message, *(Message(role="tool", content=r.output, call_id=r.call_id) for r in results)]
@@ -63,4 +64,4 @@ async def score(task: Task, answer: str) -> float:
 
 
 def num_calls(script: Sequence[ExpertTurn]) -> int:
-    return sum(len(turn) for turn in script if not isinstance(turn, str))
+    return sum(len(act) for _, act in map(parts_of, script) if not isinstance(act, str))

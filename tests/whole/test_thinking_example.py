@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from envs.finance.config import FinanceConfig
-from envs.finance.world import FinanceWorld
 from envs.types import Message, ToolCall
 from tests.support import ROOT
 from trainer.config import load_config
@@ -46,8 +45,8 @@ def chat(model: Path) -> Chat:
 
 @pytest.fixture(scope="module")
 def rows(example: Any) -> list[dict[str, Any]]:
-    world = FinanceWorld(FinanceConfig(num_companies=8, num_train_tasks=4, num_eval_tasks=2, question_mix={"value": 1}))
-    return list(example.conversations(world, 4))
+    config = FinanceConfig(num_companies=8, num_train_tasks=4, num_eval_tasks=2, question_mix={"value": 1})
+    return list(example.conversations(config, 4))
 
 
 def test_its_markers_are_tokens_of_their_own_with_the_embeddings_of_rare_words(model: Path, smollm2: Path) -> None:

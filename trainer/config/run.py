@@ -103,6 +103,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _reasoning_is_read(self) -> RunConfig:
+        if self.world.expert_reasons and self.model.reasoning_parser is None:
+            raise ValueError(
+                "world: its expert reasons, but there is no model.reasoning_parser, so that reasoning would be read as "
+                "part of the answer; name the one that `vllm serve` takes (olmo3 for the embedded model's template)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _merged_weights_take_nothing_away(self) -> RunConfig:
         if self.engine.publish == "merged":
             check_publish(self, on_cpu=False)

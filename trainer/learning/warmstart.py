@@ -18,7 +18,7 @@ from trainer import processes
 from trainer.config import RolloutConfig, RunConfig, WarmstartConfig
 from trainer.learning.samples import Sample, sample_of
 from trainer.seeds import derive_seed
-from trainer.tasks.expert import play_expert
+from trainer.tasks.expert import parts_of, play_expert
 from trainer.templates.chat import Chat, TemplateRefused
 from trainer.types import Demonstration, Ledger
 
@@ -183,7 +183,8 @@ def in_steps(ledgers: Sequence[Ledger], config: WarmstartConfig) -> list[list[Sa
 
 def check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:
     """Raise `UserError` for an expert who talks with a user that can't be asked before the run."""
-    if users is None or isinstance(users, ScriptUsers) or not any(isinstance(turn, str) for turn in turns[:-1]):
+    talks = any(isinstance(parts_of(turn)[1], str) for turn in turns[:-1])
+    if users is None or isinstance(users, ScriptUsers) or not talks:
         return
     raise UserError(
         "warmstart: the world's expert goes on after what it says to the user, but world.user is a model or a server, "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from envs.base import Ends, Env, ExpertTurn, Observes, World
+from envs.base import Act, Ends, Env, ExpertTurn, Observes, Thinks, World
 from envs.tools import Tool, call_tool
 from envs.types import Message, Task, ToolCall, Turn
 from envs.users import Exchange, ScriptUsers, Users, hear
@@ -47,12 +47,12 @@ class _Play:
             untrained=frozenset(range(len(self.task.messages), self.start)),
         )
 
-    async def call(self, turn: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    async def call(self, turn: Sequence[tuple[str, Mapping[str, object]]], reasoning: str) -> None:
         calls = tuple(
             ToolCall(call_id=f"call{self.num_calls + i:05d}", name=name, arguments=json.dumps(dict(arguments)))
             for i, (name, arguments) in enumerate(turn)
         )
-        message = Message(role="assistant", tool_calls=calls)
+        message = Message(role="assistant", reasoning=reasoning, tool_calls=calls)
         self.messages.append(message)
         self.num_calls += len(calls)
         if self.rollout.answer == "tool_calls":
@@ -62,8 +62,8 @@ class _Play:
         self.messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
         self.turns.append(Turn(message=message, results=results))
 
-    async def say(self, text: str) -> None:
-        self.messages.append(Message(role="assistant", content=text))
+    async def say(self, text: str, reasoning: str) -> None:
+        self.messages.append(Message(role="assistant", reasoning=reasoning, content=text))
         self.turns.append(Turn(message=self.messages[-1]))
 
     async def is_answered(self, rollout_id: str, seed: int) -> bool:
@@ -120,19 +120,25 @@ async def play_expert(
             play.messages[-1] = replace(play.messages[-1], content=play.messages[-1].content + observation)
         for number, turn in enumerate(turns, start=1):
             play.look_at_tools()
-            if isinstance(turn, str):
-                await play.say(turn)
+            reasoning, act = parts_of(turn)
+            if isinstance(act, str):
+                await play.say(act, reasoning)
             else:
-                await play.call(turn)
+                await play.call(act, reasoning)
             if number == len(turns) or (isinstance(env, Ends) and env.is_over):
                 break
-            if not isinstance(turn, str) and play.rollout.answer == "tool_calls":
+            if not isinstance(act, str) and play.rollout.answer == "tool_calls":
                 break
-            if isinstance(turn, str) and not await play.is_answered(rollout_id, seed):
+            if isinstance(act, str) and not await play.is_answered(rollout_id, seed):
                 break
         return replace(play.shown(), earlier=tuple(play.earlier))
     finally:
         await env.close(None)
+
+
+def parts_of(turn: ExpertTurn) -> tuple[str, Act]:
+    """Its reasoning, empty where there is none, and what it does."""
+    return (turn.reasoning, turn.then) if isinstance(turn, Thinks) else ("", turn)
 
 
 def _schemas(tools: Mapping[str, Tool]) -> tuple[Mapping[str, Any], ...]:

@@ -206,10 +206,10 @@ def _num_reasoning_tokens(parser: Any, body: Sequence[int], pieces: Sequence[str
     # Asked of the reasoning parser itself: vLLM 0.25's composed parser does not hand the count on.
     if count := parser.reasoning_parser.count_reasoning_tokens(list(body)):
         return int(count)
-    # vLLM counts from the opening tag on; where the prompt has already opened it, the turn holds none.
-    end = "".join(pieces).find(reasoning) + len(reasoning)
-    starts = itertools.accumulate((len(piece) for piece in pieces), initial=0)
-    return sum(start < end for start in itertools.islice(starts, len(pieces)))
+    # vLLM counts from the token that opens it; the prompt may have opened it already, or the tag be several tokens.
+    begin = "".join(pieces).find(reasoning)
+    places = itertools.accumulate((len(piece) for piece in pieces), initial=0)
+    return sum(start < begin + len(reasoning) and stop > begin for start, stop in itertools.pairwise(places))
 
 
 def check_parser_names(tool_parser: str, reasoning_parser: str | None) -> None:

@@ -23,6 +23,7 @@ from envs.types import ToolErrorKind
 from graders.build import build_grader
 from graders.penalties import PenaltiesConfig
 from tests.support.finance_play import GRADER, NUMERIC, all_tasks, num_calls, replay, score, use
+from trainer.tasks.expert import parts_of
 
 ALL_KINDS = {"value": 1.0, "change": 1.0, "percentage": 1.0, "comparison": 1.0}
 
@@ -383,3 +384,25 @@ def test_calculate_answers_or_refuses_whatever_it_is_given(text: str) -> None:
 def test_calculate_agrees_with_decimal_arithmetic(a: Decimal, b: Decimal) -> None:
     assert Decimal(calculate(f"({a}) - ({b})")) == a - b
     assert abs(Decimal(calculate(f"({a}) * ({b})")) - a * b) <= Decimal("0.005")
+
+
+async def test_an_expert_that_thinks_acts_as_one_that_does_not() -> None:
+    """Reasoning stands before the same acts, names what is looked for, and grows with its detours."""
+    settings = {"detour_calls": 0.0, "question_mix": ALL_KINDS}
+    lengths = []
+    for detours in (0.0, 3.0):
+        thinking, silent = (
+            FinanceWorld(FinanceConfig.model_validate(settings | {"detour_thoughts": thoughts}))
+            for thoughts in (detours, None)
+        )
+        tasks = thinking.tasks("eval")[:30]
+        scripts = [thinking.expert_episode(task, 5) for task in tasks]
+        assert [[parts_of(turn)[1] for turn in script] for script in scripts] == [
+            list(silent.expert_episode(task, 5)) for task in tasks
+        ]
+        assert all(parts_of(turn)[0] for script in scripts for turn in script)
+        episode = await replay(thinking, tasks[0], scripts[0])
+        assert (await GRADER.grade(tasks[0], episode)).reward == 1.0
+        assert tasks[0].item["metric"] in " ".join(turn.message.reasoning for turn in episode.turns)
+        lengths.append(sum(len(parts_of(turn)[0]) for script in scripts for turn in script))
+    assert lengths[1] > 2 * lengths[0]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from envs.errors import UserError
@@ -152,6 +153,7 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+SILENT = THINKING.replace(THINKING[THINKING.index("{% if m.reas") : THINKING.index("{{ m.content")], "")
 
 
 def test_the_reasoning_of_a_demonstration_is_learned_or_refused_before_a_model_is_loaded(
@@ -161,10 +163,11 @@ def test_the_reasoning_of_a_demonstration_is_learned_or_refused_before_a_model_i
     answer = {"role": "assistant", "content": "42", "reasoning_content": " BECAUSE\n"}
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "Q"}, answer]}))
     config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART | {"data": str(file)})
+    template.write_text(SILENT)
+    config["model"] |= {"chat_template": str(template)}
     with pytest.raises(UserError, match=r"line 1: messages\[1\].reasoning_content: the chat template writes no reason"):
         prepare(RunConfig.model_validate(config))
     template.write_text(THINKING)
-    config["model"] |= {"chat_template": str(template)}
     own = prepare(RunConfig.model_validate(config))
     ledger = demonstration_ledgers(own.demonstrations[0], chat=own.chat)[-1]
     assert own.chat.decode(ledger.prompt_ids).endswith("<think>BECAUSE</think>\n42<|im_end|>")
@@ -314,3 +317,15 @@ def test_two_processes_share_out_the_warm_start_and_end_with_the_same_adapter(ti
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     for name, weight in one.items():
         assert (two[name] - weight).norm() < 1e-3 * weight.norm() + 1e-6, name
+
+
+def test_an_expert_that_thinks_is_imitated_with_its_reasoning(smollm2: Path, tmp_path: Path) -> None:
+    sections = scripted_config(tmp_path / "run", smollm2, warmstart=WARMSTART, world={"detour_thoughts": 1.0})
+    with pytest.raises(ValidationError, match=r"its expert reasons, but there is no model\.reasoning_parser"):
+        RunConfig.model_validate(sections)
+    sections["model"] |= {"reasoning_parser": "olmo3"}  # type: ignore[operator]
+    job = prepare(RunConfig.model_validate(sections))
+    for ledger in rows_of(job)[:3]:
+        sample = sample_of(ledger, advantage=1.0, rollout_id="r", task_id="t")
+        own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
+        assert own.count("<think>") == own.count("</think>") == own.count("<|im_end|>") > 1

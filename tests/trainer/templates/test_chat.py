@@ -454,3 +454,21 @@ def test_a_template_whose_turns_end_in_no_stop_token_is_refused(smollm2: Path, t
     other.write_text(TOY_TEMPLATE.replace("<|im_end|>", "<|endoftext|>").replace("CALL_FORMAT", DIALECTS["hermes"]))
     with pytest.raises(UserError, match=r"ends an assistant's turn with '<\|endoftext\|>' .*does not stop"):
         Chat(smollm2, chat_template=str(other))
+
+
+def test_the_fallback_writes_reasoning_that_olmo3_reads_back_and_keeps_it_in_later_turns(smollm2: Path) -> None:
+    chat = Chat(smollm2, reasoning_parser="olmo3")
+    question = Message(role="user", content="How much?")
+    call = ToolCall(call_id="call00000", name="stock", arguments='{"sku": "A-1"}')
+    for turn in (
+        Message(role="assistant", reasoning="I look it up.\nA-1 it is.", tool_calls=(call,)),
+        Message(role="assistant", reasoning="It says 12.", content="12 pieces"),
+    ):
+        ids = chat.encode_assistant([question], turn, TOOLS)
+        read = chat.parse(ids, TOOLS)
+        assert not read.malformed and read.num_reasoning_tokens == len(chat._encode(turn.reasoning))
+        assert (read.message.reasoning, read.message.content) == (turn.reasoning, turn.content)
+        assert [c.arguments for c in read.message.tool_calls] == [c.arguments for c in turn.tool_calls]
+        follows = question if turn.content else Message(role="tool", content="12", call_id="call00000", name="stock")
+        assert not chat.extend([question], turn, [follows], TOOLS, ids).forked
+        assert turn.reasoning in chat.decode(chat.open([question, turn, follows], TOOLS))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from envs.types import Task
 from trainer import processes
 from trainer.config import RunConfig
 from trainer.measures.summary import prefixed, summarise
-from trainer.prepare import Prepared
-from trainer.rollouts.collect import Collector
-from trainer.runs.folder import RunFolder
-from trainer.runs.progress import Progress
 from trainer.seeds import derive_seed
 from trainer.types import Kind, Phase, RolloutRequest
+
+if TYPE_CHECKING:
+    from trainer.session import Session
 
 
 def eval_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
@@ -35,16 +35,17 @@ def is_due(config: RunConfig, step: int) -> bool:
     return step in (0, config.optim.num_steps) or (every > 0 and step % every == 0)
 
 
-def evaluate_if_due(prepared: Prepared, run: RunFolder, collector: Collector, progress: Progress, *, step: int) -> None:
+def evaluate_if_due(s: Session, *, step: int) -> None:
     """Evaluate the policy after `step`, unless it is not due or the metrics hold it already."""
-    if not is_due(prepared.config, step):
+    config = s.prepared.config
+    if not is_due(config, step):
         return
     # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.
-    if processes.from_main(lambda: any(r["step"] == step and "eval/rollouts" in r for r in run.metrics())):
+    if processes.from_main(lambda: any(r["step"] == step and "eval/rollouts" in r for r in s.run.metrics())):
         return
-    requests = eval_requests(prepared.config, prepared.eval_tasks, run_id=run.run_id, step=step)
-    at_the_ends = {0: Phase.EVALUATING_BEFORE, prepared.config.optim.num_steps: Phase.EVALUATING_AFTER}
-    progress.phase(at_the_ends.get(step, Phase.EVALUATING), total=len(requests))
-    rollouts = collector.collect(Kind.EVAL, step, requests, temperature=prepared.config.eval.temperature)
-    run.log({"step": step, **prefixed("eval", summarise(rollouts))})
-    run.vouch_for(step)
+    requests = eval_requests(config, s.prepared.eval_tasks, run_id=s.run.run_id, step=step)
+    at_the_ends = {0: Phase.EVALUATING_BEFORE, config.optim.num_steps: Phase.EVALUATING_AFTER}
+    s.progress.phase(at_the_ends.get(step, Phase.EVALUATING), total=len(requests))
+    rollouts = s.collect(Kind.EVAL, step, requests, temperature=config.eval.temperature)
+    s.run.log({"step": step, **prefixed("eval", summarise(rollouts))})
+    s.run.vouch_for(step)

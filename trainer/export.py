@@ -1,4 +1,4 @@
-"""The trained adapter as an inference server takes it."""
+"""What a run that has ended gives: the adapter as an inference server takes it, and the pages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ from trainer.engines.arguments import lora_rank_bucket
 from trainer.learning.policy import Policy
 from trainer.models.family import weights_dtype
 from trainer.prepare import Prepared
+from trainer.reports.run_report import write_report
+from trainer.reports.transcripts.write import write_transcripts
 from trainer.runs.files import UNFINISHED, clear
 from trainer.runs.folder import RunFolder
 from trainer.runs.resuming import export_digests
+from trainer.session import Session
+from trainer.types import Phase
+
+
+def export_run(s: Session) -> None:
+    """Adapter, transcripts and report; from then on the run is finished. Every process calls it, one writes."""
+    s.progress.phase(Phase.EXPORTING)
+    if not s.run.is_main:
+        return
+    export_adapter(s.prepared, s.run, s.policy)
+    write_transcripts(s.run.path, lambda token_id: s.prepared.chat.decode([token_id]))
+    write_report(s.run.path)
+    s.run.note(finished_steps=s.prepared.config.optim.num_steps)
 
 
 def export_adapter(prepared: Prepared, run: RunFolder, policy: Policy) -> Path:

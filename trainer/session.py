@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,18 @@ from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
 from trainer.learning.adapter import load_adapter, published_bytes
 from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
-from trainer.learning.policy import Policy
+from trainer.learning.policy import Policy, Update
+from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
+from trainer.models.machines import hardware
 from trainer.prepare import Prepared
+from trainer.rollouts.collect import Collector
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch, sweep_default_roots
 from trainer.seeds import derive_seed
-from trainer.types import Phase
+from trainer.types import Kind, Metrics, Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,12 +51,93 @@ _FILE_OVERHEAD_BYTES = 2**20
 class Session:
     """What is open together: the engine runs the policy, and that has been proved."""
 
+    prepared: Prepared
+    run: RunFolder
+    accelerator: Accelerator
+    progress: Progress
+    loop: asyncio.Runner
+    first_step: int
+    """The step after which it goes on; 0 in a new run."""
     policy: Policy
     engine: WatchedEngine
     publisher: Publisher
     worker: RolloutWorker
     first_publish_s: float
     """Seconds that the publish took with which the session opened."""
+
+    def collect(
+        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float
+    ) -> list[Rollout]:
+        """The rollouts of `requests`, in their order, on every process; see `Collector.collect`."""
+        collector = Collector(self.run, self.worker, self.accelerator, self.progress, self.loop)
+        return collector.collect(kind, step, requests, temperature=temperature)
+
+    def roll_out(self, step: int, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """A training step's rollouts, after which the engine sleeps until `publish`, where it is to."""
+        self.progress.phase(Phase.ROLLOUTS, total=len(requests))
+        temperature = self.prepared.config.rollout.temperature
+        rollouts = self.collect(Kind.TRAIN, step, requests, temperature=temperature)
+        self.loop.run(self.engine.sleep())
+        return rollouts
+
+    def update(self, samples: Sequence[Sample]) -> Update:
+        """One step of the optimizer, the same on every process."""
+        self.progress.phase(Phase.TRAINING)
+        config = self.prepared.config
+        return self.policy.update(
+            samples,
+            config.loss,
+            temperature=config.rollout.temperature,
+            constant_tokens=config.rollout.max_episode_tokens,
+        )
+
+    def publish(self) -> Metrics:
+        """Hand the policy to the engine and prove that it runs it; the proof's figures. Raises `PublishError`."""
+        self.progress.phase(Phase.PUBLISHING)
+        self.loop.run(self.engine.wake_up())
+        return self.loop.run(self.publisher.publish())
+
+    @contextlib.contextmanager
+    def checkpoint_if_due(self, step: int) -> Iterator[None]:
+        """Write the checkpoint of `step` on entering; it counts once what is written within is on the disk too."""
+        config = self.prepared.config
+        is_due = step % config.checkpoint.every_steps == 0 or step == config.optim.num_steps
+        written = write_checkpoint(self.run, self.policy, step=step) if is_due and self.run.is_main else None
+        yield
+        if written is not None:
+            keep_checkpoint(self.run, written, keep=config.checkpoint.keep)
+
+    def show(self, step: int, metrics: Metrics) -> None:
+        """Step `step` is done: for the trackers and the display."""
+        self.accelerator.log(metrics, step=step)
+        self.progress.step_done(step, metrics)
+
+
+@contextlib.contextmanager
+def open_run(
+    prepared: Prepared, start_engine: StartEngine | None, *, beside: Mapping[str, str] | None = None
+) -> Iterator[Session]:
+    """Join the run's other processes, take its folder up and open the session of its newest checkpoint.
+
+    `beside` are texts to leave in the folder. Raises as `open_session`.
+    """
+    config = prepared.config
+    accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunFolder.held(config, rank=accelerator.process_index, beside=beside))
+        accelerator.init_trackers("agent-rft")
+        first_step = run.resume_step
+        progress = stack.enter_context(
+            Progress(run.log_path, config.optim.num_steps, first_step=first_step, show=run.is_main)
+        )
+        loop = stack.enter_context(asyncio.Runner())
+        stack.callback(lambda: loop.run(prepared.aclose()))
+        run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
+        loop.run(release_left_open(prepared, run, progress))
+        yield stack.enter_context(
+            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)
+        )
+    accelerator.end_training()
 
 
 @contextlib.contextmanager
@@ -91,6 +175,12 @@ def open_session(
         start = time.perf_counter()
         loop.run(publisher.publish())
         yield Session(
+            prepared=prepared,
+            run=run,
+            accelerator=accelerator,
+            progress=progress,
+            loop=loop,
+            first_step=first_step,
             policy=policy,
             engine=engine,
             publisher=publisher,

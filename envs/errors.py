@@ -2,6 +2,7 @@
 
 AgentRFTError
 ├── UserError(ValueError)     a config, data set or grader is wrong: one screen, exit code 2, nothing loaded
+│   └── FoundLate             only the run at work has shown it: one screen, exit code 1
 ├── WorldError                a tool server, judge or engine failed: the rollout is masked, never scored 0
 │   └── Unscored              the user's reward functions passed the rollout over: masked too, but not tried again
 ├── ToolError                 a tool refuses its arguments: shown to the model, the episode goes on
@@ -40,6 +41,18 @@ class AgentRFTError(Exception):
 class UserError(AgentRFTError, ValueError):
     """Something the user wrote is wrong. The message names the file, line or key, and what was expected."""
 
+    exit_code = 2
+    """Of a script that ends with it."""
+
+
+class FoundLate(UserError):
+    """What the user wrote is wrong, and nothing but the run at work could show it: a model has been loaded by then.
+
+    One process alone may have met with it, so each that has tells it.
+    """
+
+    exit_code = 1
+
 
 class WorldError(AgentRFTError):
     """The world around the model failed, not the model. The rollout is masked out of the loss and counted."""
@@ -74,6 +87,17 @@ def told_of(where: str) -> Iterator[None]:
         if not where:
             raise
         raise UserError(f"{where}: {e}") from e
+
+
+@contextlib.contextmanager
+def found_late() -> Iterator[None]:
+    """What is a `UserError` within is `FoundLate`."""
+    try:
+        yield
+    except FoundLate:
+        raise
+    except UserError as e:
+        raise FoundLate(str(e)) from e
 
 
 def nearest(word: object, known: Iterable[object]) -> str:

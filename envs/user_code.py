@@ -176,11 +176,34 @@ async def call_user(function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
 
 async def call_as(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """As `call_user`; `name` is what a call that hangs is known by."""
-    if is_async(function):
-        return await function(*args, **kwargs)
-    value = await THREADS.run(name, function, *args, **kwargs)
-    # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the event loop.
-    return await value if inspect.isawaitable(value) else value
+    with ends_no_process(name):
+        if is_async(function):
+            return await function(*args, **kwargs)
+        value = await THREADS.run(name, function, *args, **kwargs)
+        # Callable objects and lambdas may hide a coroutine function; what they return is awaited here, on the loop.
+        return await value if inspect.isawaitable(value) else value
+
+
+@contextlib.contextmanager
+def ends_no_process(name: str) -> Iterator[None]:
+    """`sys.exit` of the user's own code is an error like others: the run would end as if it were done."""
+    try:
+        yield
+    except SystemExit as e:
+        raise RuntimeError(f"{name} called sys.exit({e.code!r})") from e
+
+
+@contextlib.contextmanager
+def raised_by(name: str) -> Iterator[None]:
+    """What the user's own code raises in a run says in its traceback whose it is; our errors say it in their words."""
+    try:
+        with ends_no_process(name):
+            yield
+    except AgentRFTError:
+        raise
+    except Exception as e:
+        e.add_note(f"raised by {name}")
+        raise
 
 
 def _name_of(function: Callable[..., Any]) -> str:

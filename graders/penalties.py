@@ -8,7 +8,7 @@ from dataclasses import replace
 from pydantic import Field
 
 from envs.base import Closes
-from envs.errors import UserError
+from envs.errors import UserError, told_of
 from envs.settings import Settings
 from envs.types import Episode, Task
 from graders.settings import Continuous, GraderSettings
@@ -98,7 +98,12 @@ class PenalisedGrader:
         self._floor = floor
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        grade = await self._grader.grade(task, episode)
+        try:
+            with told_of(f"task {task.task_id!r}"):
+                grade = await self._grader.grade(task, episode)
+        except Exception as e:
+            e.add_note(f"for task {task.task_id!r}, rollout {episode.rollout_id!r}")
+            raise
         passed = None if self._threshold is None else grade.reward >= self._threshold
         taken: dict[str, float] = {}
         reasons = [grade.explanation]

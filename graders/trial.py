@@ -25,7 +25,7 @@ from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.registry import GRADERS
-from graders.types import Grade, Grader, GraderErrorKind
+from graders.types import Grade, Grader, GraderErrorKind, check_numbers
 
 
 class TrialSettings(Settings, extra="ignore"):
@@ -109,6 +109,7 @@ async def _grade(grader: Grader, row: SampleRow, types: set[str], *, where: str)
     start = time.perf_counter()
     try:
         grade = await grader.grade(row.task, row.episode)
+        check_numbers(grade, row.task)
     except Unscored as e:
         took_s = time.perf_counter() - start
         return Graded(row=row, grade=None, lost="every reward function gave None", fault=str(e), latency_s=took_s)

@@ -8,7 +8,11 @@ from enum import StrEnum
 from typing import Protocol
 
 from envs.base import Counts
+from envs.errors import WorldError
 from envs.types import Episode, Task
+
+MOST_REWARD = 1e12
+"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
 
 
 class GraderErrorKind(StrEnum):
@@ -61,6 +65,18 @@ class Grade:
     def score(self) -> float:
         """The grader's own part, before the penalties."""
         return next(iter(self.parts.values()), self.reward)
+
+
+def check_numbers(grade: Grade, task: Task) -> None:
+    """Raise `WorldError` for a number that is none or that no gradient could hold: one odd answer loses one rollout."""
+    whose = next(iter(grade.parts), "")
+    for name, number in {"reward": grade.reward, **grade.parts, **grade.scores}.items():
+        if not abs(number) <= MOST_REWARD:
+            shown = f"{number:g}" if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
+            raise WorldError(
+                f"{whose or 'the grader'}: {name} is {shown} for task {task.task_id!r}; expected a number from "
+                f"{-MOST_REWARD:g} to {MOST_REWARD:g}"
+            )
 
 
 class Grader(Protocol):

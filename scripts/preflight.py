@@ -40,7 +40,7 @@ def main() -> int:
             _preflight(config, arguments)
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.exit_code
     return 0
 
 

@@ -1,7 +1,8 @@
 """Train or resume: `python scripts/train.py --config configs/quickstart.yaml optim.learning_rate=2e-5`.
 
 `accelerate launch scripts/train.py ...` runs it on several GPUs. Exit codes: 0 done, 2 something in the input is wrong
-(nothing was loaded), 1 anything else, 130 interrupted; the same command resumes.
+(nothing was loaded), 1 anything else (what only the run at work could show of your loss, grader or tasks included), 130
+interrupted; the same command resumes.
 
 `--check` looks at config, rows, tools, graders and servers, says what it found, and trains nothing.
 
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from envs.errors import UserError
+from envs.errors import FoundLate, UserError
 from envs.terminal import console, run, say
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def main() -> int:
                 return _check(job.config)
             folder = _train_job(job, is_main=is_main)
     except UserError as e:
-        if is_main:
+        if is_main or isinstance(e, FoundLate):
             say(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.exit_code
     except KeyboardInterrupt:
         # A terminal that was closed takes no more words.
         with contextlib.suppress(OSError):

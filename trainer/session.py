@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.base import Sweeps
+from envs.errors import found_late
 from envs.limits.clocks import time_limit
 from trainer import processes
 from trainer.config import publishes_merged
@@ -119,7 +120,7 @@ def open_run(
 ) -> Iterator[Session]:
     """Join the run's other processes, take its folder up and open the session of its newest checkpoint.
 
-    `beside` are texts to leave in the folder. Raises as `open_session`.
+    `beside` are texts to leave in the folder. Raises as `open_session`; a `UserError` within is `FoundLate`.
     """
     config = prepared.config
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
@@ -134,9 +135,11 @@ def open_run(
         stack.callback(lambda: loop.run(prepared.aclose()))
         run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
         loop.run(release_left_open(prepared, run, progress))
-        yield stack.enter_context(
+        session = stack.enter_context(
             open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)
         )
+        with found_late():
+            yield session
     accelerator.end_training()
 
 

@@ -13,7 +13,7 @@ function that needs it is refused), and reward models (trl scores those itself).
 
 Of several `targets` the reward is the weighted sum. None passes the rollout over, as in trl: the other rewards make
 up the sum; where all give None, `Unscored` masks the rollout. Errors of the user's code stop the run, `WorldError`
-aside, which masks the rollout. Sync code runs in a thread.
+aside, which masks the rollout; so does a reward that is no finite number (`UserError`). Sync code runs in a thread.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from envs.user_code import (
     load_target,
     looked_at,
     make,
+    raised_by,
     required,
     required_by_name,
 )
@@ -210,11 +211,11 @@ class _ClassGrader:
             reward = _number(given, self._name)
             return Grade(reward=reward, parts={self._name: reward})
         reward = _number(given.reward, self._name)
-        if not given.parts:
-            return replace(given, reward=reward, parts={self._name: reward})
-        if abs(sum(given.parts.values()) - reward) > _MARGIN:
-            raise ValueError(f"grader {self._name!r}: reward {reward:g} is not the sum of parts {dict(given.parts)}")
-        return given
+        parts = {name: _finite(part, f"{self._name!r}, part {name!r},") for name, part in given.parts.items()}
+        scores = {name: _finite(score, f"{self._name!r}, score {name!r},") for name, score in given.scores.items()}
+        if abs(sum(parts.values()) - reward) > _MARGIN and parts:
+            raise UserError(f"grader {self._name!r}: reward {reward:g} is not the sum of parts {parts}")
+        return replace(given, reward=reward, parts=parts or {self._name: reward}, scores=scores)
 
 
 class _FunctionGrader:
@@ -276,12 +277,12 @@ class _FunctionGrader:
             or not isinstance(given, Iterable)
             or getattr(given, "ndim", 1) != 1
         ):
-            raise ValueError(
+            raise UserError(
                 f"reward function {self._name!r}: expected a list with one reward, got {type(given).__name__}"
             )
         rewards = list(given)
         if len(rewards) != 1:
-            raise ValueError(
+            raise UserError(
                 f"reward function {self._name!r}: expected one reward for one completion, got {len(rewards)}"
             )
         reward = _number(rewards[0], self._name)
@@ -311,14 +312,18 @@ def conversation(task: Task, episode: Episode) -> tuple[Any, Any]:
 
 
 async def _call_named(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
+    with raised_by(f"the grader {name!r}"):
         return await call_user(function, *args, **kwargs)
-    except Exception as e:
-        e.add_note(f"raised by the grader {name!r}")
-        raise
 
 
 def _number(value: Any, name: str) -> float:
     if value is None:
         raise Unscored(f"{name} gave None")
-    return score_of(value, f"grader {name!r}")
+    return _finite(value, repr(name))
+
+
+def _finite(value: Any, whose: str) -> float:
+    try:
+        return score_of(value, f"grader {whose}")
+    except ValueError as e:
+        raise UserError(str(e)) from None

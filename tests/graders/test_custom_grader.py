@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 from dataclasses import replace
 from decimal import Decimal
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import Unscored, UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from envs.user_code import load_target
 from graders.build import build_grader
+from graders.config import GraderConfig
 from graders.penalties import PenaltiesConfig, PenaltyConfig
 from graders.types import Grade, GraderErrorKind
 from graders.user.custom import CustomConfig, conversation, load_custom_grader
@@ -109,6 +111,24 @@ class Grades:
 class Parts:
     async def grade(self, task: Task, episode: Episode) -> Grade:
         return Grade(reward=0.75, parts={"style": 0.5, "fact": 0.25 if episode.answer == "gold" else 0.0})
+
+
+class Odd:
+    """Gives a Grade that holds `number` under `key`."""
+
+    def __init__(self, key: str, number: str) -> None:
+        self.key, self.number = key, float(number)
+
+    def grade(self, task: Task, episode: Episode) -> Grade:
+        if self.key == "reward":
+            return Grade(reward=self.number)
+        if self.key == "parts":
+            return Grade(reward=0.5, parts={"style": 0.5, "fact": self.number})
+        return Grade(reward=0.5, scores={"style": self.number})
+
+
+def leaves(completions: list[Any], **kwargs: Any) -> list[float]:
+    sys.exit(0)
 
 
 class Callable_:
@@ -270,6 +290,11 @@ def grader(name: str, **kwargs: Any) -> Any:
     return load_custom_grader(CustomConfig(type="custom", name="mine", target=f"{__file__}:{name}", kwargs=kwargs))
 
 
+def built(name: str, **kwargs: Any) -> Any:
+    config = CustomConfig(type="custom", name="mine", target=f"{__file__}:{name}", kwargs=kwargs)
+    return build_grader(config, PenaltiesConfig())
+
+
 def of_file(name: str) -> Any:
     return load_target(f"{__file__}:{name}", key="test")
 
@@ -345,6 +370,30 @@ async def test_no_reward_is_never_taken_for_one(name: str, told: str) -> None:
     assert not isinstance(caught.value, WorldError)
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("key", ["reward", "parts", "scores"])
+async def test_no_number_of_a_grade_is_taken_that_is_none_and_task_and_grader_are_named(key: str, number: str) -> None:
+    with pytest.raises(UserError, match=rf"^task 't': grader 'mine'.* gave {number}; expected a finite number"):
+        await built("Odd", key=key, number=number).grade(TASK, played())
+
+
+@pytest.mark.parametrize("inside", ["multi", "targets"])
+async def test_it_is_named_inside_other_graders_too(inside: str) -> None:
+    targets = {"odd": f"{__file__}:not_finite", "same": f"{__file__}:by_name"}
+    settings: dict[str, Any] = {"type": "custom", "targets": list(targets.values())}
+    if inside == "multi":
+        graders = {name: {"type": "custom", "name": name, "target": target} for name, target in targets.items()}
+        settings = {"type": "multi", "graders": graders, "calculate_output": "odd + same"}
+    config: Any = TypeAdapter(GraderConfig).validate_python(settings)
+    with pytest.raises(UserError, match=r"^task 't': grader '(odd|not_finite)' gave nan; expected a finite number"):
+        await build_grader(config, PenaltiesConfig()).grade(TASK, played())
+
+
+async def test_a_grader_that_exits_ends_no_run() -> None:
+    with pytest.raises(RuntimeError, match=r"leaves called sys\.exit\(0\)"):
+        await built("leaves").grade(TASK, played())
+
+
 @pytest.mark.parametrize(
     ("what", "score"), [("true", 1.0), ("numpy", 1.0), ("decimal", 0.25), ("array", 0.25), ("tensor", 0.25)]
 )
@@ -375,6 +424,9 @@ async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> No
     with pytest.raises(KeyError) as caught:
         await grader("fails").grade(TASK, played())
     assert caught.value.__notes__ == ["raised by the grader 'mine'"]
+    with pytest.raises(KeyError) as caught:
+        await built("fails").grade(TASK, played())
+    assert caught.value.__notes__ == ["raised by the grader 'mine'", "for task 't', rollout 'r'"]
     with pytest.raises(WorldError, match="the judge is gone"):
         await grader("unreachable").grade(TASK, played())
 

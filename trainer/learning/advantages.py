@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from graders.types import MOST_REWARD
 from trainer.tasks.difficulty import stats_of
 
-MOST_REWARD = 1e12
-"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
 STD_EPS = 1e-4
 """Added to the standard deviation; trl's value."""
 

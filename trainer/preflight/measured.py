@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from envs.errors import UserError
+from envs.errors import UserError, found_late
 from envs.reading.documents import check_writable
 from envs.secrets import without_secrets
 from envs.types import Task
@@ -191,6 +191,7 @@ def _measure(
             )
         )
         start_s = time.perf_counter() - start
+        stack.enter_context(found_late())
 
         requests = preflight_requests(
             config, prepared.eval_tasks if options.held_out else prepared.train_tasks, options

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from envs.errors import Unscored, WorldError
 from envs.limits.clocks import time_limit
 from envs.types import Episode, Task
-from graders.types import Grade, Grader
-from trainer.learning.advantages import MOST_REWARD
+from graders.types import Grade, Grader, check_numbers
 
 _PAUSE_S = 0.5
 """Before the second try, and twice as long before each further one: who fails at once fails the next moment too."""
@@ -73,14 +72,5 @@ class Grading:
             if not limit.expired():
                 raise
             raise WorldError(f"no grade within {self._timeout_s:g} s (rollout.settle_timeout_s)") from None
-        _refuse_huge(grade)
+        check_numbers(grade, task)
         return replace(grade, latency_s=time.perf_counter() - start)
-
-
-def _refuse_huge(grade: Grade) -> None:
-    """Raise `WorldError` for a number that is none or that no gradient could hold: one odd answer loses one rollout."""
-    numbers = {"reward": grade.reward, **grade.parts, **grade.scores}
-    for name, number in numbers.items():
-        if not abs(number) <= MOST_REWARD:
-            shown = f"{number:g}" if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
-            raise WorldError(f"{name} is {shown}; expected a number from {-MOST_REWARD:g} to {MOST_REWARD:g}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
-from envs.errors import UserError
+from envs.errors import FoundLate, UserError
 from envs.finance.world import FinanceWorld
 from tests.support.configs import scripted_config
 from tests.support.policy_worker import random_samples, save_tiny_llama, tiny_policy
@@ -66,6 +67,16 @@ def four(inputs): return (inputs.logprobs_N * torch.ones(4)).sum()
 def in_place(inputs):
     inputs.advantages_N.mul_(2)
     return (inputs.logprobs_N * inputs.advantages_N).sum()
+class Later:
+    def __init__(self, how): self.how, self.calls = how, 0
+    def __call__(self, inputs):
+        self.calls += 1
+        loss = -(inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
+        if self.calls <= 2:
+            return loss
+        if self.how == "raises": raise KeyError("gold")
+        if self.how == "exits": raise SystemExit(0)
+        return {"nan": loss * float("nan"), "text": "loss", "axes": loss[None]}[self.how]
 number = 3
 """
 
@@ -183,6 +194,33 @@ def test_a_run_trains_by_it(tmp_path, tiny_model, file):
     train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
     [step] = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss/num_tokens" in line]
     assert step["loss/mine"] > 0 and step["loss/grad_norm"] > 0 and "loss/ratio" not in step
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("nan", "the loss is nan on a microbatch of"),
+        ("text", "expected a tensor without axes, .* got str"),
+        ("axes", r"expected a tensor without axes, .* shape \(1,\)"),
+    ],
+)
+def test_what_only_the_run_shows_of_it_ends_with_exit_code_1(tmp_path, tiny_model, file, how, told):
+    """Code 2 says that nothing was loaded."""
+    loss = {"type": "custom", "target": f"{file}:Later", "kwargs": {"how": how}}
+    config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, loss=loss, optim={"num_steps": 4}))
+    with pytest.raises(FoundLate, match=rf"^loss\.target '.*my_loss\.py:Later': {told}") as caught:
+        train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
+    assert caught.value.exit_code == 1 and UserError.exit_code == 2
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= 1
+
+
+@pytest.mark.parametrize(("how", "error"), [("raises", KeyError), ("exits", RuntimeError)])
+def test_what_it_raises_in_the_run_names_it(tmp_path, file, how, error):
+    policy, loss = tiny_policy(save_tiny_llama(tmp_path / "model")), custom(file, "Later", kwargs={"how": how})
+    with pytest.raises(error) as caught:
+        for seed in range(3):
+            policy.update(random_samples(seed=seed), loss, temperature=1.0, constant_tokens=64)
+    assert "my_loss.py:Later" in "".join(traceback.format_exception_only(caught.value))
 
 
 def test_every_loss_of_the_register_is_a_type_of_the_config():

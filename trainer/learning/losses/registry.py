@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from envs.errors import UserError
-from envs.user_code import load_target, looked_at, make, required
+from envs.user_code import load_target, looked_at, make, raised_by, required
 from trainer.config.learning import CustomLossConfig, LossSettings
 from trainer.learning.losses.base import Loss, LossInputs, token_sums
 
@@ -31,7 +31,7 @@ def loss_of(config: LossSettings) -> Loss:
     Raises `UserError` for a target that can't be had, or can't be called with a `LossInputs` alone.
     """
     if isinstance(config, CustomLossConfig):
-        return _custom(config)
+        return _told_of(_custom(config), _where(config))
     function = resolve_name(f"trainer.learning.losses.{LOSSES[config.type]}")
     return lambda inputs: function(inputs, config)
 
@@ -81,6 +81,19 @@ def _custom(config: CustomLossConfig) -> Loss:
         return value, sums | metrics
 
     return loss
+
+
+def _told_of(loss: Loss, where: str) -> Loss:
+    """What goes wrong with it while the run trains names it; `UserError` for a loss that is no number."""
+
+    def told(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        with raised_by(where):
+            value, metrics = loss(inputs)
+        if not value.isfinite():
+            raise UserError(f"{where}: the loss is {value.item()} on a microbatch of {len(inputs.logprobs_N)} tokens")
+        return value, metrics
+
+    return told
 
 
 def _takes_inputs_alone(function: Callable[..., Any]) -> bool:

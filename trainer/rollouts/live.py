@@ -34,6 +34,8 @@ class Live:
     messages: list[Message]
     env: Env = field(default_factory=NotMade)
     ledgers: list[Ledger] = field(default_factory=list)
+    prompt: str = ""
+    """The text of the next turn's, as the template renders it."""
     turns: list[Turn] = field(default_factory=list)
     seen_tools: list[tuple[str, Tool]] | None = None
     """What the environment had when it was last looked at."""

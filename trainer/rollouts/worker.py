@@ -30,7 +30,7 @@ from trainer.rollouts.grading import Graded, Grading
 from trainer.rollouts.live import Live
 from trainer.seeds import derive_seed
 from trainer.tasks.offer import tools_offered
-from trainer.templates.chat import Chat, ParsedTurn, TemplateRefused
+from trainer.templates.chat import Chat, Continuation, ParsedTurn, TemplateRefused
 from trainer.types import Ledger, Rollout, RolloutRequest, completion_ids
 
 MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
@@ -200,8 +200,7 @@ class RolloutWorker:
         """Generate, call tools or hear the user, repeat; appends to `live` as it goes: a time-out loses nothing."""
         config = self._config
         self._look_at_tools(live)
-        live.ledgers.append(Ledger())
-        live.ledgers[-1].append_context(self._chat.open(live.messages, live.schemas))
+        self._go_on(live, self._chat.begin(live.messages, live.schemas))
         for number in range(config.max_turns):
             room = config.max_episode_tokens - len(live.ledgers[-1])
             if room <= 0:
@@ -315,16 +314,18 @@ class RolloutWorker:
         """The prompt of the next turn. Other tools are another prompt: they begin a row, as a forking template does."""
         schemas = live.schemas
         if self._look_at_tools(live):
-            prompt_ids = self._chat.open(live.messages, live.schemas, strict=False)
-            live.ledgers.append(Ledger())
-            live.ledgers[-1].append_context(prompt_ids)
+            self._go_on(live, self._chat.begin(live.messages, live.schemas, strict=False))
             return
         message, *answers = live.messages[len(before) :]
-        continuation = self._chat.extend(before, message, answers, schemas, completion.token_ids)
+        sampled = completion.token_ids
+        self._go_on(live, self._chat.extend(before, message, answers, schemas, sampled, prompt=live.prompt))
+
+    def _go_on(self, live: Live, continuation: Continuation) -> None:
         live.num_drifted_turns += continuation.drifted
         if continuation.forked:
             live.ledgers.append(Ledger())
         live.ledgers[-1].append_context(continuation.token_ids)
+        live.prompt = continuation.text
 
     async def _call_tools(self, live: Live, message: Message) -> list[ToolResult]:
         """Run the turn's calls, concurrently unless the environment wants them in order; results in the order called.

@@ -28,6 +28,7 @@ from trainer.templates.call_signs import opening_tag, tag_after
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
 from trainer.templates.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
 from trainer.templates.grammar import Grammar
+from trainer.templates.local import added_by, is_local
 from trainer.templates.special_tokens import SpecialTokens, stop_token_ids
 from trainer.templates.turn_parser import (
     ParsedTurn,
@@ -41,6 +42,7 @@ from trainer.templates.turn_parser import (
 __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
 _MOST_SHAPES = 4096
+_RENDERED_WHOLE = {4**i for i in range(1, 12)}
 _PROBE_RESULT = Message(role="tool", content=ANSWER.content, call_id="call00000", name="probe_tool")
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
@@ -55,6 +57,8 @@ class Continuation:
     """The template altered earlier text (it dropped old reasoning, say): a new training row starts here."""
     drifted: bool
     """The model did not write this turn as the template writes the same message: serving would show it another text."""
+    text: str
+    """All of the next prompt, as the template renders it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +115,8 @@ class Chat:
         self._parser = self._turn_parser(tool_parser, reasoning_parser)
         self._answer_end, self._call_end = self._find_ends()
         self._taken_shapes: set[tuple[str, str]] = set()
-        # A turn's prompt is the text that the turn before it was extended to: it need not be rendered again.
-        self._render_cached = functools.lru_cache(maxsize=512)(self._render_uncached)
+        # A demonstration's prompt is the text that the turn before it was extended to.
+        self._render_cached = functools.lru_cache(maxsize=16)(self._render_uncached)
         self._prime = self._encode(self._render([HELLO], (), generate=True))[-16:]
         # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
         written = self._prove_parser(self._turn_parser(tool_parser, None))
@@ -130,7 +134,14 @@ class Chat:
         no account are plain text, as `extend` writes them. Raises `TemplateRefused`, a `UserError`, where the template
         takes no such conversation.
         """
-        return self._encode(self._render(messages, tools, generate=True, strict=strict))
+        return self.begin(messages, tools, strict=strict).token_ids
+
+    def begin(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, strict: bool = True
+    ) -> Continuation:
+        """As `open`, with the text that `extend` goes on from."""
+        text = self._render(messages, tools, generate=True, strict=strict)
+        return Continuation(token_ids=self._encode(text), forked=True, drifted=False, text=text)
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
         """The prompt of `open`, under `strict`, as text."""
@@ -143,33 +154,37 @@ class Chat:
         answers: Sequence[Message],
         tools: Sequence[ToolSchema],
         sampled: Sequence[int],
+        *,
+        prompt: str | None = None,
     ) -> Continuation:
         """What follows the tokens `sampled`, which were read as `turn`, and leads to the next turn.
 
         `before` are the messages of the prompt that they were sampled after; `answers` the tool results, or the user's
         message that answers a malformed call. The sampled tokens stay as they are: only text after the end of the turn
-        is encoded. One rendering where the model writes as the template does, two otherwise. A turn of calls that the
+        is encoded. `prompt` is the text of `before`, where the caller has it of the last `begin` or `extend`. One
+        rendering where the model writes as the template does, two otherwise; and under a template that writes what
+        follows a prompt without regard to what stands before it, only what is new is rendered. A turn of calls that the
         template takes on no account is rendered as plain text, and its results as a user's message; raises
         `TemplateRefused` where that is refused too.
         """
-        prompt = self._render(before, tools, generate=True)
-        text = self._render([*before, turn, *answers], tools, generate=True)
+        prompt = prompt or self._render(before, tools, generate=True)
         stopped = bool(sampled) and sampled[-1] in self.stop_token_ids
         written = self.decode(sampled[:-1] if stopped else sampled)
         end = self._end_of(turn)
         kept = prompt + written + end.text
+        text = self._rendered_on(prompt, before, turn, answers, tools, generate=True)
         drifted = not text.startswith(kept)
         if drifted:
-            full = self._render([*before, turn], tools, generate=False)
+            full = self._rendered_on(prompt, before, turn, (), tools, generate=False)
             kept = self._until_end(full, _num_common(prompt, full), end)
             if not (kept.startswith(prompt) and text.startswith(kept)):
-                return Continuation(token_ids=self._encode(text), forked=True, drifted=False)
+                return Continuation(token_ids=self._encode(text), forked=True, drifted=False, text=text)
         glue = self._encode_after(end, text[len(kept) :])
         if not sampled or sampled[-1] != end.token_id:
             # Cut off by a limit, or stopped by another stop token: the turn is closed as the template closes it.
             glue = [end.token_id, *glue]
         drifted |= stopped and sampled[-1] != end.token_id
-        return Continuation(token_ids=glue, forked=False, drifted=drifted)
+        return Continuation(token_ids=glue, forked=False, drifted=drifted, text=text)
 
     def minds_texts(
         self, before: Sequence[Message], turn: Message, answers: Sequence[Message], tools: Sequence[ToolSchema]
@@ -279,13 +294,36 @@ class Chat:
                 raise
             return self._renderer.render_as_text(messages, tools, generate=generate)
 
+    @functools.cached_property
+    def _is_local(self) -> bool:
+        return is_local(self._render)
+
+    def _rendered_on(
+        self,
+        prompt: str,
+        before: Sequence[Message],
+        turn: Message,
+        answers: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        *,
+        generate: bool,
+    ) -> str:
+        """The whole conversation, of which `prompt` is what `before` was rendered to."""
+        # Now and then all of it is rendered, less often the longer it is: a template that fooled its proof would fork.
+        if self._is_local and len(before) // 2 not in _RENDERED_WHOLE:
+            added = added_by(self._render, turn, answers, tools, generate=generate)
+            if added is not None:
+                return prompt + added
+        return self._render([*before, turn, *answers], tools, generate=generate)
+
     def num_tokens(self, text: str) -> int:
         return len(self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
         # Half a surrogate pair (escaped in JSON, or in a file name that is no UTF-8) is no text that has tokens.
         text = text.encode("utf-8", "replace").decode()
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        # The tokenizer's own encoder: what stands around it makes a batch of one, which takes longer than the encoding.
+        return list(self._tokenizer._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _until_end(self, text: str, start: int, end: _End) -> str:
         """A conversation up to the end of its last turn, which begins at or after `start`.

@@ -38,20 +38,23 @@ class Renderer:
         """`template` None is the tokenizer's own, which may differ with and without tools."""
         self.template = template
         self._tokenizer = tokenizer
-        self._template_kwargs = dict(template_kwargs)
+        self._names = {**tokenizer.special_tokens_map, **template_kwargs}
+        """What a template may speak of besides messages and tools, as `apply_chat_template` hands it on."""
 
     def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
         """The text of `messages`. Raises `TemplateRefused`, whatever the template raised."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         template = self.template or self._tokenizer.get_chat_template(tools=tools)
         as_list = _content_is_a_list(template)
         try:
-            text = self._tokenizer.apply_chat_template(
-                [served_form(m, as_list=as_list) for m in messages],
+            # What `apply_chat_template` calls; itself it looks the special tokens up every time.
+            [text], _ = render_jinja_template(
+                [[served_form(m, as_list=as_list) for m in messages]],
                 tools=tools,
                 chat_template=template,
                 add_generation_prompt=generate,
-                tokenize=False,
-                **self._template_kwargs,
+                **self._names,
             )
         except Exception as e:  # a template's own refusal, and whatever its expressions trip over (TypeError, ...)
             reason = str(e) if type(e).__module__.startswith("jinja2") else f"{type(e).__name__}: {e}"

@@ -1,0 +1,115 @@
+"""Only what is new is rendered, where a template writes it without regard to what stands before."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from envs.types import Message, ToolCall
+from tests.support.template_families import FAMILIES, family_chat
+from tests.support.template_play import DIALECTS, TOY_TEMPLATE
+from trainer.templates.chat import Chat, TemplateRefused
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "description": "Find.",
+            "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
+        },
+    }
+]
+THROUGH = [name for name, family in FAMILIES.items() if not family.refused]
+NOT_LOCAL = {
+    "tells how many messages there are": TOY_TEMPLATE.replace(
+        "{%- for m in messages -%}", "{{ messages | length }}{%- for m in messages -%}"
+    ),
+    "numbers its messages": TOY_TEMPLATE.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}"),
+    "cuts old results": TOY_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content if m.role != 'tool' or loop.revindex < 4 else '[cut]' }}"
+    ),
+}
+
+
+def toy(smollm2: Path, folder: Path, template: str) -> Chat:
+    path = folder / "template.jinja"
+    path.write_text(template.replace("CALL_FORMAT", DIALECTS["hermes"]))
+    return Chat(smollm2, chat_template=str(path))
+
+
+def random_turn(rng: random.Random, number: int) -> tuple[Message, list[Message]]:
+    """Calls with results, mostly; now and then an answer and a further question."""
+    words = rng.choice(["", "I look.", "</tool_call> 7 ünits\n\n"])
+    reasoning = rng.choice(["", "Let me see."])
+    if rng.random() < 0.15:
+        return Message(role="assistant", content="It is 42.", reasoning=reasoning), [
+            Message(role="user", content="Sure?")
+        ]
+    ids = [f"call{number:03d}{i:02d}" for i in range(rng.choice([1, 1, 2]))]
+    calls = tuple(ToolCall(call_id=i, name="search", arguments='{"query": "a b"}') for i in ids)
+    turn = Message(role="assistant", content=words, reasoning=reasoning, tool_calls=calls)
+    return turn, [Message(role="tool", content=f"{i}\n", call_id=i, name="search") for i in ids]
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_what_is_added_is_what_the_whole_conversation_reads(name: str, smollm2: Path, tmp_path: Path) -> None:
+    """Long episodes of turns of every kind, gone on with turn by turn, under every template that trl and vLLM ship."""
+    chat = family_chat(smollm2, tmp_path / name, name)
+    num_compared = 0
+    for seed in range(4):
+        rng = random.Random(seed)
+        messages = [Message(role="user", content="How much?")]
+        last = chat.begin(messages, TOOLS)
+        for number in range(12):
+            turn, answers = random_turn(rng, number)
+            sampled = chat._encode("something else") if rng.random() < 0.5 else None
+            try:
+                whole = chat.prompt_text([*messages, turn, *answers], TOOLS)
+            except TemplateRefused:
+                continue
+            written = sampled or chat._encode(whole[len(last.text) :][:40])
+            last = chat.extend(messages, turn, answers, TOOLS, written, prompt=last.text)
+            assert last.text == whole
+            messages += [turn, *answers]
+            num_compared += 1
+    assert num_compared > 10
+
+
+@pytest.mark.parametrize("why", NOT_LOCAL)
+def test_a_template_that_looks_at_what_stands_before_is_rendered_whole(why: str, smollm2: Path, tmp_path: Path) -> None:
+    assert toy(smollm2, tmp_path, TOY_TEMPLATE)._is_local
+    assert not toy(smollm2, tmp_path, NOT_LOCAL[why])._is_local
+
+
+def test_a_template_that_fools_the_proof_forks_where_all_is_rendered(smollm2: Path, tmp_path: Path) -> None:
+    late = TOY_TEMPLATE.replace("{{ m.role }}", "{{ m.role }}{{ ' late' if messages | length > 26 }}")
+    chat = toy(smollm2, tmp_path, late)
+    assert chat._is_local
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="How much?")]
+    text, forks = chat.begin(messages, TOOLS).text, []
+    for number in range(20):
+        turn, answers = random_turn(random.Random(1), number)
+        turn = Message(role="assistant", tool_calls=turn.tool_calls)
+        sampled = chat.encode_assistant(messages, turn, TOOLS) if len(messages) < 20 else chat._encode("x")
+        more = chat.extend(messages, turn, answers, TOOLS, sampled, prompt=text)
+        text, messages = more.text, [*messages, turn, *answers]
+        forks += [len(messages)] if more.forked else []
+    assert len(forks) == 1 and text.startswith(chat.prompt_text(messages, TOOLS)[:60])
+
+
+def test_texts_are_encoded_and_rendered_as_transformers_does(smollm2: Path) -> None:
+    chat = Chat(smollm2)
+    for text in ("", " a", "a\n\n<|im_end|>\nb", "Ünïcödé 42.5%", "x" * 5000):
+        assert chat._encode(text) == chat._tokenizer.encode(text, add_special_tokens=False)
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="How much?")]
+    theirs = chat._tokenizer.apply_chat_template(
+        [m.to_openai() for m in messages],
+        tools=chat._parser.normalized_tools('[{"type": "function", "function": {"name": "f"}}]'),
+        chat_template=chat._renderer.template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert chat.prompt_text(messages, [{"type": "function", "function": {"name": "f"}}]) == theirs

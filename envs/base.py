@@ -94,7 +94,7 @@ class Checks(Protocol):
 
 @runtime_checkable
 class Counts(Protocol):
-    """A world, a grader, a judge or users with figures of their own."""
+    """A world, a grader, a judge, users or an engine with figures of their own."""
 
     def take_metrics(self) -> dict[str, float]:
         """Those since the last call, by their keys in the metrics."""
@@ -103,7 +103,7 @@ class Counts(Protocol):
 
 @runtime_checkable
 class Closes(Protocol):
-    """A world, a grader, a judge or users that hold what must be released, such as connections."""
+    """A world, a grader, a judge, users or an engine that hold what must be released, such as connections."""
 
     async def aclose(self) -> None:
         """Called once, at the end of the run."""

@@ -24,12 +24,13 @@ from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
-from trainer.config import CustomLossConfig, RunConfig, check_publish, depends_on_the_machine
+from trainer.config import CustomLossConfig, EngineConfig, RunConfig, asks_the_base
 from trainer.config.response_format import ResponseFormat, schema_text
-from trainer.engines.arguments import check_engine, check_vllm, shared_memory_is_short
 from trainer.engines.base_judge import EngineJudge
+from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, make_engine
 from trainer.learning.warmstart import check_company, check_demonstrations
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
+from trainer.models.machines import has_gpu
 from trainer.reachable import check_servers
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
@@ -51,6 +52,8 @@ class Prepared:
     grader: Grader
     watch_grader: Grader | None
     judge: Judge
+    engine: Engine
+    """Not started."""
     users: Users | None
     """Who plays the user of every rollout; None where nobody does, or the environment itself."""
     asks_engine: tuple[EngineJudge, ...]
@@ -67,7 +70,7 @@ class Prepared:
     """Of the answers, where `rollout.response_format` gives them a form."""
 
     def metrics(self) -> dict[str, float]:
-        """What world, graders and judge counted since the last call."""
+        """What world, graders, judge and engine counted since the last call."""
         taken: dict[str, float] = {}
         for part in self._parts():
             taken |= taken_metrics(part)
@@ -75,23 +78,20 @@ class Prepared:
 
     def resolved(self) -> dict[str, str]:
         """What each `auto` of the config means for this model on this machine, by its key."""
-        import torch
-
-        from trainer.config import publishes_merged
         from trainer.models.family import weights_dtype
 
-        config, on_cpu = self.config, not torch.cuda.is_available()
+        config = self.config
         found: dict[str, str] = {}
         if config.model.dtype == "auto":
-            found["model.dtype"] = weights_dtype(config.model, on_cpu=on_cpu)
+            found["model.dtype"] = weights_dtype(config.model, on_cpu=not has_gpu())
         if config.model.chat_template == "auto":
             found["model.chat_template"] = "the fallback" if self.chat.uses_fallback else "the model's own"
-        if config.engine.publish == "auto":
-            found["engine.publish"] = "merged" if publishes_merged(config.engine, on_cpu=on_cpu) else "lora"
+        if isinstance(config.engine, EngineConfig) and config.engine.publish == "auto":
+            found["engine.publish"] = "merged" if self.engine.publishes_merged else "lora"
         return found
 
     async def aclose(self) -> None:
-        """Release what world, graders and judge hold: connections, servers, sandboxes.
+        """Release what world, graders, judge and engine hold: connections, servers, sandboxes.
 
         Each has `rollout.settle_timeout_s`: one that hangs is left, so that the process ends.
         """
@@ -102,9 +102,8 @@ class Prepared:
                         await part.aclose()
 
     def _parts(self) -> list[object]:
-        return [
-            part for part in (self.world, self.users, self.grader, self.watch_grader, self.judge) if part is not None
-        ]
+        parts = (self.world, self.users, self.grader, self.watch_grader, self.judge, self.engine)
+        return [part for part in parts if part is not None]
 
 
 def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0) -> Prepared:
@@ -117,7 +116,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     RunFolder.check(config)
     _check_trackers(config)
     _check_loss(config)
-    _check_engine(config)
+    engine = _checked_engine(config)
     world = build_world(config.world)
     env = _checked_env(world)
     train_tasks, eval_tasks = load_tasks(config, world, "train"), load_tasks(config, world, "eval")
@@ -138,7 +137,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         with told_of("watch_grader"):
             watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
     check_servers(config, patience_s=patience_s)
-    _check_family(config, trains=weights)
+    _check_family(config, engine, trains=weights)
     model_path = resolve_model(config.model.name) if weights else resolve_texts(config.model.name)
     chat = Chat(
         model_path,
@@ -155,6 +154,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         grader=grader,
         watch_grader=watch_grader,
         judge=judge,
+        engine=engine,
         users=users,
         asks_engine=tuple(filter(None, (engine_judge, users.engine if isinstance(users, ModelUsers) else None))),
         preflight=preflight,
@@ -315,52 +315,31 @@ def _check_loss(config: RunConfig) -> None:
         check_loss(config.loss)
 
 
-def _check_engine(config: RunConfig) -> None:
-    # Loading torch, to know of the machine, takes seconds: most mistakes are told without.
-    if not depends_on_the_machine(config) and config.engine.sleep == "none" and not shared_memory_is_short():
-        return
-    import torch
+def _checked_engine(config: RunConfig) -> Engine:
+    """The engine, not started."""
+    engine = make_engine(config.engine)
+    for key in asks_the_base(config):
+        if not isinstance(engine, KeepsBase):
+            raise UserError(
+                f"{key}: engine needs the base model beside the adapter, and this engine has no generate_base"
+            )
+    if isinstance(engine, ChecksRun):
+        engine.check_run(config)
+    return engine
 
-    on_cpu = not torch.cuda.is_available()
-    check_engine(config.engine, on_cpu=on_cpu)
-    check_vllm(config.engine)
-    check_publish(config, on_cpu=on_cpu)
 
-
-def _check_family(config: RunConfig, *, trains: bool) -> None:
+def _check_family(config: RunConfig, engine: Engine, *, trains: bool) -> None:
     # Before the weights are downloaded; a wrong name is told before torch is imported.
     folder = resolve_config(config.model.name)
-    import torch
-
-    from trainer.models.family import check_attention, check_served, read_family, weights_dtype
+    from trainer.models.family import check_attention, read_family
 
     family = read_family(folder, config.model.lora)
-    on_cpu = not torch.cuda.is_available()
-    check_attention(folder, config.model, on_cpu=on_cpu)
-    check_served(family, config.engine, dtype=weights_dtype(config.model, on_cpu=on_cpu), on_cpu=on_cpu)
-    if on_cpu and trains:
-        _check_cache(config, folder)
+    check_attention(folder, config.model, on_cpu=not has_gpu())
+    if isinstance(engine, ChecksModel):
+        engine.check_model(config, folder, trains=trains)
     longest = config.rollout.max_episode_tokens
     if family.max_length is not None and longest > family.max_length:
         raise UserError(
             f"rollout.max_episode_tokens: {longest} tokens are more than the model has positions for "
             f"({family.max_length}, max_position_embeddings in its config.json)"
-        )
-
-
-def _check_cache(config: RunConfig, folder: Path) -> None:
-    """Whether the engine's cache on a CPU can be had and holds one episode, or vLLM would refuse to start."""
-    import psutil
-
-    from trainer.models.machines import GIB
-    from trainer.models.memory import kv_token_bytes, read_shape
-
-    given, memory = config.engine.kv_cache_gib * GIB, psutil.virtual_memory().total
-    if given > memory:
-        raise UserError(f"engine.kv_cache_gib: {config.engine.kv_cache_gib:g} GiB are more than this machine has")
-    shape = read_shape(folder)
-    if shape is not None and (needed := kv_token_bytes(config, shape) * config.rollout.max_episode_tokens) > given:
-        raise UserError(
-            f"engine.kv_cache_gib: {config.engine.kv_cache_gib:g} GiB hold less than one episode of "
-            f"rollout.max_episode_tokens = {config.rollout.max_episode_tokens:,}, which takes {needed / GIB:.2f} GiB"
         )

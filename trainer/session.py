@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,8 @@ from envs.base import Sweeps
 from envs.errors import found_late
 from envs.limits.clocks import time_limit
 from trainer import processes
-from trainer.config import publishes_merged
 from trainer.engines.canary import Canary
-from trainer.engines.engine import Engine, VllmEngine, release_memory
+from trainer.engines.engine import Engine, EngineStart
 from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
 from trainer.learning.adapter import load_adapter, published_bytes
@@ -25,7 +25,7 @@ from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_
 from trainer.learning.policy import Policy, Update
 from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
-from trainer.models.machines import hardware
+from trainer.models.machines import hardware, release_memory
 from trainer.prepare import Prepared
 from trainer.rollouts.collect import Collector
 from trainer.rollouts.worker import RolloutWorker
@@ -38,7 +38,8 @@ from trainer.types import Kind, Metrics, Phase, Rollout, RolloutRequest
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-StartEngine = Callable[..., Awaitable[Engine]]
+StartEngine = Callable[[EngineStart], Awaitable[Engine]]
+"""An engine that has been started, in the place of the one that the config names."""
 
 _CANARY_TOKENS = 448
 _MOST_CANARIES = 8
@@ -157,8 +158,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Load all of it and publish the policy; what is open closes at the end.
 
-    `start_engine` takes the arguments of `VllmEngine.start`, its default. `adapter` is a folder whose adapter takes the
-    place of the policy's own. Raises `UserError`, and `PublishError` when the engine does not run the policy.
+    `start_engine` takes the place of the config's engine, `adapter` is a folder whose adapter takes the place of the
+    policy's own. Raises `UserError`, and `PublishError` when the engine does not run the policy.
     """
     sweep_default_roots()
     policy = load_policy(prepared, run, accelerator, progress, loop)
@@ -275,8 +276,8 @@ async def release_left_open(prepared: Prepared, run: RunFolder, progress: Progre
 
 def open_scratch(prepared: Prepared, policy: Policy) -> Scratch:
     """The folder by which weights reach the engine, with room for this and every other process of the machine."""
-    merged = publishes_merged(prepared.config.engine, on_cpu=policy.accelerator.device.type == "cpu")
-    of_one_process = _MOST_VERSIONS * published_bytes(policy.model, merged=merged) + _FILE_OVERHEAD_BYTES
+    of_version = published_bytes(policy.model, merged=prepared.engine.publishes_merged)
+    of_one_process = _MOST_VERSIONS * of_version + _FILE_OVERHEAD_BYTES
     return Scratch(need_bytes=of_one_process * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -284,29 +285,41 @@ async def open_engine(
     prepared: Prepared, accelerator: Any, start_engine: StartEngine | None, *, first_step: int
 ) -> WatchedEngine:
     """Start this process's engine on the base model."""
-    # The engine refuses to start where less is free than its share, and a warm start leaves its peak reserved.
-    release_memory()
-    start = start_engine or VllmEngine.start
-    # The engines of a machine share vLLM's compile cache, whose index is not written at once: one fills it for all.
-    takes_turns, is_first = accelerator.device.type != "cpu", accelerator.local_process_index == 0
-    if takes_turns and not is_first:
-        processes.wait_for_all()
-    started = await start(
-        prepared.model_path,
+    given = EngineStart(
+        model_path=prepared.model_path,
         model=prepared.config.model,
-        engine=prepared.config.engine,
         max_model_len=prepared.config.rollout.max_episode_tokens,
         stop_token_ids=sorted(prepared.chat.stop_token_ids),
         device=accelerator.device.type,
+        rank=accelerator.process_index,
         local_rank=accelerator.local_process_index,
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(prepared.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
     )
+    if prepared.engine.runs_here:
+        # It refuses to start where less is free than its share, and a warm start leaves its peak reserved.
+        release_memory()
+    # The engines of a machine share a compile cache, whose index is not written at once: one fills it for all.
+    takes_turns = prepared.engine.runs_here and accelerator.device.type != "cpu"
+    is_first = accelerator.local_process_index == 0
+    if takes_turns and not is_first:
+        processes.wait_for_all()
+    started = await (start_engine or functools.partial(_start, prepared.engine))(given)
     engine = WatchedEngine(started, limit_s=prepared.config.engine.hung_after_s)
     if takes_turns and is_first:
         processes.wait_for_all()
     for asks in prepared.asks_engine:
         asks.bind(engine, prepared.chat)
+    return engine
+
+
+async def _start(engine: Engine, given: EngineStart) -> Engine:
+    try:
+        await engine.start(given)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            engine.shutdown()
+        raise
     return engine
 
 

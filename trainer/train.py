@@ -27,7 +27,7 @@ def train(
 ) -> Path:
     """Run or resume the run that `config` describes; returns its folder.
 
-    `start_engine` takes the arguments of `VllmEngine.start`, its default. `beside` are texts to leave in the folder.
+    `start_engine` takes the place of the config's engine. `beside` are texts to leave in the folder.
     Raises `UserError` before anything is loaded, `PublishError` when the engine does not run the trained policy.
     """
     if RunFolder.is_finished(config):

@@ -27,7 +27,7 @@ from common import Figure, adapted_policy, bench_config, parser, ratio, report, 
 from rollout_throughput import Call, generate, requests_of
 
 from trainer.config import RunConfig
-from trainer.engines.engine import VllmEngine
+from trainer.engines.local import VllmEngine
 from trainer.prepare import Prepared, prepare
 from trainer.runs.manifest import adapter_of
 

@@ -38,9 +38,10 @@ from typing import Any
 from common import Figure, adapted_policy, bench_config, parser, ratio, report, run_main
 
 from envs.errors import UserError
-from trainer.config import RunConfig
+from trainer.config import EngineConfig, RunConfig
 from trainer.engines.arguments import seeds_requests
-from trainer.engines.engine import Completion, Engine, Sampling, VllmEngine
+from trainer.engines.engine import Completion, Sampler, Sampling
+from trainer.engines.local import VllmEngine
 from trainer.learning.warmstart import expert_ledger
 from trainer.prepare import Prepared, prepare
 from trainer.rollouts.worker import RolloutWorker
@@ -78,7 +79,7 @@ def in_one(calls: Sequence[Call]) -> Call:
 
 
 class StandInEngine:
-    """An `Engine` whose turns are the expert's: the real one generates as many tokens, which are thrown away."""
+    """A `Sampler` whose turns are the expert's: the real one generates as many tokens, which are thrown away."""
 
     def __init__(self, engine: VllmEngine, config: RunConfig, token_ids_by_seed: dict[int, list[int]]) -> None:
         self._engine = engine
@@ -96,31 +97,13 @@ class StandInEngine:
             token_ids=token_ids, logprobs=logprobs, finished=len(token_ids) == len(turn), policy_version=0
         )
 
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        return await self._engine.score(token_ids)
-
-    async def publish(self, weights: Path, version: int) -> None:
-        await self._engine.publish(weights, version)
-
-    async def sleep(self) -> None:
-        await self._engine.sleep()
-
-    async def wake_up(self) -> None:
-        await self._engine.wake_up()
-
-    @property
-    def publishes_merged(self) -> bool:
-        return self._engine.publishes_merged
-
-    def shutdown(self) -> None:
-        self._engine.shutdown()
-
 
 def sampling_params(config: RunConfig, num_tokens: int, *, seed: int, plain: bool = False) -> Any:
     """For exactly `num_tokens`, as the loop samples them; `plain` leaves out log-probabilities and seed."""
     import torch
     from vllm import SamplingParams
 
+    assert isinstance(config.engine, EngineConfig), "only vLLM in process is measured"
     return SamplingParams(
         max_tokens=num_tokens,
         ignore_eos=True,
@@ -235,7 +218,7 @@ def measure(
         engine = loop.run(open_engine(prepared, accelerator, None, first_step=0)).engine
         assert isinstance(engine, VllmEngine)
         try:
-            sampler: Engine = engine
+            sampler: Sampler = engine
             if adapter is None:
                 requests_all = [request for requests in steps for request in requests]
                 sampler = StandInEngine(engine, prepared.config, loop.run(expert_turns(prepared, requests_all)))

@@ -81,9 +81,7 @@ class InProcess:
 
 
 class ScriptEngine:
-    """An `Engine` that answers at once with the tokens made for the request's seed."""
-
-    publishes_merged = False
+    """A `Sampler` that answers at once with the tokens made for the request's seed."""
 
     def __init__(self, token_ids_by_seed: Mapping[int, list[int]]) -> None:
         self._token_ids_by_seed = token_ids_by_seed
@@ -91,18 +89,6 @@ class ScriptEngine:
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         token_ids = self._token_ids_by_seed[sampling.seed]
         return Completion(token_ids=token_ids, logprobs=[-1.0] * len(token_ids), finished=True, policy_version=0)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        raise NotImplementedError
-
-    async def publish(self, weights: Path, version: int) -> None:
-        raise NotImplementedError
-
-    async def sleep(self) -> None: ...
-
-    async def wake_up(self) -> None: ...
-
-    def shutdown(self) -> None: ...
 
 
 class OneGrader:

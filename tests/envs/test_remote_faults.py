@@ -26,9 +26,8 @@ from envs.remote.config import RemoteConfig
 from envs.remote.world import RemoteWorld
 from envs.types import Message, StopReason, Task
 from graders.rules.exact import ExactConfig, ExactGrader
-from tests.support.episodes import Writer
 from tests.support.faulty_server import Behaviour, Call, FaultyServer
-from tests.support.scripted_engine import call
+from tests.support.scripted_engine import Writer, call
 from trainer.config import RolloutConfig
 from trainer.rollouts.worker import RolloutWorker
 from trainer.templates.chat import Chat

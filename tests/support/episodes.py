@@ -10,8 +10,8 @@ from envs.errors import ToolError, WorldError
 from envs.tools import Tool, tool
 from envs.types import Episode, Message, Task
 from graders.types import Grade
+from tests.support.scripted_engine import Writer
 from trainer.config import RolloutConfig
-from trainer.engines.engine import Completion, Sampling
 from trainer.learning.samples import sample_of
 from trainer.rollouts.worker import RolloutWorker
 from trainer.templates.chat import Chat
@@ -62,45 +62,6 @@ class Env:
 
     async def close(self, episode: Episode | None) -> None:
         self._world.closed.append((self._rollout_id, episode))
-
-
-class Writer:
-    """An engine that writes what it is told, turn after turn; its log-probabilities tell token and request apart."""
-
-    publishes_merged = False
-
-    def __init__(self, chat: Chat, turns: Callable[[str, int], str] | Sequence[str]) -> None:
-        self._chat = chat
-        self._turns = turns
-        self.requests: list[tuple[list[int], Sampling]] = []
-        self.completions: list[Completion] = []
-        self.before_turn: Callable[[int], Any] = lambda number: None
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        number = len(self.requests)
-        self.requests.append((list(prompt_ids), sampling))
-        waiting = self.before_turn(number)
-        if waiting is not None:
-            await waiting
-        prompt = self._chat.decode(prompt_ids)
-        text = self._turns(prompt, sampling.seed) if callable(self._turns) else self._turns[number]
-        ids = [*self._chat._encode(text), self._chat._answer_end.token_id][: sampling.max_tokens]
-        completion = Completion(
-            token_ids=ids,
-            logprobs=[-0.001 * (i + 1) - number for i in range(len(ids))],
-            finished=ids[-1] == self._chat._answer_end.token_id,
-            policy_version=7,
-        )
-        self.completions.append(completion)
-        return completion
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        raise NotImplementedError
-
-    async def publish(self, weights: object, version: int) -> None:
-        raise NotImplementedError
-
-    def shutdown(self) -> None: ...
 
 
 class LengthGrader:

@@ -16,6 +16,7 @@ import transformers
 
 from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from trainer.engines.canary import Canary
+from trainer.engines.engine import EngineStart
 from trainer.engines.publish import Publisher
 from trainer.learning import adapter as lora
 
@@ -239,17 +240,15 @@ def take_through_engine(
     """Start the engine on `model`, publish two updates and prove each; the figures of the last proof."""
     from accelerate import Accelerator
 
-    from trainer.engines.engine import VllmEngine
+    from trainer.engines.local import VllmEngine
     from trainer.learning.policy import Policy
 
     config = ModelConfig(name=str(model), dtype=dtype, lora=lora)  # type: ignore[arg-type]
     engine_config = EngineConfig(publish=publish, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4)
+    given = EngineStart(model_path=model, model=config, max_model_len=256, stop_token_ids=[2], device="cpu")
+    engine = VllmEngine(engine_config)
     with asyncio.Runner() as loop:
-        engine = loop.run(
-            VllmEngine.start(
-                model, model=config, engine=engine_config, max_model_len=256, stop_token_ids=[2], device="cpu"
-            )
-        )
+        loop.run(engine.start(given))
         try:
             policy = Policy(model, config, OptimConfig(), Accelerator(cpu=True), 0)
             publisher = Publisher(policy, engine, Canary(CANARIES, tolerance=0.15), scratch)

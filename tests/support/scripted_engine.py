@@ -1,4 +1,8 @@
-"""An engine that is exact: a script decides what is written, a real model what its log-probabilities are."""
+"""Engines that write what a script says: all that no real engine can be made to do.
+
+`ScriptedEngine` is exact: a real model says what the log-probabilities are. `Writer` has no model, as
+rollouts ask of none.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ import torch
 from envs.errors import WorldError
 from envs.finance.world import FinanceWorld
 from envs.types import Task
-from trainer.config import EngineConfig, ModelConfig
-from trainer.engines.engine import Completion, Sampling
+from trainer.engines.engine import Completion, EngineStart, Sampling
 from trainer.session import StartEngine
+from trainer.templates.chat import Chat
 
 Script = Callable[[str, int], str]
 """(text of the prompt, seed) → what the model writes. Always the same for the same arguments."""
@@ -45,13 +49,10 @@ class Faults:
 class ScriptedEngine:
     """Implements `trainer.engines.engine.Engine`. One request at a time on one thread, so that it is deterministic."""
 
+    runs_here = True
     publishes_merged = False
 
-    def __init__(
-        self, model_path: Path, *, script: Script, stop_token_ids: Sequence[int], faults: Faults | None = None
-    ) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    def __init__(self, script: Script, faults: Faults | None = None) -> None:
         self.prompts: list[list[int]] = []
         """What each request was given."""
         self.completions: list[Completion] = []
@@ -62,10 +63,18 @@ class ScriptedEngine:
         self.is_asleep = False
         self._script = script
         self._faults = faults or Faults()
+        self._adapted: Any = None
+
+    async def start(self, given: EngineStart) -> None:
+        assert given.device == "cpu"
+        self.load(given.model_path, given.stop_token_ids)
+
+    def load(self, model_path: Path, stop_token_ids: Sequence[int]) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         self._stop_id = min(stop_token_ids)
         self._tokenizer = AutoTokenizer.from_pretrained(model_path)
         self._base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-        self._adapted: Any = None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         assert not self.is_asleep
@@ -153,24 +162,46 @@ class ScriptedEngine:
         return logits_TV.isinf()
 
 
+class Writer:
+    """A `Sampler` that writes what it is told, turn after turn; its log-probabilities tell token and request apart."""
+
+    def __init__(self, chat: Chat, turns: Script | Sequence[str]) -> None:
+        """A turn that ends in a stop token's text stops there; to others the end of an answer is added."""
+        self._chat = chat
+        self._turns = turns
+        self.requests: list[tuple[list[int], Sampling]] = []
+        self.completions: list[Completion] = []
+        self.before_turn: Callable[[int], Any] = lambda number: None
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        number = len(self.requests)
+        self.requests.append((list(prompt_ids), sampling))
+        waiting = self.before_turn(number)
+        if waiting is not None:
+            await waiting
+        prompt = self._chat.decode(prompt_ids)
+        ids = self._chat._encode(self._turns(prompt, sampling.seed) if callable(self._turns) else self._turns[number])
+        if not ids or ids[-1] not in self._chat.stop_token_ids:
+            ids = [*ids, self._chat._answer_end.token_id]
+        ids = ids[: sampling.max_tokens]
+        completion = Completion(
+            token_ids=ids,
+            logprobs=[-0.001 * (i + 1) - number for i in range(len(ids))],
+            finished=ids[-1] in self._chat.stop_token_ids,
+            policy_version=7,
+        )
+        self.completions.append(completion)
+        return completion
+
+
 def engine_starter(
     script: Script, faults: Faults | None = None, started: list[ScriptedEngine] | None = None
 ) -> StartEngine:
     """What `train` takes as `start_engine`; each engine that it starts is appended to `started`."""
 
-    async def start(
-        model_path: Path,
-        *,
-        model: ModelConfig,
-        engine: EngineConfig,
-        max_model_len: int,
-        stop_token_ids: Sequence[int],
-        device: str,
-        local_rank: int = 0,
-        seed: int = 0,
-    ) -> ScriptedEngine:
-        assert device == "cpu"
-        scripted = ScriptedEngine(model_path, script=script, stop_token_ids=stop_token_ids, faults=faults)
+    async def start(given: EngineStart) -> ScriptedEngine:
+        scripted = ScriptedEngine(script, faults)
+        await scripted.start(given)
         if started is not None:
             started.append(scripted)
         return scripted

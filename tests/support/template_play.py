@@ -12,8 +12,8 @@ from typing import Any
 from envs.tools import Tool
 from envs.types import Episode, Message, Task
 from graders.types import Grade
+from tests.support.scripted_engine import Writer
 from trainer.config import RolloutConfig
-from trainer.engines.engine import Completion, Sampling
 from trainer.rollouts.worker import RolloutWorker
 from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
@@ -87,34 +87,6 @@ def model_with(
     return folder
 
 
-class Writer:
-    """An engine that writes the given turns, one after the other; the last one again and again."""
-
-    publishes_merged = False
-
-    def __init__(self, chat: Chat, turns: Sequence[str]) -> None:
-        """A turn that ends in a stop token's text stops there; to others the end of an answer is added."""
-        self._chat, self._turns, self._number = chat, turns, 0
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        text = self._turns[min(self._number, len(self._turns) - 1)]
-        self._number += 1
-        ids = self._chat._encode(text)
-        if not ids or ids[-1] not in self._chat.stop_token_ids:
-            ids.append(self._chat._answer_end.token_id)
-        ids = ids[: sampling.max_tokens]
-        finished = ids[-1] in self._chat.stop_token_ids
-        return Completion(token_ids=ids, logprobs=[-1.0] * len(ids), finished=finished, policy_version=0)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        raise NotImplementedError
-
-    async def publish(self, weights: object, version: int) -> None:
-        raise NotImplementedError
-
-    def shutdown(self) -> None: ...
-
-
 class World:
     """Its own environment; a user who has `replies` to give, one after the other, answers where there are any."""
 
@@ -155,13 +127,14 @@ def roll(
     n: int = 1,
     **config: Any,
 ) -> list[Rollout]:
-    """The rollouts of one task, as the trainer makes them, of turns written by hand."""
+    """The rollouts of one task, as the trainer makes them, of turns written by hand; the last again and again."""
+    left = iter(turns)
     settings = {"max_turns": 4, "max_turn_tokens": 6000, "max_episode_tokens": 16000, "world_retries": 0, **config}
     worker = RolloutWorker(
         world=World(tools, user),
         grader=AnswerGrader(),
         chat=chat,
-        engine=Writer(chat, turns),  # type: ignore[arg-type]
+        engine=Writer(chat, lambda prompt, seed: next(left, turns[-1])),
         config=RolloutConfig(**settings),
     )
     task = Task(task_id="t", messages=tuple(messages))

@@ -30,6 +30,38 @@ USES = {
         assert abs(value.item() + 2 * (inputs.logprobs_N * inputs.advantages_N).sum().item() / 4) < 1e-6
         assert "### `loss: {type: plain}`" in reference.page()
     """,
+    "An engine of your own": """
+        from trainer.config import RunConfig
+        from trainer.engines.engine import ChecksRun, KeepsBase, Sleeps, make_engine
+        engine = {"type": "custom", "target": "my_engine.py:ServedEngine", "kwargs": {"url": "http://127.0.0.1:1"}}
+        data = {"output_dir": "x", "grader": {"type": "numeric"}, "engine": engine}
+        engine = make_engine(RunConfig.model_validate(data).engine)
+        assert engine.runs_here and not engine.publishes_merged
+        assert isinstance(engine, ChecksRun) and not isinstance(engine, (KeepsBase, Sleeps))
+        schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+        engine.check_run(RunConfig.model_validate(data))
+        try:
+            engine.check_run(RunConfig.model_validate(data | {"rollout": {"response_format": schema}}))
+        except ValueError as e:
+            assert str(e).startswith("rollout.response_format: ")
+        else:
+            raise AssertionError
+    """,
+    "An engine": """
+        import asyncio, math
+        from pathlib import Path
+        from trainer.config import ModelConfig, RunConfig, reference
+        from trainer.engines.engine import EngineStart, Sampling, make_engine
+        engine = {"type": "uniform", "vocabulary": 8}
+        config = RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, "engine": engine})
+        engine = make_engine(config.engine)
+        given = EngineStart(model_path=Path(), model=ModelConfig(), max_model_len=9, stop_token_ids=[2], device="cpu")
+        asyncio.run(engine.start(given))
+        sampling = Sampling(max_tokens=4, temperature=1.0, top_p=1.0, seed=0)
+        completion = asyncio.run(engine.generate([5, 6], sampling))
+        assert completion.token_ids == [2] and completion.finished and completion.logprobs == [-math.log(8)]
+        assert "### `engine: {type: uniform}`" in reference.page()
+    """,
     "A world": """
         import asyncio
         from envs.registry import build_world
@@ -61,7 +93,16 @@ USES = {
     """,
 }
 """What is then done with it. Measures and pictures: tests/trainer/measures/test_measures.py."""
-FILES = {"A loss of your own": 0, "A loss": 3, "A world": 2, "A grader": 2, "A measure": 1, "A picture": 1}
+FILES = {
+    "A loss of your own": 0,
+    "A loss": 3,
+    "An engine of your own": 0,
+    "An engine": 2,
+    "A world": 2,
+    "A grader": 2,
+    "A measure": 1,
+    "A picture": 1,
+}
 
 
 @pytest.mark.parametrize("heading", USES)

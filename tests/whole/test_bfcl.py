@@ -14,10 +14,11 @@ from envs.types import StopReason, Task
 from envs.user_code import load_target
 from graders.user.custom import CustomConfig, load_custom_grader
 from tests.support import ROOT
-from tests.support.episodes import STOP, Writer
-from tests.support.scripted_engine import call
+from tests.support.episodes import STOP
+from tests.support.scripted_engine import Writer, call
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig
-from trainer.engines.engine import Engine, VllmEngine
+from trainer.engines.engine import EngineStart, Sampler
+from trainer.engines.local import VllmEngine
 from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
 from trainer.templates.chat import Chat
@@ -75,7 +76,7 @@ def silent(task: Task) -> list[str]:
     return ["Done."] * len(task.item["ground_truth"])
 
 
-def worker_of(world: Any, chat: Chat, engine: Engine, limits: RolloutConfig) -> RolloutWorker:
+def worker_of(world: Any, chat: Chat, engine: Sampler, limits: RolloutConfig) -> RolloutWorker:
     grader = load_custom_grader(CustomConfig(type="custom", target=f"{EXAMPLE}:BfclGrader"))
     return RolloutWorker(world=world, grader=grader, chat=chat, engine=engine, config=limits)
 
@@ -180,14 +181,17 @@ async def test_what_the_model_writes_runs_as_a_call_and_never_as_code(chat, worl
 async def test_a_model_plays_it_on_vllm_without_a_fault_of_the_world(taught_model, one_process, world):
     chat = Chat(taught_model)
     small = LIMITS.model_copy(update={"max_turns": 4, "max_turn_tokens": 64, "max_episode_tokens": 8000})
-    engine = await VllmEngine.start(
-        taught_model,
+    engine = VllmEngine(
+        EngineConfig(publish="merged", seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4)
+    )
+    given = EngineStart(
+        model_path=taught_model,
         model=ModelConfig(dtype="float32"),
-        engine=EngineConfig(publish="merged", seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=4),
         max_model_len=small.max_episode_tokens + 1,
         stop_token_ids=sorted(chat.stop_token_ids),
         device="cpu",
     )
+    await engine.start(given)
     try:
         worker = worker_of(world, chat, engine, small)
         tasks = [task for task in world.tasks("train") if task.item["entry"]["involved_classes"] == ["TradingBot"]][:2]

@@ -15,7 +15,7 @@ from envs.types import StopReason
 from graders.build import build_grader
 from graders.penalties import PenaltiesConfig
 from tests.support import ROOT
-from tests.support.episodes import Writer
+from tests.support.scripted_engine import Writer
 from trainer.config import RunConfig, load_config
 from trainer.rollouts.worker import RolloutWorker
 from trainer.tasks.expert import play_expert

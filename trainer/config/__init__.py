@@ -1,6 +1,9 @@
 """The run's configuration: YAML → validated objects. A file a room; loads neither torch nor vllm."""
 
+from trainer.config.engines import ENGINES as ENGINES
+from trainer.config.engines import CustomEngineConfig as CustomEngineConfig
 from trainer.config.engines import EngineConfig as EngineConfig
+from trainer.config.engines import EngineSettings as EngineSettings
 from trainer.config.engines import Sleep as Sleep
 from trainer.config.engines import publishes_merged as publishes_merged
 from trainer.config.learning import CustomLossConfig as CustomLossConfig
@@ -18,6 +21,7 @@ from trainer.config.rollouts import Answer as Answer
 from trainer.config.rollouts import RolloutConfig as RolloutConfig
 from trainer.config.run import CheckpointConfig as CheckpointConfig
 from trainer.config.run import RunConfig as RunConfig
+from trainer.config.run import asks_the_base as asks_the_base
 from trainer.config.run import check_publish as check_publish
 from trainer.config.run import depends_on_the_machine as depends_on_the_machine
 from trainer.config.tasks import CurriculumConfig as CurriculumConfig

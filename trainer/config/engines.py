@@ -1,23 +1,41 @@
-"""Settings of what samples the tokens."""
+"""Settings of what samples the tokens, and the register of the engines."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from envs.settings import Settings
+from envs.settings import Kwargs, Settings, by_type
+from envs.user_code import TARGET_PATTERN
 
 Sleep = Literal["none", "kv", "weights"]
 
 
-class EngineConfig(Settings):
-    """The vLLM engine of the rollout worker."""
+class EngineSettings(Settings):
+    """What every engine has: so much to do at once, an end to waiting, and the proof that it runs the policy."""
 
+    type: str
+    max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
+    hung_after_s: float = Field(
+        3600,
+        gt=0,
+        description="the run stops when the engine, asked for something, has answered nothing for so long, seconds; "
+        "more than its longest turn takes",
+    )
+    canary_mean_tolerance: float = Field(
+        0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"
+    )
+
+
+class EngineConfig(EngineSettings):
+    """The run's own vLLM, one engine for each of its processes."""
+
+    type: Literal["local"] = "local"
     publish: Literal["auto", "lora", "merged"] = Field(
         "auto", description="how new weights reach the engine; auto: lora on a GPU, merged on a CPU (measured faster)"
     )
-    max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
     kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
     sleep: Sleep = Field(
@@ -37,15 +55,35 @@ class EngineConfig(Settings):
         "may have to rise",
     )
     enforce_eager: bool = Field(False, description="no compilation or CUDA graphs")
-    hung_after_s: float = Field(
-        3600,
-        gt=0,
-        description="the run stops when the engine, asked for something, has answered nothing for so long, seconds; "
-        "more than its longest turn takes",
-    )
-    canary_mean_tolerance: float = Field(
-        0.15, gt=0, description="largest mean |difference| in log-probability between engine and trainer, nats a token"
-    )
+
+
+class CustomEngineConfig(EngineSettings):
+    """Your own engine, a client of a server of yours say: what `trainer.engines.engine.Engine` describes."""
+
+    type: Literal["custom"]
+    target: str = Field(pattern=TARGET_PATTERN, description="`package.module:Name` or `path/to/file.py:name`")
+    kwargs: Kwargs = Field({}, description="the class or factory is called with them, before the run")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a `type` stands for."""
+
+    settings: type[EngineSettings]
+    engine: str
+    """Where it stands, as `module:name` below `trainer.engines`; called with the settings."""
+
+
+ENGINES = {
+    "local": Entry(EngineConfig, "local:VllmEngine"),
+    "custom": Entry(CustomEngineConfig, "custom:CustomEngine"),
+}
+"""The engines, by the `type` that a config names: one line each."""
+
+if TYPE_CHECKING:
+    AnyEngineConfig = EngineSettings
+else:
+    AnyEngineConfig = by_type({name: entry.settings for name, entry in ENGINES.items()}, without_type="local")
 
 
 def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:

@@ -17,7 +17,7 @@ from envs.users import user_of
 from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
 from graders.penalties import PenaltiesConfig, check_penalties
-from trainer.config.engines import EngineConfig, publishes_merged
+from trainer.config.engines import AnyEngineConfig, EngineConfig, publishes_merged
 from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
 from trainer.config.rollouts import RolloutConfig
@@ -52,7 +52,7 @@ class RunConfig(Settings):
     output_dir: Path = Field(description="the run folder; holds everything the run writes")
     seed: int = Field(0, ge=-(2**63), lt=2**63, description="of tasks' order, sampling and the adapter's beginning")
     model: ModelConfig = Field(ModelConfig(), description="the base model and its adapter")
-    engine: EngineConfig = Field(EngineConfig(), description="what samples the tokens")
+    engine: AnyEngineConfig = Field(EngineConfig(), description="what samples the tokens")
     world: Annotated[
         WorldConfig,
         BeforeValidator(_empty_where_null),
@@ -113,13 +113,13 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _merged_weights_take_nothing_away(self) -> RunConfig:
-        if self.engine.publish == "merged":
+        if isinstance(self.engine, EngineConfig) and self.engine.publish == "merged":
             check_publish(self, on_cpu=False)
         return self
 
     @model_validator(mode="after")
     def _quantised_weights_have_16_bits(self) -> RunConfig:
-        if self.engine.quantization and self.model.dtype == "float32":
+        if isinstance(self.engine, EngineConfig) and self.engine.quantization and self.model.dtype == "float32":
             raise ValueError(
                 f"engine.quantization: {self.engine.quantization} computes in 16 bits; set model.dtype to bfloat16 or "
                 "float16"
@@ -136,31 +136,38 @@ _DEFAULTED = {name for name, field in RunConfig.model_fields.items() if isinstan
 """Sections that are there in any case."""
 
 
-def _served_by_the_base(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """(key, why) of each setting that goes with an adapter beside the base and not with merged weights."""
+def asks_the_base(config: RunConfig) -> Iterator[str]:
+    """The keys by which the run's engine is asked for what the base model says."""
     user = user_of(config.world)
-    beside = "engine needs the base model beside the adapter"
     if config.judge.base_url == "engine":
-        yield "judge.base_url", beside
+        yield "judge.base_url"
     if user is not None and user.type == "engine":
-        yield "world.user", beside
-    if config.engine.quantization:
-        yield "engine.quantization", f"{config.engine.quantization} can't take merged weights"
+        yield "world.user"
+
+
+def _served_by_the_base(config: RunConfig, engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    """(key, why) of each setting that goes with an adapter beside the base and not with merged weights."""
+    for key in asks_the_base(config):
+        yield key, "engine needs the base model beside the adapter"
+    if engine.quantization:
+        yield "engine.quantization", f"{engine.quantization} can't take merged weights"
 
 
 def depends_on_the_machine(config: RunConfig) -> bool:
     """Whether `check_publish` says something else on a machine without a GPU."""
-    return config.engine.publish == "auto" and any(_served_by_the_base(config))
+    engine = config.engine
+    return isinstance(engine, EngineConfig) and engine.publish == "auto" and any(_served_by_the_base(config, engine))
 
 
 def check_publish(config: RunConfig, *, on_cpu: bool) -> None:
-    """Raise `UserError` for what can't be had where new weights reach the engine merged into the base."""
-    if not publishes_merged(config.engine, on_cpu=on_cpu):
+    """Raise `UserError` for what can't be had where new weights reach vLLM's engine merged into the base."""
+    engine = config.engine
+    if not isinstance(engine, EngineConfig) or not publishes_merged(engine, on_cpu=on_cpu):
         return
-    for key, why in _served_by_the_base(config):
-        if config.engine.publish == "merged":
+    for key, why in _served_by_the_base(config, engine):
+        if engine.publish == "merged":
             raise UserError(f"{key}: {why}; set engine.publish to lora")
         raise UserError(
-            f"{key}: {why}, and engine.publish: {config.engine.publish} means merged weights on this machine, which "
+            f"{key}: {why}, and engine.publish: {engine.publish} means merged weights on this machine, which "
             "has no GPU; leave it out, or set engine.publish to lora"
         )

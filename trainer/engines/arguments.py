@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
-from trainer.config import EngineConfig, ModelConfig, publishes_merged
+from trainer.config import EngineConfig, ModelConfig, RunConfig, publishes_merged
+from trainer.models.machines import GIB
 
 _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 """vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
@@ -63,6 +64,26 @@ def check_vllm(engine: EngineConfig) -> None:
                 f"engine.sleep: kv needs vLLM 0.31 or newer, and vLLM {vllm.__version__} is installed; set it to "
                 "weights"
             )
+
+
+def check_cache(config: RunConfig, engine: EngineConfig, folder: Path) -> None:
+    """Whether the cache on a CPU can be had and holds one episode, or vLLM would refuse to start. Raises `UserError`.
+
+    `folder` holds the model's config.json.
+    """
+    import psutil
+
+    from trainer.models.memory import kv_token_bytes, read_shape
+
+    given, memory = engine.kv_cache_gib * GIB, psutil.virtual_memory().total
+    if given > memory:
+        raise UserError(f"engine.kv_cache_gib: {engine.kv_cache_gib:g} GiB are more than this machine has")
+    shape = read_shape(folder)
+    if shape is not None and (needed := kv_token_bytes(config, shape) * config.rollout.max_episode_tokens) > given:
+        raise UserError(
+            f"engine.kv_cache_gib: {engine.kv_cache_gib:g} GiB hold less than one episode of "
+            f"rollout.max_episode_tokens = {config.rollout.max_episode_tokens:,}, which takes {needed / GIB:.2f} GiB"
+        )
 
 
 def engine_arguments(

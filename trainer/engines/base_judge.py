@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
 
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import stopped_clocks
 from envs.messages import ROLES
 from envs.types import Message
 from graders.judges.base import JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
+from trainer.engines.engine import KeepsBase
 from trainer.templates.chat import Chat
 
 DEFAULT_MAX_TOKENS = 1024
 """Of one judgement, where the grader's sampling_params name no limit."""
-
-
-class BaseEngine(Protocol):
-    """An engine that can still be asked for what the base model says, whatever adapter it serves."""
-
-    async def generate_base(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
-        schema: Mapping[str, Any] | None,
-    ) -> list[int]:
-        """Tokens whose text fits the JSON schema, if any, the stop token included; cut off after `max_tokens`.
-
-        Raises `WorldError` when the request fails but the engine lives, a prompt too long for it included.
-        """
-        ...
 
 
 class EngineJudge:
@@ -49,11 +28,11 @@ class EngineJudge:
     """
 
     def __init__(self) -> None:
-        self._engine: BaseEngine | None = None
+        self._engine: KeepsBase | None = None
         self._chat: Chat | None = None
         self._meter = JudgeMeter()
 
-    def bind(self, engine: BaseEngine, chat: Chat) -> None:
+    def bind(self, engine: KeepsBase, chat: Chat) -> None:
         self._engine, self._chat = engine, chat
 
     def check(self, sampling: JudgeSampling) -> None:

@@ -1,21 +1,17 @@
-"""The rollout engine: token ids in, token ids and log-probabilities out, new weights in between.
+"""What samples: token ids in, token ids and log-probabilities out, new weights in between.
 
-`VllmEngine` runs vLLM's AsyncLLM in process. The tests' scripted engine has the same interface and is exact.
+`trainer.engines.local` is vLLM in the run's own processes; `trainer.engines.custom` the user's own.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from pkgutil import resolve_name
+from typing import Any, Protocol, runtime_checkable
 
-from envs.errors import PublishError, WorldError
-from trainer.config import EngineConfig, ModelConfig, Sleep
-from trainer.engines.arguments import check_engine, check_vllm, engine_arguments, engine_environment, seeds_requests
-from trainer.templates.grammar import first_constrained
+from trainer.config import ENGINES, EngineSettings, ModelConfig, RunConfig
 
 PROBE_VERSION = -1
 """The version of the weights that prove, before the first policy is published, that the engine takes all of them."""
@@ -55,19 +51,57 @@ class Sampling:
     sampling and in the log-probabilities."""
 
 
-def release_memory() -> None:
-    """Give back what this process has reserved on the GPU and no longer holds, before an engine takes its share."""
-    import torch
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStart:
+    """What an engine is told when it starts."""
 
-    gc.collect()
-    torch.cuda.empty_cache()
+    model_path: Path
+    """The folder of the base model."""
+    model: ModelConfig
+    max_model_len: int
+    """Tokens of the longest sequence, prompt and completion together."""
+    stop_token_ids: Sequence[int]
+    """Each ends a turn."""
+    device: str
+    """Where the trainer computes: cpu or cuda."""
+    rank: int = 0
+    """Of this process in the run; each has an engine of its own."""
+    local_rank: int = 0
+    """Of this process on its machine."""
+    seed: int = 0
+    """For draws that no request's seed decides: another for each process and each time that a run goes on."""
 
 
-class Engine(Protocol):
-    """Serves one policy version at a time to any number of concurrent requests."""
+class Sampler(Protocol):
+    """What rollouts ask of an engine."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """Sample one turn. Raises `WorldError` when the request fails but the engine lives."""
+        """Sample one turn; any number at once. Raises `WorldError` when the request fails but the engine lives."""
+        ...
+
+
+class Engine(Sampler, Protocol):
+    """Serves one policy version at a time to any number of concurrent requests.
+
+    Made before the run, where that costs nothing, and started when the policy is loaded. What it may have besides
+    stands below (`Sleeps`, `KeepsBase`, `ChecksRun`, `ChecksModel`) and in `envs.base` (`Counts`, `Closes`).
+    """
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it takes memory and processors of the trainer's machine. Known before the start."""
+        ...
+
+    @property
+    def publishes_merged(self) -> bool:
+        """Whether it is given the base's weights with the adapter merged into them. Known before the start.
+
+        Else it is given the adapter alone, as PEFT writes it, which it applies to the base.
+        """
+        ...
+
+    async def start(self, given: EngineStart) -> None:
+        """Load the base model, which it serves until the first publish."""
         ...
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -75,136 +109,33 @@ class Engine(Protocol):
         ...
 
     async def publish(self, weights: Path, version: int) -> None:
-        """Serve `weights` (an adapter or merged weights, as `publishes_merged` says) from now on."""
+        """Serve the weights in this folder from now on; it is deleted once a later version is served.
+
+        No request is running. The first is `PROBE_VERSION`, which no turn is sampled with. Raises `PublishError`.
+        """
         ...
 
+    def shutdown(self) -> None:
+        """Release what `start` took, also where that failed. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Sleeps(Protocol):
+    """An engine that can leave memory of the machine to the trainer."""
+
     async def sleep(self) -> None:
-        """Leave the memory that is not needed to train to the trainer. No request may be running."""
+        """Called between a step's rollouts and its update. No request is running."""
         ...
 
     async def wake_up(self) -> None:
-        """Take it back, before anything else is asked."""
+        """Called after the update, before anything else is asked."""
         ...
 
-    @property
-    def publishes_merged(self) -> bool: ...
 
-    def shutdown(self) -> None: ...
-
-
-class VllmEngine:
-    """vLLM's continuous batching over all live episodes. Create it with `await VllmEngine.start(...)`.
-
-    Every request carries the policy version as its cache salt, so that no prefix-cache entry of one version can
-    serve another; in adapter mode the adapter's name (`policy-v{N}`) does the same once more.
-    """
-
-    def __init__(
-        self,
-        llm: Any,
-        *,
-        merged: bool,
-        seeded: bool,
-        sleep: Sleep,
-        stop_token_ids: Sequence[int],
-        model: ModelConfig,
-    ) -> None:
-        self._llm = llm
-        self._model = model
-        self._seeded = seeded
-        self._sleep = sleep
-        self._merged = merged
-        self._stop_token_ids = list(stop_token_ids)
-        self._version = 0
-        self._lora: Any = None
-        self._request_ids = itertools.count()
-        self._live_requests = 0
-
-    @classmethod
-    async def start(
-        cls,
-        model_path: Path,
-        *,
-        model: ModelConfig,
-        engine: EngineConfig,
-        max_model_len: int,
-        stop_token_ids: Sequence[int],
-        device: str,
-        local_rank: int = 0,
-        seed: int = 0,
-    ) -> VllmEngine:
-        """Start the engine's processes and load the base model. `device` is cpu or cuda."""
-        check_engine(engine, on_cpu=device == "cpu")
-        check_vllm(engine)
-        with engine_environment(engine, device=device, local_rank=local_rank):
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-
-            arguments = engine_arguments(
-                model_path, model=model, engine=engine, max_model_len=max_model_len, device=device, seed=seed
-            )
-            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        return cls(
-            llm,
-            merged=not arguments["enable_lora"],
-            seeded=seeds_requests(engine, on_cpu=device == "cpu"),
-            sleep=engine.sleep,
-            stop_token_ids=stop_token_ids,
-            model=model,
-        )
-
-    @property
-    def publishes_merged(self) -> bool:
-        return self._merged
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
-
-        params = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed if self._seeded else None,
-            logprobs=0,
-            stop_token_ids=self._stop_token_ids,
-            detokenize=False,
-            structured_outputs=StructuredOutputsParams(json=sampling.schema) if sampling.schema else None,
-        )
-        version = self._version
-        output = (await self._request(prompt_ids, params)).outputs[0]
-        token_ids = list(output.token_ids)
-        return Completion(
-            token_ids=token_ids,
-            constrained_from=self._constrained_from(prompt_ids, token_ids) if sampling.schema else None,
-            logprobs=[entry[t].logprob for t, entry in zip(output.token_ids, output.logprobs, strict=True)],
-            finished=output.finish_reason == "stop",
-            policy_version=version,
-        )
-
-    def _reasoning(self, *, base: bool) -> dict[str, Any]:
-        """What tells vLLM where the reasoning ends, before which no grammar holds. The base as a judge does none."""
-        if not self._model.reasoning_parser:
-            return {}
-        if base:
-            return {"reasoning_ended": True}
-        return {"reasoning_parser_kwargs": {"chat_template_kwargs": self._model.chat_template_kwargs}}
-
-    def _constrained_from(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> int:
-        if not self._model.reasoning_parser:
-            return 0
-        from vllm.reasoning import ReasoningParserManager
-
-        parser = ReasoningParserManager.get_reasoning_parser(self._model.reasoning_parser)
-        reasoner = parser(self._llm.get_tokenizer(), chat_template_kwargs=self._model.chat_template_kwargs)
-        return first_constrained(reasoner, prompt_ids, token_ids)
-
-    async def score(self, token_ids: Sequence[int]) -> list[float]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        output = await self._request(token_ids, params)
-        return [entry[t].logprob for t, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+@runtime_checkable
+class KeepsBase(Protocol):
+    """An engine that can still be asked for what the base model says, whatever it serves."""
 
     async def generate_base(
         self,
@@ -216,102 +147,35 @@ class VllmEngine:
         seed: int | None,
         schema: Mapping[str, Any] | None,
     ) -> list[int]:
-        """Tokens of the base model, the adapter off, whose text fits the JSON schema; the stop token included.
+        """Tokens whose text fits the JSON schema, if any, the stop token included; cut off after `max_tokens`.
 
-        Raises `WorldError` as `generate`, and for a prompt that leaves no room. Only where weights are published as an
-        adapter.
+        Raises `WorldError` when the request fails but the engine lives, a prompt too long for it included.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        ...
 
-        assert not self._merged, "the base model has been merged with the adapter"
-        room = self._llm.vllm_config.model_config.max_model_len - len(prompt_ids)
-        if room < 1:
-            raise WorldError(
-                f"a prompt of {len(prompt_ids)} tokens for the base model does not fit the engine, which is as long as "
-                "an episode (rollout.max_episode_tokens)"
-            )
-        params = SamplingParams(
-            max_tokens=min(max_tokens, room),
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop_token_ids=self._stop_token_ids,
-            detokenize=False,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
-        )
-        output = await self._request(prompt_ids, params, base=True)
-        return list(output.outputs[0].token_ids)
 
-    async def publish(self, weights: Path, version: int) -> None:
-        if self._live_requests:
-            raise PublishError(f"publish of {version_name(version)} while {self._live_requests} requests are running")
-        if self._merged:
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
-        else:
-            from vllm.lora.request import LoRARequest
-            from vllm.v1.engine.exceptions import EngineDeadError
+@runtime_checkable
+class ChecksRun(Protocol):
+    """An engine that can tell at once what of a run it can't serve."""
 
-            former, self._lora = (
-                self._lora,
-                LoRARequest(version_name(version), version - PROBE_VERSION + 1, str(weights)),
-            )
-            if former is not None:
-                await self._llm.remove_lora(former.lora_int_id)
-            try:
-                loaded = await self._llm.add_lora(self._lora)
-            except EngineDeadError:
-                raise
-            except Exception as e:  # vLLM's process says in a plain one what it could not load
-                raise PublishError(f"vLLM did not load the adapter {version_name(version)}: {e}") from e
-            if not loaded:
-                raise PublishError(f"vLLM did not load the adapter {version_name(version)} from {weights}")
-        if not await self._llm.reset_prefix_cache():
-            raise PublishError(f"vLLM kept its prefix cache when {version_name(version)} was published")
-        self._version = version
+    def check_run(self, config: RunConfig) -> None:
+        """Raises `UserError`; called before anything else of the run is looked at."""
+        ...
 
-    async def sleep(self) -> None:
-        if self._sleep == "none":
-            return
-        assert not self._live_requests, f"asleep while {self._live_requests} requests are running"
-        if self._sleep == "weights":
-            # Weights and the adapter's buffers go to the machine's memory, the cache is dropped.
-            await self._llm.sleep(level=1)
-        else:
-            # Level 0 stops the scheduler, without which vLLM keeps the cache.
-            await self._llm.sleep(level=0)
-            await self._llm.release_kv_cache_memory()
 
-    async def wake_up(self) -> None:
-        if self._sleep != "none":
-            release_memory()
-            # By name: vLLM would map anew what never went to sleep.
-            await self._llm.wake_up(["kv_cache"] if self._sleep == "kv" else ["weights", "kv_cache"])
+@runtime_checkable
+class ChecksModel(Protocol):
+    """An engine that can tell before any weight is read whether it can serve the model."""
 
-    async def _request(self, prompt_ids: Sequence[int], params: Any, *, base: bool = False) -> Any:
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineGenerateError
+    def check_model(self, config: RunConfig, folder: Path, *, trains: bool) -> None:
+        """Raises `UserError`. `folder` holds the model's config.json, its weights may be missing.
 
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": "base" if base else version_name(self._version)}
-        self._live_requests += 1
-        try:
-            adapter = None if base else self._lora
-            number = str(next(self._request_ids))
-            how = self._reasoning(base=base) if params.structured_outputs else {}
-            stream = self._llm.generate(prompt, params, number, lora_request=adapter, **how)
-            (output,) = [output async for output in stream]
-            return output
-        except EngineGenerateError as e:
-            raise WorldError(f"vLLM failed a request: {e}") from e
-        finally:
-            self._live_requests -= 1
+        `trains` is False where the run is only looked at, for another machine maybe.
+        """
+        ...
 
-    def shutdown(self) -> None:
-        """End the engine's processes. May be called twice."""
-        if self._llm is not None:
-            self._llm.shutdown()
-            # vLLM keeps references until the interpreter ends, where AsyncLLM's finalizer finds its modules gone and
-            # prints a traceback. It has nothing left to do.
-            self._llm.__class__ = type("EndedLLM", (type(self._llm),), {"__del__": lambda ended: None})
-            self._llm = None
+
+def make_engine(config: EngineSettings) -> Engine:
+    """The engine that a config names, not started. Raises `UserError` for one that can't be had."""
+    make: Callable[[EngineSettings], Engine] = resolve_name(f"trainer.engines.{ENGINES[config.type].engine}")
+    return make(config)

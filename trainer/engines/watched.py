@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from envs.errors import EngineHungError
 from envs.limits.clocks import Clock, time_limit
-from trainer.engines.base_judge import BaseEngine
-from trainer.engines.engine import Completion, Engine, Sampling
+from trainer.engines.engine import Completion, Engine, EngineStart, KeepsBase, Sampling, Sleeps
 
 _T = TypeVar("_T")
 
@@ -32,8 +31,15 @@ class WatchedEngine:
         self._open: set[Clock] = set()
 
     @property
+    def runs_here(self) -> bool:
+        return self.engine.runs_here
+
+    @property
     def publishes_merged(self) -> bool:
         return self.engine.publishes_merged
+
+    async def start(self, given: EngineStart) -> None:
+        await self.engine.start(given)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         return await self._answered("a turn", self.engine.generate(prompt_ids, sampling))
@@ -45,14 +51,18 @@ class WatchedEngine:
         await self._answered("the loading of new weights", self.engine.publish(weights, version))
 
     async def sleep(self) -> None:
-        await self._answered("its sleep", self.engine.sleep())
+        """Nothing where the engine can't."""
+        if isinstance(self.engine, Sleeps):
+            await self._answered("its sleep", self.engine.sleep())
 
     async def wake_up(self) -> None:
-        await self._answered("its awakening", self.engine.wake_up())
+        if isinstance(self.engine, Sleeps):
+            await self._answered("its awakening", self.engine.wake_up())
 
     async def generate_base(self, prompt_ids: Sequence[int], **how: Any) -> list[int]:
-        """As `BaseEngine` has it."""
-        answer = cast(BaseEngine, self.engine).generate_base(prompt_ids, **how)
+        """As `KeepsBase` has it; only where the engine is one."""
+        assert isinstance(self.engine, KeepsBase)
+        answer = self.engine.generate_base(prompt_ids, **how)
         return await self._answered("the base model's words", answer)
 
     def shutdown(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import platform
@@ -21,11 +22,26 @@ class Machine:
     """Of one GPU, or of the machine."""
 
 
+def has_gpu() -> bool:
+    """Whether this machine has one that torch can use. Loads torch, which takes seconds."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def release_memory() -> None:
+    """Give back what this process has reserved on the GPU and no longer holds, before an engine takes its share."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def this_machine() -> Machine:
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if has_gpu():
         return Machine(on_cpu=False, memory_bytes=float(torch.cuda.get_device_properties(0).total_memory))
     return Machine(on_cpu=True, memory_bytes=float(psutil.virtual_memory().total))
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import EngineConfig, RunConfig
 from trainer.models.machines import GIB
 
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -141,10 +141,10 @@ def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> f
     return tokens * (shape.num_layers * kept + 2 * layer + head) + head_bytes(shape, on_cpu=on_cpu)
 
 
-def engine_weight_bytes(config: RunConfig, shape: ModelShape, num_weights: int) -> float:
+def engine_weight_bytes(config: RunConfig, engine: EngineConfig, shape: ModelShape, num_weights: int) -> float:
     """P·b; quantised to fp8, one byte a weight of the linear layers, and b of embeddings, norms and output head."""
     b = DTYPE_BYTES[config.model.dtype]
-    quantised = shape.num_linear_weights if config.engine.quantization else 0
+    quantised = shape.num_linear_weights if engine.quantization else 0
     return quantised + (num_weights - quantised) * b
 
 
@@ -154,31 +154,39 @@ def kv_token_bytes(config: RunConfig, shape: ModelShape) -> int:
 
 
 def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool) -> list[MemoryRow]:
-    """By process: what the trainer holds, and what its engine holds."""
+    """By process: what the trainer holds, and what its engine holds; nothing of an engine of the user's own."""
     b = DTYPE_BYTES[config.model.dtype]
     lora = num_lora_weights(config, shape)
     checkpointed = config.model.gradient_checkpointing
     kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 4bI + 4A + 8 + 7br"
-    kv_token = kv_token_bytes(config, shape)
-    engine_weights = "1 · linear weights + b · others" if config.engine.quantization else "P·b"
-    together = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
-    longest = config.rollout.max_episode_tokens
     rows = [
         ("trainer", "base weights", num_weights * b, "P·b"),
         ("trainer", "adapter and its optimizer", 24 * lora,
          "24 bytes · r·Σ(inputs + outputs): weight 4, gradient 4, Adam 8, flattened gradients 8"),
         ("trainer", "activations of a microbatch", activation_bytes(config, shape, on_cpu=on_cpu),
          f"T · (L·[{kept}] + two whole layers + head), and {head_bytes(shape, on_cpu=on_cpu) // 2**20} MiB of logits"),
-        ("engine", "base weights", engine_weight_bytes(config, shape, num_weights), engine_weights),
-        ("engine", "adapter", lora * b, "b·r·Σ(inputs + outputs)"),
     ]  # fmt: skip
-    if on_cpu:
-        rows.append(("engine", "KV cache", config.engine.kv_cache_gib * GIB, "engine.kv_cache_gib"))
-        rows.append(("engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"))
-    else:
-        formula = f"2·L·K·b = {kv_token:,} bytes a token · {together} sequences · {longest:,} tokens, at most"
-        rows.append(("engine", "KV cache", kv_token * together * longest, formula))
+    if isinstance(config.engine, EngineConfig):
+        rows += _engine_rows(config, config.engine, shape, num_weights, on_cpu=on_cpu)
     return [MemoryRow(where=w, name=n, num_bytes=float(size), formula=f) for w, n, size, f in rows]
+
+
+def _engine_rows(
+    config: RunConfig, engine: EngineConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool
+) -> Iterator[tuple[str, str, float, str]]:
+    b = DTYPE_BYTES[config.model.dtype]
+    weights = "1 · linear weights + b · others" if engine.quantization else "P·b"
+    yield "engine", "base weights", engine_weight_bytes(config, engine, shape, num_weights), weights
+    yield "engine", "adapter", num_lora_weights(config, shape) * b, "b·r·Σ(inputs + outputs)"
+    if on_cpu:
+        yield "engine", "KV cache", engine.kv_cache_gib * GIB, "engine.kv_cache_gib"
+        yield "engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"
+        return
+    kv_token = kv_token_bytes(config, shape)
+    together = min(engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    longest = config.rollout.max_episode_tokens
+    formula = f"2·L·K·b = {kv_token:,} bytes a token · {together} sequences · {longest:,} tokens, at most"
+    yield "engine", "KV cache", kv_token * together * longest, formula
 
 
 def memory_bytes(rows: Sequence[MemoryRow], where: str | None = None) -> float:

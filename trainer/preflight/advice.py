@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from envs.types import StopReason
-from trainer.config import RunConfig
+from trainer.config import EngineConfig, RunConfig
 from trainer.measures.masked import WHY_MASKED, Masked
 from trainer.models.machines import GIB
 from trainer.models.memory import MemoryRow, memory_bytes
@@ -214,10 +214,17 @@ def _penalties(figures: Figures) -> Iterator[Advice]:
 
 
 def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: float, on_cpu: bool) -> list[Advice]:
-    """Whether it fits: on a CPU into all there is; on a GPU the engine into its share, the trainer beside it."""
+    """Whether it fits: on a CPU into all there is; on a GPU the engine into its share, the trainer beside it.
+
+    Of an engine of the user's own nothing is known: the trainer alone is looked at, beside which it has to fit.
+    """
+    engine = config.engine
+    if not isinstance(engine, EngineConfig):
+        remedy = "model.gradient_checkpointing or a smaller optim.max_microbatch_tokens"
+        return _fit("The trainer, without what your engine takes,", memory_bytes(rows), total_bytes, remedy)
     if on_cpu:
         return _fit("Run and engine", memory_bytes(rows), total_bytes, "less of optim.max_microbatch_tokens")
-    share, sleep = config.engine.gpu_memory_utilization, config.engine.sleep
+    share, sleep = engine.gpu_memory_utilization, engine.sleep
     weights = sum(row.num_bytes for row in rows if row.where == "engine" and row.name != "KV cache")
     left_by_engine = {"none": total_bytes * (1 - share), "kv": total_bytes - weights, "weights": total_bytes}[sleep]
     advice = _fit(
@@ -235,7 +242,7 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     room = total_bytes * share - weights
     if room <= 0:
         return advice + _fit("The engine's weights", weights, total_bytes * share, "a GPU with more memory")
-    sequences = min(config.engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    sequences = min(engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
     if room * sequences < cache:
         return advice + _fit(
             "The KV cache of one episode at full length",

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from envs.errors import UserError
-from trainer.config import RunConfig, check_publish, publishes_merged
+from trainer.config import EngineConfig, RunConfig, check_publish, publishes_merged
 from trainer.engines.arguments import check_engine
 from trainer.models.cache import resolve_config
 from trainer.models.machines import GIB, Gpu, Machine, check_option, this_machine
@@ -105,11 +105,11 @@ class Estimate:
     where: str
     """In words: which GPUs, or this machine."""
     engine_share_bytes: float | None
-    """What the engine takes of a GPU, whatever it needs; None on a CPU."""
+    """What the engine takes of a GPU, whatever it needs; None on a CPU, and where it is the user's own."""
     memory: Sequence[MemoryRow]
     advice: Sequence[Advice]
     time: TimeEstimate | None
-    """None without the GPU's speeds."""
+    """None without the GPU's speeds, and where the engine is the user's own."""
     gpu_hour_price: float | None
 
 
@@ -118,7 +118,10 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
     _check(assumptions)
     gpu = assumptions.gpu
     machine = Machine(on_cpu=False, memory_bytes=gpu.memory_bytes) if gpu else this_machine()
-    check_engine(config.engine, on_cpu=machine.on_cpu)
+    # What an engine of the user's own takes, and how fast it is, no formula says.
+    engine = config.engine if isinstance(config.engine, EngineConfig) else None
+    if engine:
+        check_engine(engine, on_cpu=machine.on_cpu)
     check_publish(config, on_cpu=machine.on_cpu)
     folder = resolve_config(config.model.name)
     shape = read_shape(folder)
@@ -127,17 +130,21 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
     num_weights = num_weights_of(folder, shape)
     rows = memory_rows(config, shape, num_weights, on_cpu=machine.on_cpu)
     time = None
-    if gpu and gpu.flops and gpu.bandwidth:
+    if engine and gpu and gpu.flops and gpu.bandwidth:
         episode = episode_of(config, assumptions)
         time = computed_time(config, shape, num_weights, gpu, episode, gpus=assumptions.gpus)
     return Estimate(
         where=f"{assumptions.gpus} × {gpu.name}" if gpu else "this machine",
-        engine_share_bytes=None if machine.on_cpu else machine.memory_bytes * config.engine.gpu_memory_utilization,
+        engine_share_bytes=_share_bytes(engine, machine),
         memory=rows,
         advice=advise_memory(rows, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu),
         time=time,
         gpu_hour_price=assumptions.gpu_hour_price,
     )
+
+
+def _share_bytes(engine: EngineConfig | None, machine: Machine) -> float | None:
+    return None if engine is None or machine.on_cpu else machine.memory_bytes * engine.gpu_memory_utilization
 
 
 def episode_of(config: RunConfig, assumptions: Assumptions) -> AssumedRollout:
@@ -180,10 +187,11 @@ def decoding_of(
 ) -> Decoding:
     """Of `num_rollouts` on one GPU."""
     assert gpu.flops and gpu.bandwidth, "asked for the time of a GPU whose speeds are not known"
+    engine = _local(config)
     g, r = episode.generated_tokens, episode.row_tokens
     kv_row = kv_token_bytes(config, shape) * r
-    weights = engine_weight_bytes(config, shape, num_weights)
-    room = gpu.memory_bytes * config.engine.gpu_memory_utilization - weights
+    weights = engine_weight_bytes(config, engine, shape, num_weights)
+    room = gpu.memory_bytes * engine.gpu_memory_utilization - weights
     cached = room // kv_row
     at_once = max(1.0, min(config.engine.max_num_seqs, num_rollouts, cached))
     rounds = num_rollouts / at_once + LONGEST_ROLLOUT - 1
@@ -201,6 +209,11 @@ def decoding_of(
         prefill_s=num_rollouts * prefilled * forward_s,
         read_anew=read_anew,
     )
+
+
+def _local(config: RunConfig) -> EngineConfig:
+    assert isinstance(config.engine, EngineConfig), "asked for the time of an engine that the formulas do not cover"
+    return config.engine
 
 
 def training_passes(config: RunConfig) -> int:
@@ -222,7 +235,7 @@ def computed_time(
     step = decoding_of(config, shape, num_weights, gpu, episode, rollouts)
     evaluation = decoding_of(config, shape, num_weights, gpu, episode, held_out)
     trained_s = rollouts * episode.row_tokens * training_passes(config) * num_weights
-    merged = publishes_merged(config.engine, on_cpu=False)
+    merged = publishes_merged(_local(config), on_cpu=False)
     published_bytes = num_weights * b if merged else 4 * num_lora_weights(config, shape)
     return TimeEstimate(
         start_s=2 * num_weights * b / DISK_BYTES_PER_S + START_S,

@@ -74,7 +74,10 @@ def render_estimate(estimate: Estimate) -> RenderableType:
     ]
     if estimate.time is None:
         parts.append(
-            Text("No time: name a GPU with --gpu, or give --gpu-memory-gib, --gpu-tflops and --gpu-bandwidth.")
+            Text(
+                "No time: name a GPU with --gpu, or give --gpu-memory-gib, --gpu-tflops and --gpu-bandwidth. How fast "
+                "an engine of your own is, a preflight that runs it says."
+            )
         )
         return Group(*parts)
     times = _durations(estimate.time, ("start", "rollouts", "training"), estimate.gpu_hour_price)
@@ -208,7 +211,8 @@ def _time_bars(found: Preflight) -> list[tuple[str, float]]:
 
 def _memory_total(rows: Sequence[MemoryRow]) -> str:
     trainer, engine = memory_bytes(rows, "trainer"), memory_bytes(rows, "engine")
-    return f"trainer {gib(trainer)}, engine {gib(engine)} per process" if rows else ""
+    told = f", engine {gib(engine)}" if engine else ""
+    return f"trainer {gib(trainer)}{told} per process" if rows else ""
 
 
 def _panel(advice: Advice) -> Panel:

@@ -24,7 +24,7 @@ from envs.users import Exchange, Users, hear
 from graders.types import Grader
 from trainer.config import RolloutConfig
 from trainer.config.response_format import schema_text
-from trainer.engines.engine import Completion, Engine, Sampling
+from trainer.engines.engine import Completion, Sampler, Sampling
 from trainer.rollouts.admission import Place, Places
 from trainer.rollouts.grading import Graded, Grading
 from trainer.rollouts.live import Live
@@ -54,7 +54,7 @@ class RolloutWorker:
         world: World,
         grader: Grader,
         chat: Chat,
-        engine: Engine,
+        engine: Sampler,
         config: RolloutConfig,
         users: Users | None = None,
         watch_grader: Grader | None = None,

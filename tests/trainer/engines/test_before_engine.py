@@ -19,6 +19,7 @@ from tests.support.configs import scripted_config
 from trainer import processes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
 from trainer.engines.arguments import engine_arguments
+from trainer.engines.engine import EngineStart, make_engine
 from trainer.learning.adapter import published_bytes
 from trainer.learning.policy import Policy
 from trainer.prepare import Prepared, prepare
@@ -86,7 +87,7 @@ def run_until_the_engine(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
     happened: list[str] = []
     collect = gc.collect
 
-    async def start(*arguments: object, **options: object) -> Any:
+    async def start(given: EngineStart) -> Any:
         happened.append("started")
         raise Started
 
@@ -137,13 +138,17 @@ def test_on_gpus_one_engine_of_a_machine_fills_the_compile_cache_before_the_othe
 ):
     happened: list[str] = []
 
-    async def start(*arguments: object, **options: object) -> Any:
+    async def start(given: EngineStart) -> Any:
         happened.append("started")
 
     monkeypatch.setattr(processes, "wait_for_all", lambda: happened.append("waited"))
     config = RunConfig.model_validate(scripted_config(Path("unused"), tiny_model))
     job = SimpleNamespace(
-        config=config, model_path=tiny_model, chat=SimpleNamespace(stop_token_ids={2}), asks_engine=()
+        config=config,
+        model_path=tiny_model,
+        chat=SimpleNamespace(stop_token_ids={2}),
+        engine=make_engine(config.engine),
+        asks_engine=(),
     )
     accelerator = SimpleNamespace(device=torch.device(device), local_process_index=local_rank, process_index=local_rank)
     asyncio.run(open_engine(job, accelerator, start, first_step=0))

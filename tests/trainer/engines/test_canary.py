@@ -47,7 +47,12 @@ def as_new(policy):
 
 
 def start(model: Path, **faults: object) -> ScriptedEngine:
-    return ScriptedEngine(model, script=lambda prompt, seed: "", stop_token_ids=[2], faults=Faults(**faults))
+    return loaded(ScriptedEngine(lambda prompt, seed: "", Faults(**faults)), model)
+
+
+def loaded(engine: ScriptedEngine, model: Path) -> ScriptedEngine:
+    engine.load(model, stop_token_ids=[2])
+    return engine
 
 
 async def published(policy: Policy, engine: ScriptedEngine, *sizes: float, tolerance: float = 0.15) -> dict[str, float]:
@@ -106,7 +111,7 @@ async def test_an_adapter_of_another_policy_is_noticed(tiny_model, policy, tmp_p
         async def publish(self, weights: Path, version: int) -> None:
             await super().publish(tmp_path / "foreign" if version else weights, version)
 
-    engine = Foreign(tiny_model, script=lambda prompt, seed: "", stop_token_ids=[2])
+    engine = loaded(Foreign(lambda prompt, seed: ""), tiny_model)
     with pytest.raises(PublishError, match=r"runs another policy|still answers as"):
         await published(policy, engine, 3e-2)
 

@@ -29,7 +29,8 @@ from tests.support.taught import THOUGHT
 from trainer.config import EngineConfig, ModelConfig, OptimConfig
 from trainer.engines.arguments import engine_environment
 from trainer.engines.canary import Canary
-from trainer.engines.engine import Completion, Sampling, VllmEngine
+from trainer.engines.engine import Completion, EngineStart, Sampling
+from trainer.engines.local import VllmEngine
 from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
 from trainer.learning.policy import Policy
@@ -70,19 +71,12 @@ def start_rig(folder: Path, publish: Literal["merged", "lora"], model: ModelConf
     from accelerate import Accelerator
 
     policy = Policy(folder, model, OptimConfig(), Accelerator(cpu=True), 0)
+    engine = VllmEngine(
+        EngineConfig(publish=publish, seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16)
+    )
+    given = EngineStart(model_path=folder, model=model, max_model_len=512, stop_token_ids=[END[publish]], device="cpu")
     with asyncio.Runner() as loop:
-        engine = loop.run(
-            VllmEngine.start(
-                folder,
-                model=model,
-                engine=EngineConfig(
-                    publish=publish, seeded_requests=True, enforce_eager=True, kv_cache_gib=1, max_num_seqs=16
-                ),
-                max_model_len=512,
-                stop_token_ids=[END[publish]],
-                device="cpu",
-            )
-        )
+        loop.run(engine.start(given))
         try:
             with Scratch() as scratch:
                 publisher = Publisher(policy, engine, Canary(CANARIES, tolerance=TOLERANCE), scratch.path)
@@ -426,11 +420,10 @@ def test_vllm_takes_the_quantisation_beside_adapters(smollm2: Path, monkeypatch:
     monkeypatch.setattr(AsyncLLM, "from_engine_args", taken.append)
     with asyncio.Runner() as loop:
         for quantization in ("fp8", None):
-            engine = EngineConfig(quantization=quantization)
-            start = VllmEngine.start(
-                smollm2, model=ModelConfig(), engine=engine, max_model_len=512, stop_token_ids=[2], device="cuda"
+            given = EngineStart(
+                model_path=smollm2, model=ModelConfig(), max_model_len=512, stop_token_ids=[2], device="cuda"
             )
-            loop.run(start)
+            loop.run(VllmEngine(EngineConfig(quantization=quantization)).start(given))
     quantised, plain = (args.create_engine_config() for args in taken)
     assert plain.quant_config is None
     assert quantised.lora_config is not None and quantised.quant_config.get_name() == "online"

@@ -18,7 +18,7 @@ from tests.support.families import config_alone
 from tests.support.scripted_engine import ScriptedEngine, engine_starter, finance_script
 from trainer.config import EngineConfig, ModelConfig, RolloutConfig, RunConfig
 from trainer.engines.arguments import check_engine, check_vllm, engine_arguments, engine_environment, seeds_requests
-from trainer.engines.engine import VllmEngine
+from trainer.engines.local import VllmEngine
 from trainer.learning.adapter import load_model
 from trainer.learning.head import chunk_rows
 from trainer.learning.policy import Policy
@@ -67,7 +67,8 @@ async def test_the_engine_leaves_to_the_trainer_what_is_asked_and_no_more(
 ) -> None:
     llm = Asked()
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: llm.calls.append("trainer's released"))
-    engine = VllmEngine(llm, merged=False, seeded=True, sleep=sleep, stop_token_ids=[2], model=ModelConfig())
+    engine = VllmEngine(EngineConfig(sleep=sleep))
+    engine._llm = llm
     await engine.sleep()
     await engine.wake_up()
     assert llm.calls == expected

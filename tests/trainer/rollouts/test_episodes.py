@@ -25,13 +25,12 @@ from tests.support.episodes import (
     TASK,
     LengthGrader,
     Played,
-    Writer,
     assert_ledgers_hold_what_was_sampled,
     note,
     play,
 )
 from tests.support.episodes import World as PlainWorld
-from tests.support.scripted_engine import BROKEN_CALL, call
+from tests.support.scripted_engine import BROKEN_CALL, Writer, call
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.config import RolloutConfig, RunConfig
 from trainer.learning.samples import sample_of as training_row

@@ -23,11 +23,10 @@ from tests.support.episodes import (
     LengthGrader,
     LiveIds,
     World,
-    Writer,
     executed,
     play,
 )
-from tests.support.scripted_engine import BROKEN_CALL, call
+from tests.support.scripted_engine import BROKEN_CALL, Writer, call
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise

@@ -18,9 +18,9 @@ from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
 from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear
 from graders.hosted.view import sample_of
-from tests.support.episodes import TASK, LengthGrader, Writer, note
+from tests.support.episodes import TASK, LengthGrader, note
 from tests.support.episodes import World as PlainWorld
-from tests.support.scripted_engine import BROKEN_CALL, call
+from tests.support.scripted_engine import BROKEN_CALL, Writer, call
 from tests.support.servers import completion, scripted_judge
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from tests.trainer.rollouts.test_episodes import Talks

@@ -8,7 +8,8 @@ import pytest
 
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task
-from tests.support.episodes import LengthGrader, World, Writer
+from tests.support.episodes import LengthGrader, World
+from tests.support.scripted_engine import Writer
 from trainer.config import RolloutConfig
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.rollouts.worker import RolloutWorker

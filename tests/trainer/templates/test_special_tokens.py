@@ -15,8 +15,8 @@ import pytest
 from envs.errors import UserError
 from envs.tools import tool
 from envs.types import Message, ToolCall
-from tests.support.episodes import CONFIG, TASK, LengthGrader, World, Writer
-from tests.support.scripted_engine import call
+from tests.support.episodes import CONFIG, TASK, LengthGrader, World
+from tests.support.scripted_engine import Writer, call
 from trainer.learning.samples import sample_of
 from trainer.learning.warmstart import check_demonstrations, demonstration_ledgers
 from trainer.measures.summary import summarise

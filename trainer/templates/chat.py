@@ -296,7 +296,12 @@ class Chat:
 
     @functools.cached_property
     def _is_local(self) -> bool:
-        return is_local(self._render)
+        return self._lists_tools_apart or is_local(self._render, [PROBE_TOOL])
+
+    @functools.cached_property
+    def _lists_tools_apart(self) -> bool:
+        """Whether what is added reads the same without any tools, which then need not be listed."""
+        return is_local(self._render, ())
 
     def _rendered_on(
         self,
@@ -311,7 +316,8 @@ class Chat:
         """The whole conversation, of which `prompt` is what `before` was rendered to."""
         # Now and then all of it is rendered, less often the longer it is: a template that fooled its proof would fork.
         if self._is_local and len(before) // 2 not in _RENDERED_WHOLE:
-            added = added_by(self._render, turn, answers, tools, generate=generate)
+            listed = () if self._lists_tools_apart else tools
+            added = added_by(self._render, turn, answers, listed, generate=generate)
             if added is not None:
                 return prompt + added
         return self._render([*before, turn, *answers], tools, generate=generate)
@@ -428,4 +434,6 @@ class Chat:
 
 def _num_common(a: str, b: str) -> int:
     """The characters that two texts have in common at their start."""
+    if b.startswith(a):
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -40,10 +40,11 @@ def added_by(
     return text[len(head) :] if text.startswith(head) else None
 
 
-def is_local(render: Render) -> bool:
-    """Tried on turns of several kinds after conversations of several kinds and lengths.
+def is_local(render: Render, tools: Sequence[ToolSchema]) -> bool:
+    """Whether `added_by` under these tools is what is added to conversations with a tool.
 
-    Those that the template refuses say nothing; of each kind of conversation some turn must be taken.
+    Tried on turns of several kinds after conversations of several kinds and lengths. Those that the template refuses
+    say nothing; of each kind of conversation some turn must be taken.
     """
     for before in _conversations():
         try:
@@ -53,7 +54,7 @@ def is_local(render: Render) -> bool:
         num_taken = 0
         for turn, *answers in _turns():
             for more, generate in ((answers, True), ([], False)):
-                added = added_by(render, turn, more, [PROBE_TOOL], generate=generate)
+                added = added_by(render, turn, more, tools, generate=generate)
                 if added is None:
                     continue
                 num_taken += 1

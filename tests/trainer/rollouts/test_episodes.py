@@ -35,7 +35,8 @@ from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.config import RolloutConfig, RunConfig
 from trainer.learning.samples import sample_of as training_row
 from trainer.learning.warmstart import demonstration_ledgers
-from trainer.rollouts.worker import MALFORMED_ANSWER, RolloutWorker
+from trainer.rollouts.episode import MALFORMED_ANSWER
+from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.tasks.expert import play_expert
 from trainer.tasks.load import load_tasks

@@ -30,7 +30,9 @@ from tests.support.scripted_engine import BROKEN_CALL, Writer, call
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
-from trainer.rollouts.worker import MALFORMED_ANSWER, OVER_BUDGET_ANSWER, RolloutWorker
+from trainer.rollouts.calls import OVER_BUDGET_ANSWER
+from trainer.rollouts.episode import MALFORMED_ANSWER
+from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest

@@ -86,12 +86,21 @@ class Session:
         """One step of the optimizer, the same on every process."""
         self.progress.phase(Phase.TRAINING)
         config = self.prepared.config
-        return self.policy.update(
+        update = self.policy.update(
             samples,
             config.loss,
             temperature=config.rollout.temperature,
             constant_tokens=config.rollout.max_episode_tokens,
         )
+        mismatch, tolerance = update.metrics.get("mismatch_abs", 0.0), config.engine.canary_mean_tolerance
+        if mismatch > tolerance:
+            # The canary is scored, and never sampled.
+            self.progress.warn(
+                f"the step's tokens were sampled with other log-probabilities than the trainer's, by {mismatch:.3f} "
+                f"nats a token (engine.canary_mean_tolerance is {tolerance:g}): does the engine sample with the "
+                "weights that it was given?"
+            )
+        return update
 
     def publish(self) -> Metrics:
         """Hand the policy to the engine and prove that it runs it; the proof's figures. Raises `PublishError`."""

@@ -221,7 +221,7 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     engine = config.engine
     if not isinstance(engine, EngineConfig):
         remedy = "model.gradient_checkpointing or a smaller optim.max_microbatch_tokens"
-        return _fit("The trainer, without what your engine takes,", memory_bytes(rows), total_bytes, remedy)
+        return _fit("The trainer beside an engine of your own", memory_bytes(rows), total_bytes, remedy)
     if on_cpu:
         return _fit("Run and engine", memory_bytes(rows), total_bytes, "less of optim.max_microbatch_tokens")
     share, sleep = engine.gpu_memory_utilization, engine.sleep

@@ -76,6 +76,13 @@ class AnotherModel(Mine):
             for weight in self._base.parameters():
                 weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
 
+class SamplesWithTheBase(Mine):
+    async def generate(self, prompt_ids, sampling):
+        if self._adapted is None:
+            return await super().generate(prompt_ids, sampling)
+        with self._adapted.disable_adapter():
+            return await super().generate(prompt_ids, sampling)
+
 class CannotStart(Mine):
     async def start(self, given):
         raise ValueError("no model " + given.model_path.name)
@@ -118,6 +125,15 @@ def test_a_run_over_it_is_the_run_over_ours(name: str, tiny_model: Path, tmp_pat
 def test_one_that_does_not_run_the_policy_is_found_out(name: str, told: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(PublishError, match=told):
         train(scripted(tmp_path, tiny_model, name))
+
+
+def test_one_that_samples_with_other_weights_than_it_scores_is_told_of(tiny_model: Path, tmp_path: Path) -> None:
+    """The canary is right all the same."""
+    for name, is_told in (("Mine", False), ("SamplesWithTheBase", True)):
+        config = scripted(tmp_path, tiny_model, name)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"canary_mean_tolerance": 0.003})})
+        folder = train(config)
+        assert ("sampled with other log-probabilities" in (folder / "run.log").read_text()) is is_told
 
 
 def test_one_that_does_not_start_is_shut_down(

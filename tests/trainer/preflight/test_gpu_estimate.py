@@ -1,5 +1,6 @@
 """Memory and time computed for a GPU that is not at hand: by hand in small, and for the shipped configs."""
 
+import io
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from envs.errors import UserError
 from tests.support import ROOT
@@ -35,6 +37,7 @@ from trainer.preflight.computed import (
     estimate_only,
     training_passes,
 )
+from trainer.preflight.page import render_estimate
 
 SHAPE = ModelShape(
     num_layers=2, hidden=64, intermediate=128, num_heads=4, num_kv_heads=2, head_dim=16, vocabulary=1000, tied=False
@@ -304,6 +307,22 @@ def test_a_kind_of_model_that_the_formulas_do_not_cover_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UserError, match="of a kind that the formulas do not cover"):
         estimate_only(small_config(model={"name": str(tmp_path)}), Assumptions(gpu=GPUS["H100"]))
+
+
+def test_of_an_engine_of_the_users_own_no_formula_speaks(tmp_path):
+    model = write_model(tmp_path / "model", "Qwen/Qwen2.5-1.5B-Instruct")
+    engine = {"engine": {"type": "custom", "target": "my_engine.py:Mine"}}
+    config = RunConfig.model_validate(
+        {"output_dir": "unused", "grader": {"type": "numeric"}, "model": {"name": str(model)}, **engine}
+    )
+    found = estimate_only(config, Assumptions(gpu=GPUS["H100"]))
+    assert {row.where for row in found.memory} == {"trainer"}
+    assert found.time is None and found.engine_share_bytes is None
+    [advice] = found.advice
+    assert advice.level is Level.GOOD and advice.finding.startswith("The trainer beside an engine of your own: about ")
+    with Console(record=True, file=io.StringIO(), width=120) as console:
+        console.print(render_estimate(found))
+    assert "How fast an engine of your own is" in " ".join(console.export_text().split())
 
 
 # ---- the shipped configs

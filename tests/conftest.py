@@ -34,10 +34,9 @@ def _starts_engines(file: str) -> bool:
 
 
 LONGEST = [
-    f"test_{name}.py"
-    for name in ("damaged_folder", "resume", "sandbox_escapes", "train_scripted", "warmstart", "shop_customer", "bfcl")
+    f"test_{name}.py" for name in ("damaged_folder", "resume", "warmstart", "sandbox_escapes", "train_scripted", "bfcl")
 ]
-"""Of the files that start no engine, or one; the first two share a server."""
+"""Of the files that start no engine; the first three share a server where they go to one worker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def scripted_config(folder: Path, model: Path, **sections: dict[str, object]) -> dict[str, object]:
+def scripted_config(folder: Path, model: Path, /, **sections: dict[str, object]) -> dict[str, object]:
     """A config for the scripted engine: short finance episodes on the tiny model. `sections` adds to its sections."""
     config: dict[str, dict[str, object]] = {
         "model": {"name": str(model), "dtype": "float32", "lora": {"r": 4, "alpha": 8}},

@@ -41,15 +41,15 @@ class Server:
         )
         assert self._line() == "ready"
 
-    def start(self, config: Path) -> int:
-        """The process's id."""
+    def start(self, config: Path, *, processes: int = 1) -> int:
+        """The id of the process, or of the main one of several."""
         assert self._process.stdin
-        self._process.stdin.write(f"{config}\n")
+        self._process.stdin.write(f"{processes} {config}\n")
         self._process.stdin.flush()
         return int(self._line())
 
     def wait(self) -> int:
-        """The exit status; -9 after SIGKILL."""
+        """The exit status, the worst of several processes'; -9 after SIGKILL."""
         return int(self._line())
 
     def outcome(self, config: Path) -> str:
@@ -77,16 +77,23 @@ class Server:
         return line
 
 
-def write_config(folder: Path, model: Path, num_steps: int) -> Path:
+SMALL: dict[str, dict[str, object]] = {
+    "model": {"lora": {"r": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"]}},
+    "rollout": {"tasks_per_step": 1},
+    "eval": {"every_steps": 3, "num_tasks": 1},
+}
+"""Of a run that takes half as long: four rollouts a step."""
+
+
+def write_config(folder: Path, model: Path, num_steps: int, /, **sections: dict[str, object]) -> Path:
     """Half of the steps have a checkpoint of their own, so that a kill also loses finished steps."""
-    config = scripted_config(
-        folder,
-        model,
-        optim={"num_steps": num_steps},
-        checkpoint={"every_steps": 2},
-        eval={"every_steps": 3},
-        curriculum={"floor": 0.2},
-    )
+    own: dict[str, dict[str, object]] = {
+        "optim": {"num_steps": num_steps},
+        "checkpoint": {"every_steps": 2},
+        "eval": {"every_steps": 3},
+        "curriculum": {"floor": 0.2},
+    }
+    config = scripted_config(folder, model, **own | sections)
     path = folder.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path

@@ -1,8 +1,6 @@
 """What a user got wrong: exit code 2, one screen that names file, line or key and what was expected, nothing loaded."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +8,10 @@ import pytest
 import yaml
 
 from envs.reading.documents import read_document
-from tests.support import ROOT
 from tests.support.configs import scripted_config
+from tests.support.scripts import run_script
 
 ROW = {"messages": [{"role": "user", "content": "How much?"}], "answer": "1 million"}
-# Runs the script as `python scripts/train.py` does, and tells what it had loaded when it ended.
-CHILD = """
-import atexit, runpy, sys
-heavy = ("torch", "transformers", "vllm", "peft", "trl", "accelerate")
-atexit.register(lambda: print("loaded:", *[m for m in heavy if m in sys.modules]))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture
@@ -30,25 +20,18 @@ def setting(tmp_path: Path) -> dict[str, Any]:
     return scripted_config(tmp_path / "run", tmp_path / "model")
 
 
-def refused(tmp_path: Path, config: object, *overrides: str, loads: tuple[str, ...] = ()) -> str:
+def refused(tmp_path: Path, config: object, *overrides: str) -> str:
     """Run `scripts/train.py`; the message on standard error."""
     path = tmp_path / "config.yaml"
     if config is not None:
         path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
     before = sorted(p for p in (tmp_path / "run").rglob("*"))
-    result = subprocess.run(
-        [sys.executable, "-c", CHILD, "scripts/train.py", "--config", str(path), *overrides],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=300,
-    )
+    result = run_script("train", "--config", path, *overrides)
     message = result.stderr
     assert result.returncode == 2, f"{result.returncode}: {message}"
     assert "Traceback" not in message and message.startswith("error: ")
     assert 0 < len(message.splitlines()) <= 24
-    assert result.stdout.strip() == " ".join(["loaded:", *loads]), "nothing is loaded"
+    assert not result.loaded and not result.stdout
     assert before == sorted(p for p in (tmp_path / "run").rglob("*")), "nothing is written"
     return message
 

@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import json
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 
 from envs.errors import UserError
 from envs.reading.documents import check_writable
-from tests.support import ROOT
+from tests.support.scripts import run_script
 from tests.support.servers import free_port
 from trainer.config import load_config
 from trainer.prepare import prepare
@@ -475,8 +474,7 @@ def test_sections_that_say_nothing_are_as_if_they_were_not_there(job):
 )
 def test_sweeps_that_cannot_be_meant(job, arguments, told):
     config = job.file("config.yaml", yaml.safe_dump(job.config))
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--config", config, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    done = run_script("sweep", "--config", config, *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and told in done.stderr, done.stderr
 
 

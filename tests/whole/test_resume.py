@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from envs.errors import UserError
-from tests.support.run_server import Server, lines, metrics, num_rollouts, write_config
+from tests.support.run_server import SMALL, Server, lines, metrics, num_rollouts, write_config
 from trainer.config import load_config
 from trainer.train import train
 
@@ -24,7 +24,7 @@ NUM_KILLS = 10
 @pytest.fixture(scope="module")
 def uninterrupted(server: Server, tiny_model: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume") / "uninterrupted"
-    server.start(write_config(folder, tiny_model, NUM_STEPS))
+    server.start(write_config(folder, tiny_model, NUM_STEPS, **SMALL))
     assert server.wait() == 0
     return folder
 
@@ -59,12 +59,12 @@ def test_the_uninterrupted_run_learned_something_at_every_step(uninterrupted):
 
 def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(server, uninterrupted, tiny_model, tmp_path):
     folder = tmp_path / "killed"
-    config = write_config(folder, tiny_model, NUM_STEPS)
+    config = write_config(folder, tiny_model, NUM_STEPS, **SMALL)
     rng = random.Random(20)
     step_s = median(row["time/step_s"] for row in lines(uninterrupted / "metrics.jsonl") if "time/step_s" in row)
-    # Rollouts written at the moment of the kill (8 a step); a delay of up to one step lets it fall into training,
+    # Rollouts written at the moment of the kill (4 a step); a delay of up to one step lets it fall into training,
     # publishing and checkpoints too.
-    thresholds = sorted(rng.sample(range(8 * NUM_STEPS - 24), NUM_KILLS))
+    thresholds = sorted(rng.sample(range(4 * NUM_STEPS - 12), NUM_KILLS))
     for threshold in thresholds:
         pid = server.start(config)
         deadline = time.monotonic() + 120
@@ -81,7 +81,7 @@ def test_a_run_killed_at_ten_random_moments_ends_with_the_same_bytes(server, uni
 
 def test_a_torn_line_and_a_half_written_checkpoint_are_left_behind(server, tiny_model, tmp_path):
     folder, expected = tmp_path / "torn", tmp_path / "whole"
-    config = write_config(folder, tiny_model, 3)
+    config = write_config(folder, tiny_model, 3, **SMALL)
     server.start(config)
     assert server.wait() == 0
     shutil.copytree(folder, expected)
@@ -112,9 +112,9 @@ def test_a_second_run_on_the_folder_is_refused_touches_nothing_and_may_have_it_a
     server, uninterrupted, tiny_model, tmp_path
 ):
     folder = tmp_path / "shared"
-    path = write_config(folder, tiny_model, NUM_STEPS)
+    path = write_config(folder, tiny_model, NUM_STEPS, **SMALL)
     pid = server.start(path)
-    while num_rollouts(folder) <= 12:
+    while num_rollouts(folder) <= 6:
         time.sleep(0.005)
     # Stopped in its tracks, so that whatever changes is the other's doing.
     os.kill(pid, signal.SIGSTOP)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from envs.remote.config import RemoteConfig
 from tests.support import ROOT
 from tests.support.configs import scripted_config
 from tests.support.scripted_engine import call, engine_starter
+from tests.support.scripts import run_script
 from tests.support.servers import running
 from trainer.config import load_config
 from trainer.hosted.job import TakenJob, take_job
@@ -450,14 +450,9 @@ def test_what_is_wrong_in_a_job_is_named(write, job, expected):
 # ---- the script
 
 
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/train.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 def test_the_script_writes_the_config_and_says_what_it_left_out(write, tmp_path):
     path, out = write(job_of() | {"metadata": {"a": "b"}}), tmp_path / "run.yaml"
-    done = run_script("--hosted-job", path, "--write-config", out, MODEL)
+    done = run_script("train", "--hosted-job", path, "--write-config", out, MODEL)
     assert done.returncode == 0, done.stderr
     assert 'job.json: metadata: no place for it; not taken over: {"a": "b"}\n' in done.stdout
     assert load_config(out) == take_job(path, overrides=[MODEL]).config
@@ -474,7 +469,7 @@ def test_the_script_writes_the_config_and_says_what_it_left_out(write, tmp_path)
     ],
 )
 def test_the_script_refuses_what_does_not_go_together(arguments, expected):
-    done = run_script(*arguments)
+    done = run_script("train", *arguments)
     assert done.returncode == 2 and done.stderr.strip() == f"error: {expected}"
 
 

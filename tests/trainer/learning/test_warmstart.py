@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,8 @@ from safetensors.torch import load_file
 
 from envs.errors import UserError
 from envs.types import Message
-from tests.support import ROOT
 from tests.support.configs import scripted_config
-from tests.support.scripted_run import run
+from tests.support.run_server import Server
 from trainer.config import RunConfig
 from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample, sample_of
@@ -294,24 +290,17 @@ def test_an_interrupted_warm_start_is_done_again_to_the_same_bytes(job: Prepared
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
-def test_two_processes_share_out_the_warm_start_and_end_with_the_same_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_share_out_the_warm_start_and_end_with_the_same_adapter(
+    server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
     """Three episodes a step: no even share."""
     warmstart: dict[str, object] = {"num_steps": 3, "episodes_per_step": 3, "learning_rate": 1e-2}
-    for name in ("one", "two"):
+    for processes, name in enumerate(("one", "two"), start=1):
         config = scripted_config(tmp_path / name, tiny_model, warmstart=warmstart, optim={"num_steps": 0})
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    run(tmp_path / "one.yaml")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.support.scripted_run", str(tmp_path / "two.yaml")],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        server.start(tmp_path / f"{name}.yaml", processes=processes)
+        assert server.wait() == 0
+    assert {p.name for p in (tmp_path / "two").glob("run*.log")} == {"run.log", "run.rank1.log"}
     losses = [json.loads((tmp_path / name / "run.json").read_text())["warmstart_loss"] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 3
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))

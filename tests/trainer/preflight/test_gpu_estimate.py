@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from envs.errors import UserError
 from tests.support import ROOT
+from tests.support.scripts import run_script
 from trainer.config import RunConfig, check_publish, load_config
 from trainer.models.cache import resolve_config
 from trainer.models.machines import GIB, GPUS, Gpu, find_gpu
@@ -79,15 +79,6 @@ def write_model(folder: Path, name: str) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
-
-
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "preflight.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
 
 
 # ---- memory
@@ -372,14 +363,14 @@ def test_an_estimate_for_another_machine_asks_for_no_vllm_here(tmp_path, monkeyp
 def test_the_script_prints_memory_time_and_price_of_a_model_of_which_only_the_config_is_there(tmp_path):
     model = write_model(tmp_path / "model", "Qwen/Qwen2.5-32B-Instruct")
     common = ("--config", ROOT / "configs" / "finance_32b.yaml", "--estimate-only", f"model.name={model}")
-    done = run_script(*common, "--gpu", "H200", "--gpus", "8", "--gpu-hour-price", "3")
+    done = run_script("preflight", *common, "--gpu", "H200", "--gpus", "8", "--gpu-hour-price", "3")
     assert done.returncode == 0, done.stderr
     for text in ("61.03 GiB", "31.96 GiB", "8 × H200", "unmeasured estimate", "at 0.2 of the peak", "8 GPUs at 3"):
         assert text in done.stdout, text
-    small = run_script(*common, "--gpu-memory-gib", "80")
+    small = run_script("preflight", *common, "--gpu-memory-gib", "80")
     assert small.returncode == 0, small.stderr
     assert "out of memory" in small.stdout and "No time: name a GPU" in small.stdout
-    wrong = run_script(*common, "--gpu", "GTX")
+    wrong = run_script("preflight", *common, "--gpu", "GTX")
     assert wrong.returncode == 2 and "--gpu GTX: not in the table" in wrong.stderr
-    measured = run_script("--config", ROOT / "configs" / "finance_32b.yaml", "--gpu", "H200")
+    measured = run_script("preflight", "--config", ROOT / "configs" / "finance_32b.yaml", "--gpu", "H200")
     assert measured.returncode == 2 and "--gpu: only with --estimate-only" in measured.stderr

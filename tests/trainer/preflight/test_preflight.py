@@ -3,8 +3,6 @@
 import json
 import math
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,8 +15,8 @@ from hypothesis import strategies as st
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.types import Grade, GraderErrorKind
-from tests.support import ROOT
 from tests.support.configs import scripted_config
+from tests.support.scripts import run_script
 from trainer.config import RunConfig
 from trainer.engines.engine import PROBE_VERSION
 from trainer.measures.masked import Masked
@@ -464,15 +462,6 @@ def test_a_preflight_of_an_adapter_leaves_the_warm_start_out_and_says_so(tiny_mo
     assert published.keys() == adapter.keys() and all(torch.equal(published[name], adapter[name]) for name in adapter)
 
 
-def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "preflight.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
 def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path):
-    done = run_script("--run", tmp_path)
+    done = run_script("preflight", "--run", tmp_path)
     assert done.returncode == 2 and "holds no config.yaml" in done.stderr

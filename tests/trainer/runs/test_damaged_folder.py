@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.support.run_server import Server, num_rollouts, result, write_config
+from tests.support.run_server import SMALL, Server, num_rollouts, result, write_config
 
 NUM_STEPS = 3
 NOBODY = 65534
@@ -49,10 +49,10 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(server: Server, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("damaged") / "run"
-    config = write_config(folder, tiny_model, NUM_STEPS)
+    config = write_config(folder, tiny_model, NUM_STEPS, **SMALL)
     killed, finished = folder.with_name("killed"), folder.with_name("finished")
     pid = server.start(config)
-    while num_rollouts(folder, "step-000003.jsonl") < 3:
+    while num_rollouts(folder, "step-000003.jsonl") < 2:
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL
@@ -66,7 +66,7 @@ def ran(server: Server, tiny_model: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def undisturbed(server: Server, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert server.outcome(write_config(folder, tiny_model, NUM_STEPS)) == ""
+    assert server.outcome(write_config(folder, tiny_model, NUM_STEPS, **SMALL)) == ""
     return folder
 
 

@@ -1,0 +1,95 @@
+"""Scripts in processes of their own, at once: each is forked from one that has loaded what they all load.
+
+That is settings, graders and pages, and neither torch nor vLLM: `Ended.loaded` tells what a script loaded besides.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support import ROOT
+
+HEAVY = ("torch", "transformers", "vllm", "peft", "trl", "accelerate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What became of a script."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    loaded: tuple[str, ...]
+    """Of the packages that take long."""
+
+
+def run_script(name: str, *arguments: object) -> Ended:
+    """`python scripts/NAME.py ARGUMENTS` from the repository's root, without standard input."""
+    argv = [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        code = _ask([folder, *argv])
+        out, err, loaded = ((Path(folder) / part).read_text() for part in ("out", "err", "loaded"))
+    return Ended(returncode=code, stdout=out, stderr=err, loaded=tuple(loaded.split()))
+
+
+def _ask(words: list[str]) -> int:
+    process = _server()
+    assert process.stdin and process.stdout
+    process.stdin.write(json.dumps(words) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.support.scripts"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)
+    return process
+
+
+def _serve() -> None:
+    import trainer.prepare
+    import trainer.reports.comparison_page
+    import trainer.reports.run_report  # noqa: F401
+
+    gc.freeze()
+    for line in sys.stdin:
+        folder, *argv = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_run(Path(folder), argv))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _run(folder: Path, argv: list[str]) -> int:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    code: object = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    (folder / "loaded").write_text(" ".join(name for name in HEAVY if name in sys.modules))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else 1
+
+
+if __name__ == "__main__":
+    _serve()

@@ -49,6 +49,7 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
         shown = f"{len(prepared.demonstrations)} conversations" if prepared.demonstrations else "the world's expert"
         yield "warm start", f"{config.warmstart.num_steps} steps of {config.warmstart.episodes_per_step}: {shown}"
     yield "model", f"{config.model.name}, calls read by {config.model.tool_parser}"
+    yield "engine", _engine(prepared)
     for key, meant in prepared.resolved().items():
         yield "auto", f"{key}: {meant}"
 
@@ -88,6 +89,14 @@ def _tools(prepared: Prepared, offered: Mapping[str, Tool]) -> str:
     names = list(dict.fromkeys(name for task in prepared.train_tasks for name in tools_offered(task, offered, rollout)))
     shown = ", ".join(names[:_MOST_NAMES])
     return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown or "none"
+
+
+def _engine(prepared: Prepared) -> str:
+    engine = prepared.engine
+    where = "on this machine" if engine.runs_here else "elsewhere"
+    return (
+        f"{prepared.config.engine.type}, {where}, given {'merged weights' if engine.publishes_merged else 'adapters'}"
+    )
 
 
 def _grader(grader: GraderConfig) -> str:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from envs.errors import UserError
 from tests.support.configs import scripted_config
@@ -19,6 +20,8 @@ def test_a_check_tells_what_a_run_would_be_and_makes_nothing(tiny_model: Path, t
     assert found["tools"] == "search, list, cat, calculate" and found["grader"] == "numeric"
     assert found["prompts"].endswith("at most, of an episode's 1,000")
     assert found["warm start"] == "2 steps of 3: the world's expert"
+    given = "adapters" if torch.cuda.is_available() else "merged weights"
+    assert found["engine"] == f"local, on this machine, given {given}"
     assert not (tmp_path / "run").exists()
 
 

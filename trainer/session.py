@@ -223,6 +223,8 @@ def load_policy(
     config = prepared.config
     progress.phase(Phase.LOADING)
     policy = new_policy(prepared, accelerator)
+    if policy.layout != config.optim.layout:
+        progress.say(f"rows share no prefixes in training: {policy.padded_because}")
     checkpoint = run.last_checkpoint()
     processes.wait_for_all()
     if checkpoint is not None:

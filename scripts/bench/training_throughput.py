@@ -33,7 +33,7 @@ from trainer.config import RunConfig
 from trainer.learning.samples import sample_of
 
 if TYPE_CHECKING:
-    from trainer.learning.packing import Microbatch
+    from trainer.learning.packing.rows import Microbatch
     from trainer.learning.samples import Sample
     from trainer.prepare import Prepared
     from trainer.types import Ledger
@@ -133,7 +133,7 @@ def core_pass(policy: Any, temperature: float, batches: Sequence[Microbatch]) ->
 
     def run() -> None:
         for batch in parts:
-            hidden_NH = hidden_states(model, batch.token_ids_BT).flatten(0, 1)[batch.positions_N]
+            hidden_NH = hidden_states(model, batch).flatten(0, 1)[batch.positions_N]
             loss = -token_logprobs(hidden_NH, head, batch.targets_N, temperature).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
@@ -171,11 +171,11 @@ def measure(
     prepared = prepare(config)
     from accelerate import Accelerator
 
-    from trainer.learning.packing import pack
+    from trainer.learning.packing.layouts import pack
 
     samples = rollout_file_samples(rollouts) if rollouts else expert_samples(prepared, num_rows)
     policy = adapted_policy(prepared, Accelerator(), None)
-    batches = pack(samples, config.optim.max_microbatch_tokens)
+    batches = pack(samples, config.optim.max_microbatch_tokens, "padded")
     constants = {"temperature": config.rollout.temperature, "constant_tokens": config.rollout.max_episode_tokens}
     passes: dict[str, Callable[[], object]] = {
         "ours": lambda: policy.update(samples, config.loss, **constants),

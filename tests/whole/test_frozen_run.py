@@ -19,7 +19,11 @@ from tests.support.run_server import Server, lines, write_config
 
 NUM_STEPS = 3
 SAMPLED = "c03d4515ac909a599d495167d4724a4feaadf3942971d542fc021190f9bdaf14"
-ADAPTER = "cd90a1a2340a3458ef84f484150ad5e6395d6949ca38be40881cfce94831825c"
+ADAPTERS = {
+    "padded": "cd90a1a2340a3458ef84f484150ad5e6395d6949ca38be40881cfce94831825c",
+    "tree": "bd3d33faab8a52aaacd7189a5ca3ed461f570850e377b9c6ed1e8a7a121f5d3a",
+}
+"""By `optim.layout`."""
 TORCH = "2.13.0+cpu"
 
 
@@ -39,16 +43,26 @@ def exact_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def finished(exact_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    server, folder = Server(exact_model), tmp_path_factory.mktemp("frozen") / "run"
-    server.start(write_config(folder, exact_model, NUM_STEPS))
-    assert server.wait() == 0
-    yield folder
+def server(exact_model: Path) -> Iterator[Server]:
+    server = Server(exact_model)
+    yield server
     server.close()
 
 
+@pytest.fixture(scope="module", params=ADAPTERS)
+def finished(
+    request: pytest.FixtureRequest, server: Server, exact_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """The layout and the run's folder."""
+    folder = tmp_path_factory.mktemp("frozen") / "run"
+    server.start(write_config(folder, exact_model, NUM_STEPS, optim={"num_steps": NUM_STEPS, "layout": request.param}))
+    assert server.wait() == 0
+    return request.param, folder
+
+
 def test_what_is_sampled_and_graded_is_what_it_was(finished):
-    run_id = json.loads((finished / "run.json").read_text())["run_id"]
+    _, folder = finished
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
     sampled = [
         (
             path.parent.name,
@@ -58,7 +72,7 @@ def test_what_is_sampled_and_graded_is_what_it_was(finished):
             row["grade"]["reward"],
         )
         for kind in ("rollouts", "evals")
-        for path in sorted((finished / kind).glob("step-*.jsonl"))
+        for path in sorted((folder / kind).glob("step-*.jsonl"))
         for row in lines(path)
     ]
     assert hashlib.sha256(json.dumps(sorted(sampled)).encode()).hexdigest() == SAMPLED
@@ -69,5 +83,6 @@ def test_the_adapter_has_the_bytes_that_it_had(finished):
 
     if platform.machine() != "x86_64" or torch.__version__ != TORCH:
         pytest.skip(f"the bytes are those of torch {TORCH} on x86-64")
-    adapter = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert hashlib.sha256(adapter).hexdigest() == ADAPTER
+    layout, folder = finished
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert hashlib.sha256(adapter).hexdigest() == ADAPTERS[layout]

@@ -75,7 +75,13 @@ class OptimConfig(Settings):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to it")
     num_epochs: int = Field(1, ge=1, description="passes over a step's samples; above 1 the clip takes effect")
     minibatches: int = Field(1, ge=1, description="optimizer updates per pass; above 1 the clip takes effect")
-    max_microbatch_tokens: int = Field(8192, ge=64, description="padded tokens of one forward and backward")
+    max_microbatch_tokens: int = Field(8192, ge=64, description="tokens of one forward and backward")
+    layout: Literal["tree", "padded"] = Field(
+        "tree",
+        description="tree: what rows begin alike (a group's prompt, the turns that forked rows share) is computed "
+        "once; padded: every row by itself. Models of which not all layers attend to everything before are padded in "
+        "any case",
+    )
 
 
 class WarmstartConfig(Settings):

@@ -26,6 +26,8 @@ from envs.errors import UserError
 from trainer.config import LoraConfig, ModelConfig
 from trainer.learning import head
 from trainer.learning.head import Head
+from trainer.learning.packing.attention import reading_of
+from trainer.learning.packing.rows import Microbatch
 from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
 from trainer.runs.files import open_to_read
 
@@ -125,13 +127,26 @@ def read_head(model: Any) -> Head:
         raise UserError("model.lora.target_modules: the output head can't be adapted; leave `lm_head` out")
     token_ids_1T = torch.arange(1, 17, device=module.weight.device)[None] % module.weight.shape[0]
     with torch.no_grad():
-        return head.read_head(base, hidden_states(model, token_ids_1T), token_ids_1T)
+        return head.read_head(base, _decoded(model, token_ids_1T), token_ids_1T)
 
 
-def hidden_states(model: Any, token_ids_BT: Tensor) -> Tensor:
+def hidden_states(model: Any, microbatch: Microbatch) -> Tensor:
     """The decoder's last hidden states, (B, T, H), after the final norm."""
+    if microbatch.tree is None:
+        return _decoded(model, microbatch.token_ids_BT)
+    return _decoded(
+        model,
+        microbatch.token_ids_BT,
+        # One that is whole already, and that the tree's attention does not read: transformers makes no other then.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=microbatch.token_ids_BT.device),
+        position_ids=microbatch.tree.depth_T[None],
+        tree_reading=reading_of(microbatch.tree),
+    )
+
+
+def _decoded(model: Any, token_ids_BT: Tensor, **options: Any) -> Tensor:
     decoder = model.get_base_model().get_decoder()
-    states: Tensor = decoder(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+    states: Tensor = decoder(input_ids=token_ids_BT, use_cache=False, **options).last_hidden_state
     return states
 
 

@@ -27,7 +27,10 @@ from trainer.learning.head import token_logprobs
 from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics
 from trainer.learning.losses.registry import loss_of
 from trainer.learning.optimizer import Optimizer, learning_rate
-from trainer.learning.packing import FixedRow, Microbatch, TokenRow, minibatches_of, pack
+from trainer.learning.packing.choice import why_padded, why_unproved
+from trainer.learning.packing.layouts import Layout, pack
+from trainer.learning.packing.rows import FixedRow, Microbatch, TokenRow
+from trainer.learning.packing.shares import minibatches_of
 from trainer.learning.samples import Sample
 from trainer.learning.work import Work, gradient_scale, has_gradient, share_of
 from trainer.templates.grammar import Grammar
@@ -78,9 +81,19 @@ class Policy:
         self._parameters = list(lora.trainable_parameters(self.model).values())
         # Loading may keep one process longer than NCCL waits for it.
         processes.wait_for_all()
+        self.padded_because = self._why_padded(model_config)
+        """What keeps the rows from sharing prefixes; empty: nothing."""
+        self.layout: Layout = "padded" if self.padded_because else "tree"
         for parameter in self._parameters:
             broadcast(parameter.data)
         self._optimizer = self._new_optimizer(optim.learning_rate, weight_decay=optim.weight_decay)
+
+    def _why_padded(self, config: ModelConfig) -> str:
+        if self._optim.layout == "padded":
+            return "optim.layout is padded"
+        own = why_padded(self.model, config) or why_unproved(self.model, lora.hidden_states)
+        # The processes share the rows out by what they cost, and have to agree on that.
+        return next(filter(None, processes.gather([own])), "")
 
     def _new_optimizer(self, rate: float, *, weight_decay: float) -> Optimizer:
         return Optimizer(
@@ -101,7 +114,7 @@ class Policy:
         """
         out = [torch.empty(0)] * len(rows)
         with torch.no_grad():
-            for microbatch in pack(rows, self._optim.max_microbatch_tokens):
+            for microbatch in pack(rows, self._optim.max_microbatch_tokens, self.layout):
                 logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=adapter).cpu()
                 parts = torch.split(logprobs_N, list(microbatch.num_trainable_B))
                 for i, part in zip(microbatch.row_indices, parts, strict=True):
@@ -203,6 +216,7 @@ class Policy:
             minibatch,
             loss,
             constant_tokens=constant_tokens,
+            layout=self.layout,
             max_microbatch_tokens=self._optim.max_microbatch_tokens,
             accelerator=self.accelerator,
         )
@@ -221,10 +235,14 @@ class Policy:
             with self.model.disable_adapter():
                 return self._microbatch_logprobs(microbatch, temperature, adapter=True)
         microbatch = microbatch.to(self.accelerator.device)
-        hidden_BTH = lora.hidden_states(self.model, microbatch.token_ids_BT)
-        hidden_NH = hidden_BTH.flatten(0, 1)[microbatch.positions_N]
-        allowed_NW = self._allowed(microbatch)
-        return token_logprobs(hidden_NH, self._head, microbatch.targets_N, temperature, allowed_NW=allowed_NW)
+        hidden_TH = lora.hidden_states(self.model, microbatch).flatten(0, 1)
+        positions_N, targets_N = microbatch.positions_N, microbatch.targets_N
+        if microbatch.tree is None or microbatch.constrained:
+            allowed_NW = self._allowed(microbatch)
+            return token_logprobs(hidden_TH[positions_N], self._head, targets_N, temperature, allowed_NW=allowed_NW)
+        # The same token behind the same ones goes through the head once.
+        pairs_2U, place_N = torch.unique(torch.stack((positions_N, targets_N)), dim=1, return_inverse=True)
+        return token_logprobs(hidden_TH[pairs_2U[0]], self._head, pairs_2U[1], temperature)[place_N]
 
     def _allowed(self, microbatch: Microbatch) -> Tensor | None:
         """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from trainer.config import LossSettings
 from trainer.learning.losses.base import token_weights
-from trainer.learning.packing import Microbatch, pack, split, used_length
+from trainer.learning.packing.layouts import Layout, pack
+from trainer.learning.packing.rows import Microbatch, used_length
+from trainer.learning.packing.shares import share_out
+from trainer.learning.packing.tree import num_unique_tokens
 from trainer.learning.samples import Sample
 
 
@@ -48,6 +51,7 @@ def share_of(
     loss: LossSettings,
     *,
     constant_tokens: int,
+    layout: Layout,
     max_microbatch_tokens: int,
     accelerator: Accelerator,
 ) -> list[Work]:
@@ -59,15 +63,14 @@ def share_of(
     weight_of = dict(zip(num_tokens, weights, strict=True))
     # Rows without a gradient count in the denominators above and cost no time below.
     rows = [s for s in minibatch if has_gradient(s, loss)]
-    shares = split([used_length(row) for row in rows], accelerator.num_processes)
-    rows = [rows[i] for i in shares[accelerator.process_index]]
+    rows = share_out(rows, accelerator.num_processes, cost=_COSTS[layout])[accelerator.process_index]
     device = accelerator.device
 
     def per_token(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float32, device=device)
 
     works = []
-    for microbatch in pack(rows, max_microbatch_tokens):
+    for microbatch in pack(rows, max_microbatch_tokens, layout):
         packed = [rows[i] for i in microbatch.row_indices]
         works.append(
             Work(
@@ -82,6 +85,13 @@ def share_of(
             )
         )
     return works
+
+
+_COSTS: dict[Layout, Callable[[Sequence[Sample]], int]] = {
+    "tree": num_unique_tokens,
+    "padded": lambda rows: sum(used_length(row) for row in rows),
+}
+"""Positions that the model reads of rows which one process takes."""
 
 
 def has_gradient(sample: Sample, loss: LossSettings) -> bool:

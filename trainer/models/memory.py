@@ -1,7 +1,7 @@
 """The memory that the run of a config will need, by formula.
 
 Legend of the formulas: P weights, L layers, H hidden size, I size of the MLP, Q and K widths of all query and all key
-heads, A query heads, r rank, b bytes of a base weight, T padded tokens of a microbatch (`optim.max_microbatch_tokens`,
+heads, A query heads, r rank, b bytes of a base weight, T tokens of a microbatch (`optim.max_microbatch_tokens`,
 or `rollout.max_episode_tokens` where a single row may be longer).
 
 Covered: dense decoders of the Llama, Qwen and Mistral kind, one copy of the base for each process, SDPA attention. The

@@ -229,7 +229,7 @@ def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConf
     """
     import torch
 
-    from trainer.learning.packing import plan, used_length
+    from trainer.learning.packing.layouts import pack
 
     rows = [
         sample
@@ -241,8 +241,8 @@ def _training_speed(policy: Policy, rollouts: Sequence[Rollout], config: RunConf
     ]
     if not rows:
         return None
-    batches = plan([used_length(row) for row in rows], config.optim.max_microbatch_tokens)
-    batch = [rows[i] for i in batches[len(batches) // 2]]
+    batches = pack(rows, config.optim.max_microbatch_tokens, policy.layout)
+    batch = [rows[i] for i in batches[len(batches) // 2].row_indices]
     tokens = sum(len(row.token_ids) for row in batch)
     seconds = 0.0
     try:

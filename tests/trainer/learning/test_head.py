@@ -10,7 +10,7 @@ import torch
 from envs.errors import UserError
 from tests.support.policy_worker import VOCABULARY, naive_logprobs, random_samples, tiny_policy
 from trainer.learning.head import Head, token_logprobs
-from trainer.learning.packing import pack
+from trainer.learning.packing.layouts import pack
 
 HEADS = {
     "plain": {},
@@ -123,7 +123,7 @@ def test_a_family_s_log_probabilities_and_gradient_are_those_of_its_own_logits(s
     cap = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
     policy = tiny_policy(save(family, initializer_range=1.0, **cap))
     sample = random_samples(1, 1)[0]
-    (batch,) = pack([sample], 1000)
+    (batch,) = pack([sample], 1000, policy.layout)
     both = (policy._microbatch_logprobs(batch, 0.7, adapter=True), naive_logprobs(policy, sample, 0.7))
     torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
     gradients = [torch.autograd.grad(x.sum(), policy._parameters) for x in both]

@@ -23,7 +23,10 @@ from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
 from trainer.learning.losses.base import k3
 from trainer.learning.optimizer import learning_rate
-from trainer.learning.packing import pack, plan, split, used_length
+from trainer.learning.packing.layouts import pack
+from trainer.learning.packing.padded import plan
+from trainer.learning.packing.rows import used_length
+from trainer.learning.packing.shares import split
 from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample
 
@@ -95,7 +98,7 @@ def test_scores_cover_every_token_but_the_first(model):
 
 def test_microbatches_hold_every_row_once_and_stay_under_the_limit():
     samples = random_samples(4, 5)
-    batches = pack(samples, 64)
+    batches = pack(samples, 64, "padded")
     assert sorted(i for b in batches for i in b.row_indices) == list(range(len(samples)))
     assert len(batches) > 1 and all(b.token_ids_BT.numel() <= 64 or len(b.row_indices) == 1 for b in batches)
     for b in batches:

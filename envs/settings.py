@@ -9,7 +9,7 @@ import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
 
 class Settings(BaseModel):
@@ -48,8 +48,13 @@ def by_type(settings: Mapping[str, type[Settings]], *, without_type: str) -> Any
         given = value.get("type", without_type) if isinstance(value, dict) else getattr(value, "type", without_type)
         return str(given)
 
+    def no_word(value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"expected settings, such as {{type: {value}, ...}}")
+        return value
+
     tagged: Any = [Annotated[one, Tag(name)] for name, one in settings.items()]
-    return Annotated[functools.reduce(operator.or_, tagged), Discriminator(type_of)]
+    return Annotated[functools.reduce(operator.or_, tagged), Discriminator(type_of), BeforeValidator(no_word)]
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:

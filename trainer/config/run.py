@@ -41,8 +41,6 @@ class CheckpointConfig(Settings):
 
 
 def _empty_where_null(value: Any) -> Any:
-    if isinstance(value, str):
-        raise ValueError(f"expected settings, such as {{type: {value}, ...}}")
     return {} if value is None else value
 
 

@@ -402,6 +402,7 @@ def test_settings_without_a_type_are_those_of_the_local_engine(tmp_path: Path) -
         ({"type": "custom"}, r"engine\.target: required, but not given"),
         ({"type": "custom", "target": "a.py:B", "publish": "lora"}, r"engine\.publish: unknown key"),
         ({"type": "custom", "target": "a"}, r"engine\.target: expected `package\.module:Name`"),
+        ("custom", r"engine: expected settings, such as \{type: custom, \.\.\.\} \(got 'custom'\)"),
         ({"publsh": "lora"}, r"engine\.publsh: unknown key; did you mean publish"),
     ):
         with pytest.raises(UserError, match=told):

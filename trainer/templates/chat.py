@@ -26,6 +26,7 @@ from envs.reading.json_text import read_json
 from envs.types import NOT_RUN, Message
 from trainer.templates.call_signs import opening_tag, tag_after
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
+from trainer.templates.ends import PROBE_RESULT, End, find_ends
 from trainer.templates.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
 from trainer.templates.grammar import Grammar
 from trainer.templates.local import added_by, is_local
@@ -43,7 +44,6 @@ __all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateR
 
 _MOST_SHAPES = 4096
 _RENDERED_WHOLE = {4**i for i in range(1, 12)}
-_PROBE_RESULT = Message(role="tool", content=ANSWER.content, call_id="call00000", name="probe_tool")
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -59,14 +59,6 @@ class Continuation:
     """The model did not write this turn as the template writes the same message: serving would show it another text."""
     text: str
     """All of the next prompt, as the template renders it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _End:
-    """A stop token that ends an assistant's turn."""
-
-    text: str
-    token_id: int
 
 
 class Chat:
@@ -113,7 +105,8 @@ class Chat:
         self.reasoning_parser = reasoning_parser
         self.stop_token_ids = stop_token_ids(model, tokenizer.eos_token_id)
         self._parser = self._turn_parser(tool_parser, reasoning_parser)
-        self._answer_end, self._call_end = self._find_ends()
+        probe_tool = self._parser.normalized_tools(tools_key([PROBE_TOOL]))
+        self._answer_end, self._call_end = find_ends(self._tokenizer, self._renderer, self.stop_token_ids, probe_tool)
         self._taken_shapes: set[tuple[str, str]] = set()
         # A demonstration's prompt is the text that the turn before it was extended to.
         self._render_cached = functools.lru_cache(maxsize=16)(self._render_uncached)
@@ -331,7 +324,7 @@ class Chat:
         # The tokenizer's own encoder: what stands around it makes a batch of one, which takes longer than the encoding.
         return list(self._tokenizer._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _until_end(self, text: str, start: int, end: _End) -> str:
+    def _until_end(self, text: str, start: int, end: End) -> str:
         """A conversation up to the end of its last turn, which begins at or after `start`.
 
         The end is added where the template leaves it to what follows.
@@ -339,7 +332,7 @@ class Chat:
         at = text.rfind(end.text, start)
         return text[:at] + end.text if at >= 0 else text + end.text
 
-    def _encode_after(self, end: _End, text: str) -> list[int]:
+    def _encode_after(self, end: End, text: str) -> list[int]:
         # Encoded behind a special token, as it stands in the ledger: some tokenizers put a space before a text's start.
         ids = self._encode(end.text + text)
         assert ids[0] == end.token_id, "a special token is encoded on its own"
@@ -354,44 +347,7 @@ class Chat:
             stop_token_ids=self.stop_token_ids,
         )
 
-    def _find_ends(self) -> tuple[_End, _End]:
-        """The stop tokens with which the template ends an answer and a turn of calls.
-
-        They are one in most templates; in some a turn ends with the token that opens what follows (GLM, Gemma 4).
-        """
-        texts = {self._tokenizer.added_tokens_decoder[i].content: i for i in self.stop_token_ids}
-
-        def first_in(text: str) -> _End | None:
-            found = [(at, end) for end in texts if (at := text.find(end)) >= 0]
-            return _End(text=min(found)[1], token_id=texts[min(found)[1]]) if found else None
-
-        text = self._renderer.render([HELLO, replace(ANSWER, content=PROBE), HELLO], None, generate=False)
-        after = text[text.find(PROBE) + len(PROBE) :]
-        if (answer_end := first_in(after[: after.rfind(HELLO.content)])) is None:
-            raise UserError(f"model.chat_template: it ends an assistant's turn {self._not_a_stop(after)}")
-        tools = self._parser.normalized_tools(tools_key([PROBE_TOOL]))
-        text = self._renderer.render([HELLO, PROBE_CALL, _PROBE_RESULT], tools, generate=False)
-        at = text.rfind(ANSWER.content)
-        if at < 0:
-            raise UserError("model.chat_template: it renders no tool results; the model would never see them")
-        after = text[text.rfind(PROBE, 0, at) + len(PROBE) : at]
-        if (call_end := first_in(after)) is None:
-            raise UserError(f"model.chat_template: it ends a turn of tool calls {self._not_a_stop(after)}")
-        return answer_end, call_end
-
-    def _not_a_stop(self, after: str) -> str:
-        """With what a turn ends, in words, where that is no stop token; `after` follows the turn's text."""
-        added = self._tokenizer.added_tokens_decoder
-        found = sorted((after.find(t.content), t.content, i) for i, t in added.items() if t.special)
-        named = [f"{text!r} (token {token_id})" for at, text, token_id in found if at >= 0]
-        if not named:
-            return "with no special token of the model's tokenizer"
-        return (
-            f"with {' or '.join(named)}, at which the model does not stop; expected it in eos_token_id of the model's "
-            "generation_config.json"
-        )
-
-    def _end_of(self, turn: Message) -> _End:
+    def _end_of(self, turn: Message) -> End:
         return self._call_end if turn.tool_calls else self._answer_end
 
     def _prove_parser(self, parser: TurnParser) -> str:
@@ -421,7 +377,7 @@ class Chat:
 
     def _shown_whole(self) -> str:
         """Conversations that show all that the template writes between texts."""
-        shown = ([HELLO, PROBE_CALL, _PROBE_RESULT], [HELLO, replace(ANSWER, reasoning=PROBE), HELLO])
+        shown = ([HELLO, PROBE_CALL, PROBE_RESULT], [HELLO, replace(ANSWER, reasoning=PROBE), HELLO])
         return "".join(self._render(messages, [PROBE_TOOL], generate=True, strict=True) for messages in shown)
 
     def _learn_signs(self, written_call: str) -> None:

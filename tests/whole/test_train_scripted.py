@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ from safetensors.torch import load_file
 
 from envs.errors import PublishError, UserError, WorldError
 from envs.finance.world import FinanceWorld
-from tests.support import ROOT
 from tests.support.configs import scripted_config
 from tests.support.scripted_engine import BROKEN_CALL, Faults, ScriptedEngine, engine_starter, finance_script
 from trainer.config import RunConfig
@@ -242,23 +238,14 @@ def test_an_engine_that_ignores_an_update_stops_the_run(tiny_model, tmp_path, fa
     assert max(checkpoints) == f"step-{first_ignored - 1:06d}", "nothing is kept of the step that could not be proved"
 
 
-def test_two_processes_give_the_same_run_as_one(config, engine, tmp_path):
+def test_two_processes_give_the_same_run_as_one(config, engine, server, tmp_path):
     """Each process rolls out half on an engine of its own, and all train the same adapter."""
     folder = tmp_path / "two"
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"output_dir": str(folder)}))
-    # What `accelerate launch` starts on several GPUs; with --cpu it starts one process only, unless there is MPI.
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *command, "-m", "tests.support.scripted_run", str(path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    # As torchrun and `accelerate launch` start them; test_processes.py has the launchers themselves.
+    server.start(path, processes=2)
+    assert server.wait() == 0
     assert len(list((folder / "rollouts").glob("step-000001*.jsonl"))) == 2, "each process rolled out its share"
 
     name = "adapter/adapter_model.safetensors"

@@ -34,6 +34,7 @@ def main() -> int:
     arguments = _parse_arguments()
     # Only now: --help and a misspelt option answer at once.
     from envs.reading.documents import check_writable
+    from envs.reading.json_text import write_json
     from graders.hosted.sample_file import read_samples
     from graders.trial import as_hosted, build_trial, grade_all
 
@@ -51,7 +52,7 @@ def main() -> int:
             check_writable(arguments.json, "--json")
         graded = asyncio.run(grade_all(settings, rows, arguments.samples, arguments.concurrency))
         if arguments.json:
-            lines = (json.dumps(as_hosted(g, settings.grader), ensure_ascii=False) for g in graded)
+            lines = (write_json(as_hosted(g, settings.grader), ensure_ascii=False) for g in graded)
             arguments.json.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="replace")
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)

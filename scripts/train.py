@@ -146,16 +146,16 @@ def print_result(folder: Path) -> None:
     """The table before and after, where everything lies, and how to serve it."""
     from trainer.reports.run_report import before_after_table, before_and_after
     from trainer.reports.tables import to_terminal
-    from trainer.runs.about import read_about
+    from trainer.runs.about import read_about, serve_command_of
 
-    about = read_about(folder)
+    adapter = folder / "adapter"
     shown = console()
     if comparison := before_and_after(folder):
         shown.print(to_terminal(before_after_table(comparison)))
     report = folder / "report.html"
     lost = "" if report.is_file() else f" is missing; `python scripts/report.py {folder}` writes it anew"
-    shown.print(f"report   {report}{lost}\nadapter  {about['adapter']}\nserve it with:", highlight=False, markup=False)
-    say(about["serve_command"])
+    shown.print(f"report   {report}{lost}\nadapter  {adapter}\nserve it with:", highlight=False, markup=False)
+    say(serve_command_of(read_about(folder), adapter))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -121,6 +122,8 @@ class Session:
     def show(self, step: int, metrics: Metrics) -> None:
         """Step `step` is done: for the trackers and the display."""
         self.accelerator.log(metrics, step=step)
+        if odd := [key for key, value in metrics.items() if not math.isfinite(value)]:
+            self.progress.warn(f"no finite numbers, null in metrics.jsonl: {', '.join(odd)}")
         self.progress.step_done(step, metrics)
 
 

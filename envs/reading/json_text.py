@@ -1,4 +1,4 @@
-"""JSON that a model or a user wrote, read without surprises."""
+"""JSON that a model or a user wrote, read without surprises; and JSON that everyone can read, written."""
 
 from __future__ import annotations
 
@@ -24,6 +24,23 @@ def read_json(text: str, *, finite: bool = True) -> Any:
     except (ValueError, RecursionError):
         # Integers of thousands of digits, lists nested a thousand deep, numbers that are not finite.
         raise ValueError("not usable JSON") from None
+
+
+def write_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, but null for NaN and infinity: Python writes bare words for them, which are no JSON."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        # Rare, and looking at every number first would cost as much as writing it.
+        return json.dumps(_without_nan(value), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {_without_nan(key): _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_strict_json(text: str) -> Any:

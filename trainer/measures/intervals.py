@@ -41,9 +41,15 @@ class Interval:
     num_tasks: int
 
     @property
+    def is_known(self) -> bool:
+        """Whether the tasks differ. Where all have one value every resample has it too: an interval without width would
+        claim a certainty that no bootstrap gives, however few tasks there are."""
+        return self.high > self.low
+
+    @property
     def is_clear(self) -> bool:
-        """Zero lies outside of it, and more than one task speaks."""
-        return self.num_tasks > 1 and (self.low > 0 or self.high < 0)
+        """Zero lies outside of it."""
+        return self.is_known and (self.low > 0 or self.high < 0)
 
 
 def resampled_means(values_PT: Floats, *, seed: int, num_resamples: int = NUM_RESAMPLES) -> Floats:
@@ -76,7 +82,7 @@ def intervals(
 def _interval(values_T: Floats, means_R: Floats) -> Interval:
     mean = float(values_T.mean())
     if np.ptp(values_T) <= 1e-12 * max(1.0, abs(mean)):
-        # Every resample has this mean: there is no quantile to move.
+        # Every resample has this mean: there is no quantile to move, and no interval.
         return Interval(mean=mean, low=mean, high=mean, num_tasks=len(values_T))
     low, high = np.quantile(means_R, _moved_levels(values_T, means_R))
     return Interval(mean=mean, low=float(low), high=float(high), num_tasks=len(values_T))

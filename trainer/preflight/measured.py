@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError, found_late
 from envs.reading.documents import check_writable
+from envs.reading.json_text import write_json
 from envs.secrets import without_secrets
 from envs.types import Task
 from trainer import processes
@@ -131,7 +131,7 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
         memory=memory,
         advice=advice,
     )
-    write_atomically(options.out / "preflight.json", json.dumps(found.to_json(), indent=1))
+    write_atomically(options.out / "preflight.json", write_json(found.to_json(), indent=1))
     return found
 
 

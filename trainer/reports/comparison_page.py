@@ -21,6 +21,9 @@ METHOD = (
     f"Means over tasks, [{LEVEL:.0%} interval]: paired bootstrap over tasks, {NUM_RESAMPLES:,} resamples, BCa. "
     "The intervals cover which tasks were asked and the chance in their rollouts, not the seed of a training."
 )
+NO_INTERVAL = (
+    "(no interval): all tasks gave the same, so that a bootstrap has nothing to go by; that does not make it certain."
+)
 LATENCY = (
     "Latency depends on hardware and load: compare it between evaluations on the same machine with as many "
     "rollouts at once."
@@ -76,7 +79,9 @@ def remarks(comparison: Comparison) -> list[str]:
     told = [f"{e.name}: {note}" for e in comparison.evaluations for note in e.notes]
     if comparison.num_left_out:
         told.append(f"{comparison.num_left_out} tasks without a graded rollout of every policy are left out.")
-    return [*told, METHOD, LATENCY]
+    all_lines = [*comparison.lines, *(line for lines in comparison.kinds.values() for line in lines)]
+    lacks = any(not change.is_known for line in all_lines for change in line.differences)
+    return [*told, METHOD, *[NO_INTERVAL] * lacks, LATENCY]
 
 
 def render_terminal(comparison: Comparison, *, demo: bool) -> RenderableType:
@@ -84,7 +89,9 @@ def render_terminal(comparison: Comparison, *, demo: bool) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{e.name}: {e.source}", style="dim") for e in comparison.evaluations]
     for grid in grids(comparison, demo=demo):
         parts += [to_terminal(grid), Text("")]
-    parts += [Text(note, style="dim" if note in (METHOD, LATENCY) else "yellow") for note in remarks(comparison)]
+    parts += [
+        Text(note, style="dim" if note in (METHOD, NO_INTERVAL, LATENCY) else "yellow") for note in remarks(comparison)
+    ]
     return Group(*parts)
 
 
@@ -166,6 +173,8 @@ def in_short(line: Line) -> str:
 
 def _change(shown: Measure, change: Interval) -> str:
     points = " pts" if shown.is_share else ""
+    if not change.is_known:
+        return f"{shown.show_change(change.mean)}{points} (no interval)"
     interval = f"[{shown.show_change(change.low)}, {shown.show_change(change.high)}]"
     return f"{shown.show_change(change.mean)}{points} {interval}"
 

@@ -136,7 +136,8 @@ def interval_rows(
         body += _row_label(y + height / 2 - 12, label)
         for colour, mark in enumerate(marks):
             at = y + (colour + 1) * height / (len(marks) + 1)
-            hover = f"{names[colour]}, {label}: {number(mark.mean)} ({number(mark.low)} to {number(mark.high)})"
+            interval = f"{number(mark.low)} to {number(mark.high)}" if mark.is_known else "no interval"
+            hover = f"{names[colour]}, {label}: {number(mark.mean)} ({interval})"
             body += _rule(f"s{colour % NUM_COLOURS} whisker", px(mark.low), px(mark.high), at, at, hover)
             body += _dot(px(mark.mean), at, colour, hover, radius=4)
     body += _text(_WIDTH - _RIGHT, bottom + 28, unit, anchor="end")

@@ -44,12 +44,12 @@ class RunData:
     info: Mapping[str, Any] = field(default_factory=dict)
     """`run.json`."""
     steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    """All figures of a step, training and evaluation together, in the order of the steps."""
+    """All figures of a step, training and evaluation together, in the order of the steps; finite ones."""
     notes: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the step has a finite value."""
-        return [(s, row[key]) for s, row in self.steps.items() if key in row and math.isfinite(row[key])]
+        """(step, value) wherever the step has a value."""
+        return [(s, row[key]) for s, row in self.steps.items() if key in row]
 
     def keys(self, prefix: str) -> list[str]:
         """Names of the metrics that begin with `prefix`, sorted."""
@@ -75,10 +75,12 @@ def read_run(run_folder: Path) -> RunData:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError):
         config = {}
         notes.append("config.yaml is not valid YAML")
+    if not isinstance(config, dict):
+        notes.append("config.yaml holds no config")
     about = read_text(run_folder / "run.json", notes)
     info = object_in(about.encode())
     if about and info is None:
-        notes.append("run.json is not valid JSON")
+        notes.append("run.json holds no JSON object")
     return RunData(
         config_text=config_text,
         config=config if isinstance(config, dict) else {},
@@ -93,20 +95,29 @@ def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[i
 
 
 def read_steps(run_folder: Path, notes: list[str]) -> dict[int, dict[str, float]]:
-    """The figures of metrics.jsonl by step. Rows of one step are merged; of a step done twice the later ones count."""
+    """The figures of metrics.jsonl by step. Rows of one step are merged; of a step done twice the later ones count.
+
+    What is no finite number is no figure; `notes` then says so.
+    """
     steps: dict[int, dict[str, float]] = {}
+    odd: list[str] = []
     for row in records_in(run_folder / METRICS, notes, dict, what="step's figures"):
         step = row.get("step")
         if isinstance(step, int):
             numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
+            odd += [f"{key} of step {step}" for key in row if key != "step" and key not in numbers]
             steps.setdefault(step, {}).update(numbers)
+    if odd:
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        notes.append(f"{METRICS}: {odd[0]}{others}: no finite number, left out")
     return dict(sorted(steps.items()))
 
 
 def _number(value: object) -> float | None:
-    """None for what is none, also for JSON's integers that no float holds."""
+    """None for what is none, or not finite, also for JSON's integers that no float holds."""
     with contextlib.suppress(OverflowError):
-        return float(value) if isinstance(value, int | float) else None
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
     return None
 
 

@@ -18,16 +18,18 @@ from trainer.reports.comparison_page import remarks, side_by_side
 from trainer.reports.drawing import Series, line_chart, stacked_chart
 from trainer.reports.evaluations import read_evaluation
 from trainer.reports.pages import pairs_shown, write_page
-from trainer.reports.run_reader import RunData, read_run
+from trainer.reports.run_reader import RunData, read_run, steps_in
 from trainer.reports.tables import Grid, facts
 from trainer.reports.transcripts.write import PAGE as TRANSCRIPTS
+from trainer.runs.about import serve_command_of
+from trainer.types import Kind
 
 
 def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     """Write `report.html` into the run folder from what lies there, and return its path.
 
-    `serve_command` serves the adapter; without it `serve_command` of `run.json` is shown. Pieces that are missing are
-    left out; a `transcripts.html` that lies there is linked to. Raises `FileNotFoundError` where there is no such
+    `serve_command` serves the adapter; without it the one that `run.json` has. Pieces that are missing are left out, and
+    named where the run had them; a `transcripts.html` that lies there is linked to. Raises `FileNotFoundError` where there is no such
     folder.
     """
     data = read_run(run_folder)
@@ -38,7 +40,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
         "run.html",
         title=run_folder.resolve().name,
         facts=_facts(data),
-        notes=[*_notes(data), *unread],
+        notes=[*_notes(data), *_missing(data, run_folder), *unread],
         transcripts=TRANSCRIPTS if (run_folder / TRANSCRIPTS).exists() else "",
         table=before_after_table(comparison) if comparison else None,
         remarks=_remarks(comparison) if comparison else [],
@@ -48,7 +50,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
         config=_with_resolved(data),
         versions=_versions(data),
         adapter=str(adapter.resolve()) if adapter.exists() else "",
-        serve_command=serve_command or str(data.info.get("serve_command") or ""),
+        serve_command=serve_command or (serve_command_of(data.info, adapter) if adapter.exists() else ""),
     )
 
 
@@ -142,7 +144,9 @@ def _notes(data: RunData) -> list[str]:
     notes = list(data.notes)
     planned, done = _in_config(data, "optim", "num_steps"), max(data.train_steps, default=0)
     if planned.isdigit() and done < int(planned):
-        notes.append(f"the run has not finished: {done} of {planned} steps are done")
+        is_over = str(data.info.get("finished_steps")) == planned
+        why = "the run has finished, but metrics.jsonl lacks steps" if is_over else "the run has not finished"
+        notes.append(f"{why}: {done} of {planned} steps are {'there' if is_over else 'done'}")
     if not data.eval_steps:
         notes.append("there is no evaluation on held-out tasks yet")
     elif len(data.eval_steps) == 1:
@@ -151,6 +155,20 @@ def _notes(data: RunData) -> list[str]:
         if masked := data.steps[step].get("eval/masked_rollouts"):
             kinds = _kinds_of_masked({k: data.steps[step].get(f"eval/masked_by/{k}", 0.0) for k in WHY_MASKED})
             notes.append(f"evaluation after {step} steps: {masked:.0f} rollouts have no grade{kinds}")
+    return notes
+
+
+def _missing(data: RunData, run_folder: Path) -> list[str]:
+    """What the run has written, by what it says of itself, and is not there."""
+    notes = []
+    adapter, files = run_folder / "adapter", data.info.get("adapter_files")
+    if "adapter" in data.info and not adapter.exists():
+        notes.append("adapter/ is missing: there is nothing to serve")
+    elif isinstance(files, dict) and (lost := [str(name) for name in files if not (adapter / str(name)).is_file()]):
+        notes.append(f"adapter/ lacks {', '.join(lost)}")
+    if lost_steps := sorted({*data.train_steps} - {*steps_in(run_folder / Kind.TRAIN)}):
+        of = f"{len(lost_steps)} of {len(data.train_steps)} steps"
+        notes.append(f"{Kind.TRAIN}/ lacks the files of {of}: their rollouts can't be looked at")
     return notes
 
 

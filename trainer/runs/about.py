@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,22 @@ def read_about(folder: Path) -> dict[str, Any]:
     if about is None or not isinstance(run_id := about.get("run_id"), str) or not _RUN_ID.fullmatch(run_id):
         raise UserError(f"{path}: is damaged: names no run_id; delete it, and the same command makes it anew")
     return about
+
+
+def serve_command_of(about: Mapping[str, Any], adapter: Path) -> str:
+    """The command that serves `adapter`, which may have been moved since `export_adapter` noted it; empty without."""
+    noted = about.get("serve_command")
+    if not isinstance(noted, str):
+        return ""
+    try:
+        words = shlex.split(noted)
+    except ValueError:
+        return noted
+    was = next((word.removeprefix("policy=") for word in words if word.startswith("policy=")), None)
+    here = str(adapter.resolve())
+    if was in (None, here):
+        return noted
+    return shlex.join(re.sub(rf"^(policy=)?{re.escape(was)}(?=/|$)", lambda m: f"{m[1] or ''}{here}", w) for w in words)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import functools
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from envs.errors import UserError
-from envs.reading.json_text import read_json
+from envs.reading.json_text import read_json, write_json
 
 UNFINISHED = ".unfinished-"
 MOST_DOCUMENT_BYTES = 64 * 2**20
@@ -224,7 +223,7 @@ def write_atomically(path: Path, text: str | bytes) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    append_text(path, json.dumps(record))
+    append_text(path, write_json(record))
 
 
 def append_text(path: Path, line: str) -> None:
@@ -291,7 +290,7 @@ def drop_damaged(path: Path, *, intact: Callable[[bytes], bool]) -> int:
 
 def sealed(record: dict[str, Any]) -> str:
     """The record as a JSON object whose last key is the digest of what stands before it."""
-    text = json.dumps(record)
+    text = write_json(record)
     return f'{text[:-1]}, "sha256": "{hashlib.sha256(text[:-1].encode()).hexdigest()}"}}'
 
 

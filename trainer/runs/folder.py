@@ -32,6 +32,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
+from envs.reading.json_text import write_json
 from trainer import processes
 from trainer.config import RunConfig
 from trainer.runs.about import differences, plain_config, read_about, saved_config, versions
@@ -187,7 +188,7 @@ class RunFolder:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
         }
-        write_atomically(path / "run.json", json.dumps(about, indent=2))
+        write_atomically(path / "run.json", write_json(about, indent=2))
         return ["run.json was missing and has been made anew"] * bool(checkpoints(path))
 
     @classmethod
@@ -208,7 +209,7 @@ class RunFolder:
         """Add to run.json."""
         if self.is_main:
             about = read_about(self.path)
-            write_atomically(self.path / "run.json", json.dumps(about | values, indent=2))
+            write_atomically(self.path / "run.json", write_json(about | values, indent=2))
 
     # ---- metrics
 
@@ -322,10 +323,10 @@ class RunFolder:
                 keep_beginning(self.path / name, manifest.rests_on[name].num_bytes)
         else:
             kept = [r for r in self.metrics() if r["step"] <= step]
-            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+            write_atomically(self.path / "metrics.jsonl", "".join(write_json(r) + "\n" for r in kept))
             if self._visits_path.exists():  # there is none without a curriculum
                 visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
-                write_atomically(self._visits_path, "".join(json.dumps(v) + "\n" for v in visits))
+                write_atomically(self._visits_path, "".join(write_json(v) + "\n" for v in visits))
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
         intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)

@@ -11,6 +11,7 @@ import torch
 
 from envs.errors import FoundLate, UserError
 from envs.finance.world import FinanceWorld
+from envs.reading.json_text import read_strict_json
 from tests.support.configs import scripted_config
 from tests.support.policy_worker import random_samples, save_tiny_llama, tiny_policy
 from tests.support.scripted_engine import engine_starter, finance_script
@@ -76,6 +77,7 @@ class Later:
             return loss
         if self.how == "raises": raise KeyError("gold")
         if self.how == "exits": raise SystemExit(0)
+        if self.how == "figure": return loss, {"mine": float("inf")}
         return {"nan": loss * float("nan"), "text": "loss", "axes": loss[None]}[self.how]
 number = 3
 """
@@ -212,6 +214,15 @@ def test_what_only_the_run_shows_of_it_ends_with_exit_code_1(tmp_path, tiny_mode
         train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
     assert caught.value.exit_code == 1 and UserError.exit_code == 2
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= 1
+
+
+def test_a_figure_of_it_that_is_no_finite_number_is_null_and_said_aloud(tmp_path, tiny_model, file):
+    loss = {"type": "custom", "target": f"{file}:Later", "kwargs": {"how": "figure"}}
+    config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, loss=loss, optim={"num_steps": 3}))
+    train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
+    lines = [read_strict_json(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1 if "loss/mine" in lines[-1] else -2]["loss/mine"] is None
+    assert "null in metrics.jsonl: loss/mine" in (tmp_path / "run" / "run.log").read_text()
 
 
 @pytest.mark.parametrize(("how", "error"), [("raises", KeyError), ("exits", RuntimeError)])

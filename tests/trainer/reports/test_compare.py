@@ -19,7 +19,15 @@ from tests.support import ROOT
 from trainer.measures.intervals import intervals, resampled_means
 from trainer.measures.masked import Masked
 from trainer.reports.comparison import Comparison, compare
-from trainer.reports.comparison_page import grids, render_markdown, render_terminal, write_comparison_page
+from trainer.reports.comparison_page import (
+    NO_INTERVAL,
+    grids,
+    remarks,
+    render_markdown,
+    render_terminal,
+    side_by_side,
+    write_comparison_page,
+)
 from trainer.reports.evaluations import Evaluation, read_evaluations
 from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
@@ -196,6 +204,19 @@ def test_transcripts_show_gains_and_losses_then_changed_calls(comparison):
     same = [rollout("x", 1.0, calls=1), rollout("y", 1.0, calls=1)]
     fewer = [rollout("x", 1.0, calls=1), rollout("y", 1.0, calls=5)]
     assert [p.task_id for p in compare([policy("a", same), policy("b", fewer)]).pairs] == ["y"]
+
+
+def test_where_all_tasks_changed_alike_no_interval_is_shown_and_nothing_is_called_clear(tmp_path):
+    """Tasks that all rose by as much are no certainty: a bootstrap of equal values has nothing to go by."""
+    _, (change,) = intervals(np.array([[0.1, 0.5, 0.3], [0.3, 0.7, 0.5]]), seed=0)
+    assert change.mean == pytest.approx(0.2) and not change.is_known and not change.is_clear
+    _, (change,) = intervals(np.array([[0.1, 0.5, 0.3], [0.3, 0.8, 0.5]]), seed=0)
+    assert change.is_known and change.is_clear
+    alike = compare([policy("a", [rollout(t, 0.25) for t in "xy"]), policy("b", [rollout(t, 0.5) for t in "xy"])])
+    [row] = [r for r in side_by_side(alike, alike.lines, id="x").rows if r.key == "reward"]
+    assert row.cells[3] == "+0.250 (no interval)" and not any(row.verdicts)
+    page = write_comparison_page(alike, tmp_path / "page.html", demo=False).read_text()
+    assert NO_INTERVAL in remarks(alike) and "(no interval)" in page and "(0.25 to 0.25)" not in page
 
 
 def test_without_a_passing_threshold_there_is_no_line_of_passes():

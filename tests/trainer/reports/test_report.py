@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -367,6 +368,51 @@ def test_a_value_that_is_not_a_number_is_left_out(run: Path) -> None:
     assert [step for step, _ in read_run(run).series("train/reward")] == [1, 3]
     page = _parse(write_report(run))
     assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', "".join(str(e.get("points")) for e in page.all("polyline")))
+
+
+def test_a_figure_that_is_none_is_named_wherever_it_stands(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/reward": "high", "loss/loss": null, "eval/masked_rollouts": NaN}\n')
+    page = _parse(write_report(run))
+    told = "metrics.jsonl: train/reward of step 2 and 2 more: no finite number, left out"
+    assert told in (page.by_id("notes") or {})["text"] and "nan" not in (run / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "{"])
+def test_a_run_json_that_holds_no_object_is_called_that(run: Path, content: str) -> None:
+    (run / "run.json").write_text(content)
+    assert "run.json holds no JSON object" in (_parse(write_report(run)).by_id("notes") or {})["text"]
+
+
+def test_what_the_run_had_and_lacks_now_is_named(run: Path) -> None:
+    """A finished run, without its adapter, with the rollouts of one step alone, and without its figures."""
+    about = json.loads((run / "run.json").read_text())
+    about |= {"adapter": "x", "adapter_files": {"adapter_model.safetensors": "0"}, "finished_steps": NUM_STEPS}
+    (run / "run.json").write_text(json.dumps(about))
+    _write_lines(run / "rollouts" / "step-000002.jsonl", [_rollout("t1", 0.0, "no", "no")])
+    notes = (_parse(write_report(run)).by_id("notes") or {})["text"]
+    assert "adapter/ lacks adapter_model.safetensors" in notes
+    assert "rollouts/ lacks the files of 2 of 3 steps: their rollouts can't be looked at" in notes
+    (run / "adapter").rmdir()
+    (run / "metrics.jsonl").write_text("")
+    page = _parse(write_report(run))
+    notes = (page.by_id("notes") or {})["text"]
+    assert "adapter/ is missing: there is nothing to serve" in notes and page.by_id("serve-command") is None
+    assert "the run has finished, but metrics.jsonl lacks steps: 0 of 3 steps are there" in notes
+
+
+def test_the_command_serves_the_adapter_where_it_lies_after_a_move(run: Path, tmp_path: Path) -> None:
+    adapter = (run / "adapter").resolve()
+    command = f"vllm serve /models/adapter --lora-modules policy={adapter} --chat-template {adapter}/t.jinja"
+    about = json.loads((run / "run.json").read_text()) | {"serve_command": command}
+    (run / "run.json").write_text(json.dumps(about))
+    assert (_parse(write_report(run)).by_id("serve-command") or {})["text"] == command
+    moved = run.rename(tmp_path / "to a new place")
+    told = (_parse(write_report(moved)).by_id("serve-command") or {})["text"]
+    here = moved.resolve() / "adapter"
+    assert shlex.split(told)[2:] == [
+        "/models/adapter", "--lora-modules", f"policy={here}", "--chat-template", f"{here}/t.jinja"
+    ]  # fmt: skip
 
 
 def test_rollouts_that_the_metrics_count_and_no_file_holds_are_missed_aloud(run: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import os
 import platform
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from envs.errors import UserError
+from envs.reading.json_text import read_strict_json
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.hosted.view import item_of
 from graders.types import Grade, GraderErrorKind
@@ -352,6 +354,16 @@ def test_only_the_main_process_rewinds(config, run):
     run.log({"step": 7})
     RunFolder.open(config, rank=1).rewind(0)
     assert run.metrics() == [{"step": 7}]
+
+
+def test_no_file_of_a_run_holds_a_nan_which_is_no_json(run, rollout):
+    odd = {"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1.5)}], "d": 2}
+    run.log({"step": 1, **odd})
+    run.note(odd=odd)
+    run.keep_rollout(Kind.TRAIN, 1, replace(rollout, task=replace(rollout.task, item=odd)))
+    for path in (run.path / "metrics.jsonl", run.path / "run.json", run.rollouts_file(Kind.TRAIN, 1)):
+        read_strict_json(path.read_text())
+    assert run.metrics() == [{"step": 1, "a": None, "b": [None, {"c": [None, 1.5]}], "d": 2}]
 
 
 def test_notes_are_added_to_what_is_known_of_the_run(config, run):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 from markupsafe import Markup
 
 from envs.errors import UserError
+from envs.reading.json_text import write_json
 from trainer.learning.samples import Sample
 from trainer.models.cache import resolve_model
 from trainer.reports.pages import render_page
@@ -61,7 +61,7 @@ def write_token_figures(
         }
         for sample, ours in zip(samples, logprobs, strict=True)
     ]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(write_json(row) + "\n" for row in rows))
     return path
 
 
@@ -154,7 +154,7 @@ def _pack_step(run_folder: Path, kind: str, step: int, notes: list[str]) -> _Pac
         packed.lines.append(index_line(rows[rollout_id], known) | line)
         packed.token_ids.update(i for row in whole["rows"] for i in row["ids"])
         packed.num_figures += any(row["trainer"] is not None for row in whole["rows"])
-        chunk.append(json.dumps(whole, separators=(",", ":")))
+        chunk.append(write_json(whole, separators=(",", ":")))
         if sum(map(len, chunk)) > _CHUNK_CHARS:
             packed.chunks.append(_base64("[" + ",".join(chunk) + "]"))
             chunk = []
@@ -218,11 +218,11 @@ def _natural(rollout_id: str) -> list[tuple[int, str]]:
 
 
 def _deflated(value: object) -> str:
-    return _base64(json.dumps(value, separators=(",", ":")))
+    return _base64(write_json(value, separators=(",", ":")))
 
 
 def _base64(json_text: str) -> str:
-    # json.dumps escapes all that is not ASCII: lone surrogates too come through.
+    # Python escapes all that is not ASCII: lone surrogates too come through.
     return base64.b64encode(zlib.compress(json_text.encode("ascii"), 6)).decode("ascii")
 
 

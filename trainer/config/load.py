@@ -13,28 +13,65 @@ from envs.validation import validation_problems
 from graders.build import check_grader
 from trainer.config.run import RunConfig
 
+_BASE = "base"
+_WITHOUT_TYPE = {"loss": "clipped", "world": "remote"}
+"""Of which type a section is that names none."""
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML config and apply `key.sub=value` overrides (values are YAML). Raises `UserError`."""
-    return validate_config(read_sections(path, overrides or []), source=str(path))
+    """Read a YAML config, on the one that it names as its `base`, and apply `key.sub=value` overrides.
+
+    Values of overrides are YAML. Raises `UserError`.
+    """
+    data, files = _on_its_base(path, ())
+    _override(data, overrides or [])
+    return validate_config(data, source=", on ".join(map(str, files)))
 
 
 def read_sections(path: Path | None, overrides: list[str]) -> dict[str, Any]:
-    """The sections as they are given, not yet validated: the YAML's, if there is one, under the overrides.
+    """The sections as they are given, not yet validated: the YAML's on its base, if there is one, under the overrides.
 
     Raises `UserError`.
     """
-    data = {} if path is None else _read_sections(path)
+    data = {} if path is None else _on_its_base(path, ())[0]
+    _override(data, overrides)
+    return data
+
+
+def _override(data: dict[str, Any], overrides: list[str]) -> None:
     for override in overrides:
         apply_override(data, override)
-    return data
+    if _BASE in data:
+        raise UserError(f"override {_BASE}={data[_BASE]}: a config names its base in its file; give that as --config")
 
 
-def _read_sections(path: Path) -> dict[str, Any]:
-    data = read_document(path, f"config {path}")
+def _on_its_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+    """The sections of `path`, which `above` name as their base, and the files that they come from, `path` first."""
+    chain = (*above, path)
+    if path.resolve() in [file.resolve() for file in above]:
+        raise UserError(f"config {chain[0]}: {_BASE}: goes in a circle: {' → '.join(map(str, chain))}")
+    with told_of(f"config {above[-1]}: {_BASE}" if above else ""):
+        data = read_document(path, f"config {path}")
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
-    return data
+    base = data.pop(_BASE, None)
+    if base is None:
+        return data, [path]
+    if not isinstance(base, str):
+        raise UserError(f"config {path}: {_BASE}: expected the path of a config from this one's folder, got {base!r}")
+    below, files = _on_its_base(path.parent / base, chain)
+    sections = {key: _merged(below[key], data[key], key) if key in below else data[key] for key in data}
+    return below | sections, [path, *files]
+
+
+def _merged(below: Any, above: Any, section: str = "") -> Any:
+    """Mappings key by key; everything else, and a mapping of another `type`, takes the place of what was there."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    types = [one.get("type", _WITHOUT_TYPE.get(section)) for one in (below, above)]
+    if "type" in above and types[0] != types[1]:
+        return above
+    return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
 
 
 def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:

@@ -24,6 +24,16 @@ by `python -m trainer.config.reference`.
 output_dir: runs/mine
 grader: {type: numeric}
 ```
+
+A config may stand on another: `base` names its file, from the folder of the one that names it, and what stands here
+goes before what stands there, key by key. Lists are taken whole, a section of another `type` too, and null
+takes a section out. A base may have a base of its own. The run's folder holds the whole, without `base`.
+
+```yaml
+base: quickstart.yaml
+output_dir: runs/longer
+optim: {num_steps: 40}
+```
 """
 
 

@@ -89,9 +89,8 @@ def render_terminal(comparison: Comparison, *, demo: bool) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{e.name}: {e.source}", style="dim") for e in comparison.evaluations]
     for grid in grids(comparison, demo=demo):
         parts += [to_terminal(grid), Text("")]
-    parts += [
-        Text(note, style="dim" if note in (METHOD, NO_INTERVAL, LATENCY) else "yellow") for note in remarks(comparison)
-    ]
+    soft = (METHOD, NO_INTERVAL, LATENCY)
+    parts += [Text(note, style="dim" if note in soft else "yellow") for note in remarks(comparison)]
     return Group(*parts)
 
 

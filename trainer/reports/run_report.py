@@ -28,9 +28,9 @@ from trainer.types import Kind
 def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     """Write `report.html` into the run folder from what lies there, and return its path.
 
-    `serve_command` serves the adapter; without it the one that `run.json` has. Pieces that are missing are left out, and
-    named where the run had them; a `transcripts.html` that lies there is linked to. Raises `FileNotFoundError` where there is no such
-    folder.
+    `serve_command` serves the adapter; without it the one that `run.json` has. Pieces that are missing are left out,
+    and named where the run had them. A `transcripts.html` that lies there is linked to. Raises `FileNotFoundError`
+    where there is no such folder.
     """
     data = read_run(run_folder)
     adapter = run_folder / "adapter"

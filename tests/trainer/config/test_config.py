@@ -13,6 +13,7 @@ from envs.registry import build_world
 from envs.remote.config import RemoteConfig
 from tests.support import ROOT
 from trainer.config import RunConfig, load_config, validate_config
+from trainer.config.load import _WITHOUT_TYPE
 from trainer.tasks.load import load_tasks
 
 MINIMAL = {"output_dir": "runs/x", "grader": {"type": "numeric"}}
@@ -61,6 +62,82 @@ def test_the_resolved_config_written_as_yaml_is_the_same_config():
 )
 def test_overrides(tmp_path, override, read, value):
     assert read(load_config(write(tmp_path, MINIMAL), [override])) == value
+
+
+BELOW = {
+    "output_dir": "runs/x",
+    "grader": {"type": "numeric", "partial_credit": 0.5},
+    "loss": {"clip_low": 0.1, "clip_high": 0.3},
+    "optim": {"num_steps": 5, "weight_decay": 0.1},
+    "warmstart": {"num_steps": 3},
+    "trackers": ["wandb", "trackio"],
+}
+
+
+@pytest.mark.parametrize(
+    ("above", "changed"),
+    [
+        ({}, {}),
+        ({"optim": {"num_steps": 6}}, {"optim": {"num_steps": 6, "weight_decay": 0.1}}),
+        ({"trackers": ["tensorboard"]}, {"trackers": ["tensorboard"]}),
+        ({"warmstart": None}, {"warmstart": None}),
+        ({"optim": None}, {"optim": {}}),
+        ({"grader": {"type": "exact"}}, {"grader": {"type": "exact"}}),
+        ({"grader": {"type": "numeric"}}, {}),
+        ({"loss": {"type": "clipped", "clip_low": 0.2}}, {"loss": {"clip_low": 0.2, "clip_high": 0.3}}),
+        ({"loss": {"type": "custom", "target": "a.py:f"}}, {"loss": {"type": "custom", "target": "a.py:f"}}),
+        ({"model": {"lora": {"r": 4}}}, {"model": {"lora": {"r": 4}}}),
+    ],
+)
+def test_a_config_stands_on_its_base_key_by_key(tmp_path, above, changed):
+    (tmp_path / "below.yaml").write_text(yaml.safe_dump(BELOW))
+    config = load_config(write(tmp_path, above | {"base": "below.yaml"}))
+    assert config == validate_config(BELOW | changed, source="")
+
+
+def test_a_base_lies_beside_the_file_that_names_it_and_may_have_one_itself(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "lowest.yaml").write_text(yaml.safe_dump(BELOW))
+    (tmp_path / "a" / "b" / "low.yaml").write_text("base: ../../lowest.yaml\noptim: {num_steps: 6}\nseed: 1\n")
+    path = write(tmp_path / "a", {"base": "b/low.yaml", "seed": 2})
+    config = load_config(path, ["optim.weight_decay=0.3"])
+    assert (config.seed, config.optim.num_steps, config.optim.weight_decay) == (2, 6, 0.3)
+    assert "base" not in config.model_dump()
+    path.write_text("base: b/low.yaml\noptim: {num_stps: 6}\n")
+    with pytest.raises(
+        UserError, match=r"config \S+/config.yaml, on \S+/low.yaml, on \S+/lowest.yaml: .*\n  optim.num_stps"
+    ):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ("config.yaml", r"a/config.yaml: base: goes in a circle: \S+a/config.yaml → \S+a/config.yaml$"),
+        ("back.yaml", r"a/config.yaml: base: goes in a circle: \S+config.yaml → \S+back.yaml → \S+/a/config.yaml$"),
+        ("none.yaml", r"a/config.yaml: base: config \S+/a/none.yaml: No such file or directory"),
+        ("list.yaml", r"config \S+/list.yaml: expected a mapping of sections, got list"),
+        (3, r"a/config.yaml: base: expected the path of a config from this one's folder, got 3"),
+        (["a.yaml"], r"base: expected the path of a config"),
+    ],
+)
+def test_a_base_that_is_none_is_refused(tmp_path, base, told):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "back.yaml").write_text("base: ../a/config.yaml\n")
+    (tmp_path / "a" / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match=told):
+        load_config(write(tmp_path / "a", {"base": base}))
+
+
+def test_no_override_names_a_base(tmp_path):
+    with pytest.raises(UserError, match=r"override base=b\.yaml: a config names its base in its file"):
+        load_config(write(tmp_path, MINIMAL), ["base=b.yaml"])
+
+
+@pytest.mark.parametrize(("section", "given"), [("loss", {}), ("world", {})])
+def test_a_section_that_names_no_type_is_of_the_one_that_bases_take_it_for(section, given):
+    assert getattr(validate_config(MINIMAL | {section: given}, source=""), section).type == _WITHOUT_TYPE[section]
 
 
 def test_later_overrides_win_and_the_rest_stays(tmp_path):

@@ -13,16 +13,15 @@ import http.client
 import os
 import socket
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
 from envs.errors import UserError
+from envs.limits.threads import within
 from envs.reading.variables import expand
 from envs.secrets import hidden_in
 from envs.settings import AsksServers
@@ -73,7 +72,7 @@ def check_servers(config: RunConfig, *, patience_s: float = 0.0) -> None:
         waits = True
         time.sleep(_LONG_PAUSE_S)
     for key, name in _keys(config).items():
-        if _within(2 * _CONNECT_S, _is_refused, servers[f"{key}.base_url"], os.environ.get(name, "").strip()):
+        if within(2 * _CONNECT_S, _is_refused, servers[f"{key}.base_url"], os.environ.get(name, "").strip()):
             raise UserError(
                 f"{key}.api_key_env: {hidden_in(servers[f'{key}.base_url'])} refuses the key in {name} (HTTP 401); set "
                 f"{name} to a key of this server's, or {key}.api_key_env to the variable that holds one"
@@ -101,16 +100,6 @@ def _keys(config: RunConfig) -> dict[str, str]:
     if config.judge.base_url != "engine" and judges_of(config):
         keys["judge"] = config.judge.api_key_env
     return keys
-
-
-def _within(limit_s: float, ask: Callable[..., bool], *args: str) -> bool:
-    """What it says; False where it has not after that time: a socket's limit is one of each byte."""
-    answer: SimpleQueue[bool] = SimpleQueue()
-    threading.Thread(target=lambda: answer.put(ask(*args)), daemon=True).start()
-    try:
-        return answer.get(timeout=limit_s)
-    except Empty:
-        return False
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

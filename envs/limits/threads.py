@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from envs.errors import WorldError
@@ -192,6 +192,16 @@ class _Daemons(ThreadPoolExecutor):
 
 
 _DAEMONS = _Daemons(most=256)
+
+
+def within(limit_s: float, ask: Callable[..., bool], *args: str) -> bool:
+    """What it says; False where it has not after that time: a socket's limit is one of each byte, a name has none."""
+    answer: SimpleQueue[bool] = SimpleQueue()
+    threading.Thread(target=lambda: answer.put(ask(*args)), daemon=True).start()
+    try:
+        return answer.get(timeout=limit_s)
+    except Empty:
+        return False
 
 
 def let_loop_end() -> None:

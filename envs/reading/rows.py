@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
+from envs.clients.hub import hub_or_cache
 from envs.errors import UserError, nearest
 from envs.reading.json_text import read_strict_json
 from envs.settings import Settings
@@ -105,7 +107,10 @@ def read_dataset(source: DatasetSource, *, key: str) -> list[dict[str, Any]]:
         if any((folder / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             loaded = _saved(datasets.load_from_disk(folder), source, where)
         else:
-            loaded = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+            with contextlib.nullcontext() if folder.is_dir() else hub_or_cache():
+                loaded = datasets.load_dataset(
+                    source.dataset, source.name, split=source.split, revision=source.revision
+                )
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:

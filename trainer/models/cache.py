@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.cache import cache_dir
+from envs.clients.hub import hub_or_cache
 from envs.errors import UserError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -125,7 +126,8 @@ def _from_hub(name: str, download: Callable[[str], Path]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = download(name)
+        with hub_or_cache():
+            folder = download(name)
     except LocalEntryNotFoundError as e:
         raise _unavailable(name, "no such folder, not in the hub's local cache, and the hub is not reachable") from e
     except HFValidationError as e:

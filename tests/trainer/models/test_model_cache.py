@@ -1,8 +1,11 @@
 """`model.name`: the embedded default is converted right, and every name that can't be had is said so early."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,39 @@ def test_a_model_that_cannot_be_had_is_named_with_its_key(
     assert "model.name: " in str(e.value)
     assert why in str(e.value)
     assert "Expected 'smollm2-135m-instruct', a folder that holds a config.json, or a Hugging Face id" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        "from trainer.models.cache import resolve_config as ask",
+        "from trainer.models.cache import resolve_texts as ask",
+        "from envs.reading.rows import DatasetSource, read_dataset\n"
+        "def ask(name): read_dataset(DatasetSource(dataset=name), key='data.train')",
+    ],
+)
+def test_a_hub_that_does_not_answer_is_asked_once(ask: str, tmp_path: Path) -> None:
+    asked = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        code = f"{ask}\ntry: ask('nobody/no-such-thing')\nexcept ValueError as e: print(e)"
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": ""}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | here, capture_output=True, text=True, check=False
+        )
+        server.shutdown()
+    assert len(asked) == 1 and "Retrying" not in done.stderr
+    assert "nobody/no-such-thing" in done.stdout, done.stderr
 
 
 def test_a_missing_folder_is_reported_without_importing_torch() -> None:

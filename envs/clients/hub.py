@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from envs.limits.threads import within
 
@@ -20,7 +21,7 @@ def hub_or_cache() -> Iterator[None]:
     """
     from huggingface_hub import constants
 
-    places = [constants, *(filter(None, [sys.modules.get("datasets.config")]))]
+    places: list[Any] = [constants, *(filter(None, [sys.modules.get("datasets.config")]))]
     before = [place.HF_HUB_OFFLINE for place in places]
     if not any(before) and not within(_LIMIT_S, _answers):
         for place in places:

@@ -1,4 +1,4 @@
-"""What a config asks for, looked at and told: everything that `prepare` checks, and nothing more is done.
+"""What a config asks for, looked at and told: everything that `prepare` checks, and the user's own graders tried once.
 
 No weights are fetched or loaded, nothing is trained, no run folder is made. What servers are asked for: see
 `trainer.reachable`, and MCP servers for their tools.
@@ -10,25 +10,37 @@ import asyncio
 import statistics
 from collections.abc import Iterator, Mapping
 
+from envs.base import Closes
+from envs.custom.world import CustomEnvConfig
+from envs.errors import WorldError, told_of
+from envs.limits.clocks import time_limit
 from envs.secrets import hidden_in
 from envs.tools import Tool
-from graders.config import GraderConfig, MultiConfig
-from trainer.config import RunConfig
+from envs.types import Episode, Message, StopReason, Turn
+from envs.user_code import looked_at
+from graders.build import build_scorer
+from graders.config import GraderConfig, MultiConfig, singles
+from graders.settings import GraderSettings
+from graders.user.custom import CustomConfig
+from graders.user.python import PythonConfig
+from trainer.config import CustomLossConfig, LossSettings, RunConfig
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
 from trainer.runs.folder import RunFolder
 from trainer.tasks.offer import tools_offered
 
 _MOST_NAMES = 12
+_ANSWER = "I do not know."
 
 
 def check_run(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of each part of the run. Raises `UserError` as training would before it loads anything."""
     prepared = prepare(config, weights=False)
-    try:
-        return list(_found(prepared))
-    finally:
-        asyncio.run(prepared.aclose())
+    with asyncio.Runner() as loop:
+        try:
+            return [*_found(prepared), *(("tried", told) for told in loop.run(_tried(prepared)))]
+        finally:
+            loop.run(prepared.aclose())
 
 
 def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -40,6 +52,7 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "tools", _tools(prepared, offered)
     if prepared.users is not None:
         yield "user", type(prepared.users).__name__
+    yield "loss", _loss(config.loss)
     yield "grader", _grader(config.grader)
     if config.watch_grader is not None:
         yield "watch grader", _grader(config.watch_grader)
@@ -52,6 +65,61 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
     yield "engine", _engine(prepared)
     for key, meant in prepared.resolved().items():
         yield "auto", f"{key}: {meant}"
+
+
+async def _tried(prepared: Prepared) -> list[str]:
+    """What the user's own loss and graders make of something small. Raises `UserError` for what would end a run.
+
+    The loss has been tried by `prepare`. A grader is given one answer to the first training task, as a model may give
+    it: without a tool call. In a world of the user's own the environment is open meanwhile, so that a grader may look
+    into it. *Not covered*: graders that ask a server, of which `trainer.reachable` knows whether it is there.
+    """
+    config = prepared.config
+    told = [f"loss on a few tokens: {config.loss.target}"] if isinstance(config.loss, CustomLossConfig) else []
+    for key, grader in (("grader", config.grader), ("watch_grader", config.watch_grader)):
+        for inner, single in singles(grader).items() if grader else ():
+            if isinstance(single, CustomConfig | PythonConfig):
+                told.append(f"{key}{inner} on {_ANSWER!r}: {await _graded(prepared, single, where=f'{key}{inner}')}")
+    return told
+
+
+async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> str:
+    """What it says of `_ANSWER`."""
+    task, env = prepared.train_tasks[0], prepared.world.make_env()
+    answer = Message(role="assistant", content=_ANSWER)
+    episode = Episode(
+        rollout_id="check",
+        task_id=task.task_id,
+        messages=(*task.messages, answer),
+        turns=(Turn(message=answer, num_tokens=1),),
+        stop_reason=StopReason.ANSWERED,
+        completion_ids=tuple(range(prepared.chat.num_tokens(_ANSWER))),
+    )
+    where = f"{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
+    grader = build_scorer(config)
+    is_own = isinstance(prepared.config.world, CustomEnvConfig)
+    try:
+        async with time_limit(prepared.config.rollout.settle_timeout_s):
+            if is_own:
+                with looked_at(f"world: open() of task {task.task_id!r}"):
+                    await env.open(task, episode.rollout_id)
+            with told_of(where), looked_at(where):
+                grade = await grader.grade(task, episode)
+    except TimeoutError:
+        return f"no grade within rollout.settle_timeout_s ({prepared.config.rollout.settle_timeout_s:g} s)"
+    except WorldError as e:
+        return f"no grade: {e}"
+    finally:
+        if isinstance(grader, Closes):
+            await grader.aclose()
+        if is_own:
+            await env.close(None)
+    faults = f" ({', '.join(grade.errors)}: {grade.explanation})" if grade.errors else ""
+    return f"{grade.reward:g}{faults}"
+
+
+def _loss(loss: LossSettings) -> str:
+    return f"custom {loss.target}" if isinstance(loss, CustomLossConfig) else loss.type
 
 
 def _folder(config: RunConfig) -> str:

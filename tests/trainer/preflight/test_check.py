@@ -1,7 +1,9 @@
 """A config that is only looked at: `scripts/train.py --check`."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,84 @@ def test_a_check_tells_what_a_run_would_be_and_makes_nothing(tiny_model: Path, t
     given = "adapters" if torch.cuda.is_available() else "merged weights"
     assert found["engine"] == f"local, on this machine, given {given}"
     assert not (tmp_path / "run").exists()
+
+
+OWN = """
+import math
+def short(completions, completion_ids, **_): return [1.0 / len(completion_ids[0]) * bool(completions[0][-1]["content"])]
+def nan(completions, **_): return [math.nan]
+def fails(completions, **_): return [completions[0][7]]
+def none(completions, **_): return [None]
+class Shelf:
+    def reset(self, **row): self.is_open = True
+    def look(self) -> str:
+        \"\"\"Look.\"\"\"
+        return "a book"
+    def get_reward(self): return 0.25 if self.is_open else 0.0
+class Broken(Shelf):
+    def reset(self, **row): raise OSError("no shelf")
+def loss(inputs): return -(inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
+"""
+SOURCE = "def grade(sample, item):\n    return {score}\n"
+
+
+def checked(tiny_model: Path, tmp_path: Path, **sections: Any) -> list[tuple[str, str]]:
+    (tmp_path / "own.py").write_text(OWN)
+    raw = scripted_config(tmp_path / "run", tiny_model) | {"penalties": {}} | sections
+    return check_run(validate_config(raw, source="test"))
+
+
+def test_the_users_own_loss_and_graders_are_tried_and_told(tiny_model: Path, tmp_path: Path) -> None:
+    own = str(tmp_path / "own.py")
+    graders = {
+        "short": {"type": "custom", "target": f"{own}:short"},
+        "sure": {"type": "python", "source": SOURCE.format(score="len(sample['output_text']) / 10")},
+        "odd": {"type": "python", "source": SOURCE.format(score="item['no such key']")},
+        "of_rows": {"type": "exact"},
+    }
+    found = checked(
+        tiny_model,
+        tmp_path,
+        grader={"type": "multi", "graders": graders, "calculate_output": "short + sure + odd + of_rows"},
+        watch_grader={"type": "custom", "target": f"{own}:none"},
+        loss={"type": "custom", "target": f"{own}:loss"},
+    )
+    assert dict(found)["loss"] == f"custom {own}:loss" and not (tmp_path / "run").exists()
+    tried = [told for what, told in found if what == "tried"]
+    assert tried[0] == f"loss on a few tokens: {own}:loss"
+    assert re.fullmatch(r"grader\.graders\.short on 'I do not know\.': 0\.\d+", tried[1])
+    assert tried[2] == "grader.graders.sure on 'I do not know.': 1.4"
+    assert (
+        tried[3].startswith("grader.graders.odd on 'I do not know.': 0 (python_grader_runtime: ")
+        and "KeyError" in tried[3]
+    )
+    assert tried[4] == "watch_grader on 'I do not know.': no grade: custom gave None" and len(tried) == 5
+    assert dict(checked(tiny_model, tmp_path))["loss"] == "clipped"
+
+
+def test_a_grader_that_looks_into_the_users_own_environment_finds_it_open(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "What is there?"}]}) + "\n")
+    own = {
+        "world": {"type": "custom", "target": str(tmp_path / "own.py:Shelf")},
+        "data": {"train": str(rows), "eval": str(rows)},
+        "grader": {"type": "custom", "target": "graders.custom:EnvReward"},
+    }
+    assert ("tried", "grader on 'I do not know.': 0.25") in checked(tiny_model, tmp_path, **own)
+    own["world"]["target"] = str(tmp_path / "own.py:Broken")
+    with pytest.raises(
+        UserError, match=r"^world: open\(\) of task '.*': raised OSError: no shelf \(.*own\.py, line \d+\)"
+    ):
+        checked(tiny_model, tmp_path, **own)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nan", "grader 'custom' gave nan"), ("fails", r"raised IndexError: .*own\.py, line \d+")],
+)
+def test_a_grader_that_would_end_the_run_is_refused(tiny_model: Path, tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"^grader: tried on the answer 'I do not know.' to task '.*': .*{told}"):
+        checked(tiny_model, tmp_path, grader={"type": "custom", "target": str(tmp_path / f"own.py:{name}")})
 
 
 def test_a_check_says_what_no_refusal_is_needed_for(tiny_model: Path, tmp_path: Path) -> None:

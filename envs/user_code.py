@@ -42,6 +42,20 @@ def load_target(target: str, *, key: str) -> Any:
     return found
 
 
+def file_of(target: str) -> Path | None:
+    """The file in which a target stands; None where it can't be found, and for code that is not Python's."""
+    place = target.rpartition(":")[0]
+    if place.endswith(".py"):
+        return Path(place)
+    _make_importable(Path.cwd())
+    try:
+        spec = importlib.util.find_spec(place)
+    except Exception:
+        # A package above it is imported for that, and may fail as it likes; whoever loads the target will tell.
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
 def _load_file(path: Path, where: str) -> ModuleType:
     path = path.resolve()
     if not path.is_file():

@@ -23,6 +23,7 @@ from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
 from trainer.learning.adapter import load_adapter, published_bytes
 from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
+from trainer.learning.losses.registry import forgotten
 from trainer.learning.policy import Policy, Update
 from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
@@ -233,7 +234,7 @@ def load_policy(
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
-        for told in (*run.remarks, *run.rewind(step)):
+        for told in (*run.remarks, *run.rewind(step), *(forgotten(config.loss) if step else ())):
             progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -15,6 +17,7 @@ from pydantic import BaseModel
 
 from envs.errors import UserError
 from envs.secrets import without_secrets
+from envs.user_code import file_of
 from trainer.config import RunConfig
 from trainer.runs.files import read_document, read_object, refusal
 
@@ -57,6 +60,30 @@ def differences(a: Any, b: Any, of: Any, key: str = "") -> list[str]:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i in range(len(b)) for d in differences(a[i], b[i], _inner(of, i), f"{key}[{i}]")]
     return [] if a == b else [key]
+
+
+def files_named(config: RunConfig) -> dict[str, str]:
+    """The SHA-256 of each file that the config names by its path: the user's code, rows, what a preflight found.
+
+    *Not covered*: what that code imports, folders, data sets, a model's weights; files that can't be read.
+    """
+    paths: dict[str, Path] = {}
+    waiting: list[Any] = [config.model_dump(exclude={"output_dir"})]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, Path):
+            paths[str(inner)] = inner
+        elif isinstance(inner, Mapping):
+            if isinstance(target := inner.get("target"), str) and (code := file_of(target)) is not None:
+                paths[target.rpartition(":")[0]] = code
+            waiting += [value for key, value in inner.items() if key != "kwargs"]
+        elif isinstance(inner, list | tuple):
+            waiting += inner
+    found = {}
+    for name, path in sorted(paths.items()):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _is_default(of: Any, key: str) -> bool:

@@ -35,7 +35,7 @@ from envs.errors import UserError
 from envs.reading.json_text import write_json
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.runs.about import differences, plain_config, read_about, saved_config, versions
+from trainer.runs.about import differences, files_named, plain_config, read_about, saved_config, versions
 from trainer.runs.files import (
     UNFINISHED,
     append_line,
@@ -48,6 +48,7 @@ from trainer.runs.files import (
     keep_beginning,
     names_in,
     read_lines,
+    read_object,
     sealed,
     step_files,
     whole_lines,
@@ -62,6 +63,8 @@ from trainer.types import Kind, Rollout
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
 _FOLDERS = (*Kind, "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
 """What a run makes in its folder; the last is TensorBoard's."""
+_FILES = "files"
+"""In run.json: the digests of the files that the config names."""
 
 
 class RunFolder:
@@ -89,6 +92,7 @@ class RunFolder:
                     f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
                     "Choose another output_dir, delete the folder, or put its config.yaml right if that was changed"
                 )
+            _refuse_changed_files(path, config)
             done = cls(path, run_id="", rank=0).resume_step
             if done > config.optim.num_steps:
                 raise UserError(
@@ -181,12 +185,16 @@ class RunFolder:
         for name, text in (beside or {}).items():
             write_atomically(path / name, text)
         if (path / "run.json").exists():
+            about = read_about(path)
+            if _FILES not in about or not checkpoints(path):
+                write_atomically(path / "run.json", write_json(about | {_FILES: files_named(config)}, indent=2))
             return []
         known = run_id_of(path)
         about = {
             "run_id": known or f"run-{uuid.uuid4().hex[:12]}",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
+            _FILES: files_named(config),
         }
         write_atomically(path / "run.json", write_json(about, indent=2))
         return ["run.json was missing and has been made anew"] * bool(checkpoints(path))
@@ -340,6 +348,20 @@ class RunFolder:
                     then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
                     told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
         return told
+
+
+def _refuse_changed_files(path: Path, config: RunConfig) -> None:
+    """A file that the config names is as much of the run as the config itself."""
+    noted = (read_object(path / "run.json") or {}).get(_FILES)
+    if not isinstance(noted, dict) or not checkpoints(path):
+        return
+    now = files_named(config)
+    if changed := [name for name in now if noted.get(name, now[name]) != now[name]]:
+        raise UserError(
+            f"output_dir {path}: holds a run that was made with other contents of {', '.join(changed[:5])}. Choose "
+            f'another output_dir, delete the folder, or restore the file; or delete "{_FILES}" from '
+            f"{path / 'run.json'} to go on with what it holds now, which the steps before have not seen"
+        )
 
 
 def _is_rollout(line: bytes, *, run_id: str = "", needs_digest: bool = False) -> bool:

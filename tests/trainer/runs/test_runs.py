@@ -26,6 +26,7 @@ from graders.types import Grade, GraderErrorKind
 from trainer import processes
 from trainer.config import RunConfig
 from trainer.rollouts.collect import Collector
+from trainer.runs.about import files_named
 from trainer.runs.files import append_line, read_lines
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import RunLock
@@ -226,6 +227,41 @@ def test_the_folder_of_another_run_is_refused_and_the_difference_named(config, r
         RunFolder.check(other)
 
 
+NAMED = {
+    "loss": {"type": "custom", "target": "{}/loss.py:f", "kwargs": {"target": "os:path"}},
+    "grader": {"type": "custom", "targets": [{"target": "{}/grader.py:f"}, "{}/other.py:g"]},
+    "world": {"type": "custom", "target": "{}/world.py:World"},
+    "data": {"train": "{}/train.jsonl", "eval": {"dataset": "some/where"}},
+}
+
+
+@pytest.mark.parametrize("file", ["loss.py", "grader.py", "other.py", "world.py", "train.jsonl"])
+def test_a_file_that_the_config_names_is_as_much_of_a_run_as_the_config(tmp_path, file):
+    for name in ("loss.py", "grader.py", "other.py", "world.py", "train.jsonl"):
+        (tmp_path / name).write_text("1")
+    raw = json.loads(json.dumps(NAMED).replace("{}", str(tmp_path)))
+    named = make_config(tmp_path / "run", **raw)
+    RunFolder.create(named)
+    (tmp_path / file).write_text("2")
+    RunFolder.create(named)  # nothing has been made of it yet
+    (named.output_dir / "checkpoints" / "step-000000").mkdir()
+    RunFolder.check(named)
+    (tmp_path / file).write_text("3")
+    with pytest.raises(UserError, match=rf"made with other contents of {tmp_path / file}\. .* delete \"files\" from"):
+        RunFolder.check(named)
+    path = named.output_dir / "run.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "files"}))
+    RunFolder.create(named)
+    RunFolder.check(named)
+    (tmp_path / file).unlink()  # what needs it will say so
+    RunFolder.check(named)
+
+
+def test_the_file_of_a_target_in_a_package_is_known_too(config):
+    named = make_config(config.output_dir, grader={"type": "custom", "target": "graders.custom:EnvReward"})
+    assert list(files_named(named)) == ["graders.custom"] and files_named(config) == {}
+
+
 def test_a_key_that_an_older_version_did_not_know_stands_for_its_default_wherever_it_is(config, run):
     path = config.output_dir / "config.yaml"
     saved = yaml.safe_load(path.read_text())
@@ -356,10 +392,11 @@ def test_only_the_main_process_rewinds(config, run):
     assert run.metrics() == [{"step": 7}]
 
 
-def test_no_file_of_a_run_holds_a_nan_which_is_no_json(run, rollout):
+def test_no_file_of_a_run_holds_a_nan_which_is_no_json(run):
     odd = {"a": math.nan, "b": [math.inf, {"c": (-math.inf, 1.5)}], "d": 2}
     run.log({"step": 1, **odd})
     run.note(odd=odd)
+    rollout = make_rollout("r")
     run.keep_rollout(Kind.TRAIN, 1, replace(rollout, task=replace(rollout.task, item=odd)))
     for path in (run.path / "metrics.jsonl", run.path / "run.json", run.rollouts_file(Kind.TRAIN, 1)):
         read_strict_json(path.read_text())

@@ -54,6 +54,13 @@ def check_loss(config: CustomLossConfig) -> None:
                 raise UserError(f"{where}: {name} is {number.detach().tolist()} on the tokens that it is tried on")
 
 
+def forgotten(config: LossSettings) -> list[str]:
+    """What a run that goes on has to say of its loss: no checkpoint holds what an object of the user's keeps."""
+    if not isinstance(config, CustomLossConfig) or inspect.isfunction(load_target(config.target, key="loss.target")):
+        return []
+    return [f"{_where(config)}: is made anew; what it has kept of the updates before is in no checkpoint"]
+
+
 def _where(config: CustomLossConfig) -> str:
     return f"loss.target {config.target!r}"
 

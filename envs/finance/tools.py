@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from envs import arithmetic
 from envs.errors import ToolError
 from envs.finance.config import FinanceConfig
+from envs.finance.documents.paged import Documents
 from envs.finance.documents.search import SearchIndex
-from envs.finance.documents.shelf import Shelf
 from envs.text import quoted, shown
 from envs.tools import Tool, tool
 from envs.types import Episode, Task
@@ -20,7 +20,7 @@ _MOST_OF_A_LINE = 200
 _MOST_OF_A_PATH = 60
 
 
-def make_tools(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> dict[str, Tool]:
+def make_tools(documents: Documents, index: SearchIndex, config: FinanceConfig) -> dict[str, Tool]:
     """The tools by name. They keep no state: all episodes of a world share them."""
 
     @tool
@@ -32,18 +32,21 @@ def make_tools(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> dict[
         """
         return arithmetic.calculate(expression)
 
-    tools = [_search(shelf, index, config), *(_paged_reading(shelf) if config.is_paged else _reading(shelf))]
+    tools = [
+        _search(documents, index, config),
+        *(_paged_reading(documents) if config.is_paged else _reading(documents)),
+    ]
     return {t.name: t for t in ([*tools, calculate] if config.calculate else tools)}
 
 
-def _search(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> Tool:
+def _search(documents: Documents, index: SearchIndex, config: FinanceConfig) -> Tool:
     shows, num_hits = config.search_shows, config.search_hits
 
     def show(path: str, query: str) -> str:
         if shows == "paths":
             return path
-        number, line = shelf.best_line(path, query)
-        pages = shelf.pages(path)
+        number, line = documents.best_line(path, query)
+        pages = documents.pages(path)
         head = f"{path} (page {number} of {len(pages)})"
         return f"{head}\n{pages[number - 1]}" if shows == "document" else f"{head}: {shown(line, _MOST_OF_A_LINE)}"
 
@@ -60,7 +63,7 @@ def _search(shelf: Shelf, index: SearchIndex, config: FinanceConfig) -> Tool:
     return search
 
 
-def _reading(shelf: Shelf) -> tuple[Tool, Tool]:
+def _reading(documents: Documents) -> tuple[Tool, Tool]:
     """`list` and `cat` for short documents in few folders."""
 
     @tool
@@ -70,7 +73,7 @@ def _reading(shelf: Shelf) -> tuple[Tool, Tool]:
         Args:
             path: folder, or / for all
         """
-        names = _names(shelf, path)
+        names = _names(documents, path)
         shown = names[:MAX_LISTED]
         more = len(names) - len(shown)
         return " ".join(shown) + (f" and {more} more" if more else "")
@@ -82,12 +85,12 @@ def _reading(shelf: Shelf) -> tuple[Tool, Tool]:
         Args:
             path: report path
         """
-        return shelf.texts[_known(shelf, path)]
+        return documents.texts[_known(documents, path)]
 
     return list, cat
 
 
-def _paged_reading(shelf: Shelf) -> tuple[Tool, Tool]:
+def _paged_reading(documents: Documents) -> tuple[Tool, Tool]:
     """`list` and `cat` that show long folders and documents page by page."""
 
     @tool
@@ -98,7 +101,7 @@ def _paged_reading(shelf: Shelf) -> tuple[Tool, Tool]:
             path: folder, or / for all
             page: which page of a long list
         """
-        names = _names(shelf, path)
+        names = _names(documents, path)
         num_pages = -(-len(names) // LISTED_A_PAGE)
         _check_page(path, page, num_pages)
         shown = " ".join(names[(page - 1) * LISTED_A_PAGE : page * LISTED_A_PAGE])
@@ -112,24 +115,24 @@ def _paged_reading(shelf: Shelf) -> tuple[Tool, Tool]:
             path: report path
             page: which page of a long report
         """
-        pages = shelf.pages(_known(shelf, path))
+        pages = documents.pages(_known(documents, path))
         _check_page(path, page, len(pages))
         return f"{pages[page - 1]}\n(page {page} of {len(pages)})" if len(pages) > 1 else pages[0]
 
     return list, cat
 
 
-def _names(shelf: Shelf, path: str) -> list[str]:
+def _names(documents: Documents, path: str) -> list[str]:
     folder = path.strip().strip("/")
-    names = shelf.names("" if folder == "." else folder)
+    names = documents.names("" if folder == "." else folder)
     if names is None:
         raise ToolError(f"no folder {quoted(path, _MOST_OF_A_PATH)}")
     return [*names]
 
 
-def _known(shelf: Shelf, path: str) -> str:
+def _known(documents: Documents, path: str) -> str:
     known = path.strip().lstrip("/")
-    if known not in shelf.texts:
+    if known not in documents.texts:
         raise ToolError(f"no report {quoted(path, _MOST_OF_A_PATH)}")
     return known
 

@@ -8,11 +8,11 @@ from typing import Any
 from envs.base import ExpertTurn
 from envs.embedding import PACKAGE, default_embedder
 from envs.finance.config import FinanceConfig
+from envs.finance.contents import load_contents
+from envs.finance.documents.paged import Documents
 from envs.finance.documents.search import BM25Index, HybridIndex, SearchIndex
 from envs.finance.documents.semantic import SemanticIndex
-from envs.finance.documents.shelf import Shelf
 from envs.finance.expert import expert_turns
-from envs.finance.library import load_library
 from envs.finance.tools import FinanceEnv, make_tools
 from envs.tools import Tool
 from envs.types import Task
@@ -26,17 +26,17 @@ class FinanceWorld:
 
     def __init__(self, config: FinanceConfig) -> None:
         self.config = config
-        self._library = load_library(config)
-        self.texts: Mapping[str, str] = self._library.texts
-        self._shelf = Shelf(self.texts, config.page_chars)
-        self.tools: Mapping[str, Tool] = make_tools(self._shelf, make_index(self.texts, config), config)
+        self._contents = load_contents(config)
+        self.texts: Mapping[str, str] = self._contents.texts
+        self._documents = Documents(self.texts, config.page_chars)
+        self.tools: Mapping[str, Tool] = make_tools(self._documents, make_index(self.texts, config), config)
 
     def make_env(self) -> FinanceEnv:
         return FinanceEnv(self.tools)
 
     def tasks(self, split: str) -> Sequence[Task]:
         """The tasks of `train` or `eval`; KeyError for another name."""
-        return self._library.tasks[split]
+        return self._contents.tasks[split]
 
     def expert_episode(self, task: Task, seed: int) -> Sequence[ExpertTurn]:
         """Empty for a task that is not this world's own, such as a row of a user's file."""
@@ -47,7 +47,7 @@ class FinanceWorld:
         return expert_turns(
             task,
             seed,
-            self._library.readings(task, self._shelf),
+            self._contents.readings(task, self._documents),
             expression=expression if self.config.calculate else "",
             detour_calls=self.config.detour_calls,
             detour_thoughts=self.config.detour_thoughts,

@@ -21,9 +21,9 @@ def episode_from_sample(sample: Mapping[str, Any], *, rollout_id: str) -> Episod
     the message in `choices`, or the first of `outputs`, as exports of graded samples have it) and `output_text`. Its
     `task_id` is empty.
 
-    Covered: `sample_of` gives the same sample again for one that it made. Not covered: tokens by turn (the totals stand
-    on the last), the times of generation and of replies. Raises `UserError` naming the key for a sample that can't be
-    read.
+    Covered: `hosted_sample` gives the same sample again for one that it made. Not covered: tokens by turn (the totals
+    stand on the last), the times of generation and of replies. Raises `UserError` naming the key for a sample that
+    can't be read.
     """
     read = Reader(sample, "sample")
     messages = read.items("messages")

@@ -48,7 +48,7 @@ _NO_TURN = Message(role="assistant")
 
 # The graders inside a `multi` ask for the same episode one after the other.
 @functools.lru_cache(maxsize=64)
-def sample_of(episode: Episode) -> dict[str, Any]:
+def hosted_sample(episode: Episode) -> dict[str, Any]:
     """The episode as JSON values, under `SAMPLE_KEYS`. Shared by all who ask for this episode: do not change it.
 
     Raises `ValueError` for an episode that the world broke off.

@@ -12,7 +12,7 @@ from envs.settings import Settings
 from envs.text import one_line
 from envs.types import Episode, Task
 from graders.hosted.templates import MissingVariable, Template
-from graders.hosted.view import item_of, sample_of
+from graders.hosted.view import hosted_sample, item_of
 from graders.judges.answers import answer_of, label_of, score_of
 from graders.judges.base import Judge, JudgeReply, JudgeRequest, JudgeSampling, NobodyAsked, check_judge
 from graders.settings import Continuous, GraderSettings, Name
@@ -219,7 +219,7 @@ class _Question:
 
     async def ask(self, task: Task, episode: Episode) -> JudgeReply:
         """Raises `MissingVariable`, and `WorldError` as the judge does."""
-        item, sample = item_of(task), sample_of(episode)
+        item, sample = item_of(task), hosted_sample(episode)
         messages = tuple({"role": role, "content": text.render(item, sample)} for role, text in self._messages)
         return await self._judge.ask(
             JudgeRequest(model=self._model, messages=messages, schema=self._schema, sampling=self._sampling)

@@ -28,7 +28,7 @@ from envs.errors import UserError
 from envs.types import Episode, Task
 from envs.user_code import call_user
 from graders.hosted.templates import MissingVariable, Template
-from graders.hosted.view import item_of, sample_of
+from graders.hosted.view import hosted_sample, item_of
 from graders.settings import Continuous, Name
 from graders.types import Grade
 
@@ -82,7 +82,7 @@ class TextSimilarityGrader:
             ) from None
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        item, sample = item_of(task), sample_of(episode)
+        item, sample = item_of(task), hosted_sample(episode)
         try:
             text, reference = self._input.render(item, sample), self._reference.render(item, sample)
         except MissingVariable as e:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from envs.text import quoted
 from envs.types import Episode, Task
 from graders.hosted.templates import MissingVariable, Template
-from graders.hosted.view import item_of, sample_of
+from graders.hosted.view import hosted_sample, item_of
 from graders.settings import GraderSettings, Name
 from graders.types import Grade
 
@@ -57,7 +57,7 @@ class StringCheckGrader:
         self._reference = Template(config.reference, where=f"grader {config.name!r}: reference")
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        item, sample = item_of(task), sample_of(episode)
+        item, sample = item_of(task), hosted_sample(episode)
         try:
             text, reference = self._input.render(item, sample), self._reference.render(item, sample)
         except MissingVariable as e:

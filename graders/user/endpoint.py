@@ -12,7 +12,7 @@ from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge
 from envs.errors import UserError, WorldError
 from envs.reading.variables import expand
 from envs.types import Episode, Task
-from graders.hosted.view import item_of, sample_of
+from graders.hosted.view import hosted_sample, item_of
 from graders.settings import Continuous, Name
 from graders.types import Grade, GraderErrorKind
 
@@ -56,7 +56,7 @@ class EndpointGrader:
         self._caller = HttpCaller(url=url, headers=headers, limits=self._limits)
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        sample, item = sample_of(episode), item_of(task)
+        sample, item = hosted_sample(episode), item_of(task)
         payload = {"sample": sample, "item": item, "trace_id": episode.rollout_id}
         errors: tuple[GraderErrorKind, ...] = ()
         try:

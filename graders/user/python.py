@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from envs.errors import UserError
 from envs.types import Episode, Task
-from graders.hosted.view import item_of, sample_of
+from graders.hosted.view import hosted_sample, item_of
 from graders.sandbox.isolation import Imports, choose, import_paths
 from graders.sandbox.pool import Outcome, Pool
 from graders.sandbox.protocol import SOURCE_NAME, Limits
@@ -76,7 +76,7 @@ class PythonGrader:
             raise UserError(f"task {task.task_id!r}: the python grader needs an item that is JSON: {e}") from e
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
-        payload = json.dumps({"sample": sample_of(episode), "item": item_of(task)}).encode()
+        payload = json.dumps({"sample": hosted_sample(episode), "item": item_of(task)}).encode()
         outcome = await self._pool.run(payload)
         score = _score_of(outcome)
         explanation = self._fault_of(outcome) if score is None else f"{self._name}: {score:g}"

@@ -36,7 +36,7 @@ from rich.table import Table
 
 from envs.errors import UserError, WorldError
 from envs.finance.config import FinanceConfig
-from envs.finance.library import load_library
+from envs.finance.contents import load_contents
 from envs.types import Episode, Message, StopReason, Turn
 from envs.validation import validation_problems
 from graders.build import build_grader
@@ -323,7 +323,7 @@ def world_of(arguments: argparse.Namespace) -> FinanceConfig:
 
 def main() -> None:
     arguments = parse_arguments()
-    rows = labelled_answers(load_library(world_of(arguments)), per_rule=arguments.per_rule, seed=arguments.seed)
+    rows = labelled_answers(load_contents(world_of(arguments)), per_rule=arguments.per_rule, seed=arguments.seed)
     judged = None
     if arguments.base_url:
         judge_config = JudgeConfig(

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from envs.finance.library import Library
+from envs.finance.contents import Contents
 from envs.types import Task
 
 EXPONENTS = {"thousand": 3, "million": 6, "billion": 9}
@@ -84,18 +84,18 @@ class LabelledAnswer:
     answer: str
 
 
-def labelled_answers(library: Library, *, per_rule: int, seed: int) -> list[LabelledAnswer]:
+def labelled_answers(contents: Contents, *, per_rule: int, seed: int) -> list[LabelledAnswer]:
     """At most `per_rule` answers of each rule, each to another question; fewer where too few questions allow it.
 
     A pure function of its arguments.
     """
-    candidates = [(task, gold) for tasks in library.tasks.values() for task in tasks if (gold := gold_of(task))]
+    candidates = [(task, gold) for tasks in contents.tasks.values() for task in tasks if (gold := gold_of(task))]
     rows: list[LabelledAnswer] = []
     for rule, (label, write) in RULES.items():
         rng = random.Random(f"{seed}/{rule}")
         found = 0
         for task, gold in rng.sample(candidates, len(candidates)):
-            others = other_figures(library.texts[task.item["paths"][0]], gold, rng)
+            others = other_figures(contents.texts[task.item["paths"][0]], gold, rng)
             answer = write(Case(gold=gold, others=others, rng=rng))
             if answer is not None:
                 rows.append(LabelledAnswer(rule=rule, label=label, task=task, answer=answer))

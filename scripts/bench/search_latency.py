@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from envs.embedding import PACKAGE, default_embedder
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
+from envs.finance.contents import Contents, load_contents
+from envs.finance.documents.paged import Documents
 from envs.finance.documents.search import SearchIndex
 from envs.finance.documents.semantic import SemanticIndex
-from envs.finance.documents.shelf import Shelf
-from envs.finance.library import Library, load_library
 from envs.finance.tools import make_tools
 from envs.finance.world import make_index
 from envs.tools import Tool, call_tool
@@ -52,21 +52,21 @@ class VectorsAtHand:
         return np.stack([self._vectors[text] for text in texts])
 
 
-def queries_of(library: Library, num: int) -> list[str]:
+def queries_of(contents: Contents, num: int) -> list[str]:
     """Distinct queries as the expert writes them, or the questions where no query is noted."""
-    tasks = itertools.chain(*library.tasks.values())
+    tasks = itertools.chain(*contents.tasks.values())
     texts = (text for t in tasks for text in t.item.get("queries", [t.messages[-1].content]))
     return list(itertools.islice(dict.fromkeys(texts), num))
 
 
-def index_of(mode: str, library: Library, config: FinanceConfig, queries: list[str]) -> SearchIndex:
+def index_of(mode: str, contents: Contents, config: FinanceConfig, queries: list[str]) -> SearchIndex:
     if mode != "semantic, vectors at hand":
-        return make_index(library.texts, config.model_copy(update={"search_mode": mode}))
+        return make_index(contents.texts, config.model_copy(update={"search_mode": mode}))
     embedder = default_embedder()
     # The documents' vectors come from the cache, which this fills.
-    make_index(library.texts, config.model_copy(update={"search_mode": "semantic"}))
+    make_index(contents.texts, config.model_copy(update={"search_mode": "semantic"}))
     vectors = VectorsAtHand(dict(zip(queries, embedder.embed(queries), strict=True)))
-    return SemanticIndex(library.texts, vectors, model=PACKAGE)
+    return SemanticIndex(contents.texts, vectors, model=PACKAGE)
 
 
 async def measure(tools: Mapping[str, Tool], queries: Sequence[str]) -> tuple[float, list[float]]:
@@ -115,16 +115,16 @@ def main() -> None:
         if not isinstance(config.world, FinanceConfig):
             raise UserError(f"world.type: expected finance, got {config.world.type}")
         start = time.perf_counter()
-        library = load_library(config.world)
+        contents = load_contents(config.world)
         made_s = time.perf_counter() - start
-        queries = queries_of(library, given.searches)
-        shelf = Shelf(library.texts, config.world.page_chars)
+        queries = queries_of(contents, given.searches)
+        documents = Documents(contents.texts, config.world.page_chars)
         figures = [Figure(name="documents and tasks made in", unit="s", values=[made_s])]
         for mode in MODES:
-            tools = make_tools(shelf, index_of(mode, library, config.world, queries), config.world)
+            tools = make_tools(documents, index_of(mode, contents, config.world, queries), config.world)
             asyncio.run(measure(tools, queries))
             figures += figures_of(mode, [asyncio.run(measure(tools, queries)) for _ in range(given.repeats)])
-        about = {"documents": len(library.texts), "queries": len(queries), "cores used": 1}
+        about = {"documents": len(contents.texts), "queries": len(queries), "cores used": 1}
         report("Search latency", figures, about=about, json_path=given.json)
 
 

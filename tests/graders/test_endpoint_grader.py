@@ -14,7 +14,7 @@ from aiohttp import web
 from envs.clients.http import HttpLimits
 from envs.errors import UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolResult, Turn
-from graders.hosted.view import SAMPLE_KEYS, item_of, sample_of
+from graders.hosted.view import SAMPLE_KEYS, hosted_sample, item_of
 from graders.types import Grade, GraderErrorKind
 from graders.user.endpoint import EndpointConfig, EndpointGrader
 from tests.support.faulty_server import Call, FaultyServer
@@ -69,7 +69,7 @@ async def test_sample_item_and_trace_id_arrive_and_the_score_is_the_reward(grade
     async with score_server() as server:
         grade = await grader(server, name="mine").grade(TASK, episode())
     assert grade == Grade(reward=0.25, parts={"mine": 0.25}, explanation="mine gives 0.25")
-    assert server.payloads == [{"sample": sample_of(episode()), "item": item_of(TASK), "trace_id": "r1"}]
+    assert server.payloads == [{"sample": hosted_sample(episode()), "item": item_of(TASK), "trace_id": "r1"}]
 
 
 async def test_headers_name_variables_of_the_environment(grader, monkeypatch):
@@ -155,7 +155,7 @@ async def test_a_sample_that_is_too_large_is_shortened_in_its_trajectory_only(gr
     assert "shortened" in grade.explanation
     (payload,) = server.payloads
     assert len(json.dumps(payload, ensure_ascii=False).encode()) <= 1_000_000
-    whole, sent = sample_of(large), payload["sample"]
+    whole, sent = hosted_sample(large), payload["sample"]
     assert {key for key in SAMPLE_KEYS if sent[key] != whole[key]} == {"messages", "tool_calls"}
     assert all(sent[key] == whole[key] for key in HOSTED_KEYS)
     shown = sent["tool_calls"][0]["output"]
@@ -182,7 +182,7 @@ async def test_large_arguments_stay_whole_where_the_hosted_service_shows_them(gr
         grade = await grader(server).grade(TASK, large)
     assert grade.errors == (GraderErrorKind.TRUNCATED_OBSERVATION,)
     sent = server.payloads[0]["sample"]
-    assert sent["output_tools"] == sample_of(large)["output_tools"]
+    assert sent["output_tools"] == hosted_sample(large)["output_tools"]
     assert len(sent["messages"][1]["tool_calls"][0]["function"]["arguments"]) < 400_000
     assert len(sent["tool_calls"][0]["arguments"]) < 400_000
 

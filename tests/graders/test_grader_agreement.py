@@ -16,7 +16,7 @@ from aiohttp import web
 
 from envs.errors import UserError
 from envs.finance.config import FinanceConfig
-from envs.finance.library import Library, load_library
+from envs.finance.contents import Contents, load_contents
 from envs.types import Task
 from graders.judges.model_graders import ScoreModelConfig
 from tests.support import ROOT
@@ -38,15 +38,15 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("grader_agreement")
 
 
-def library_of(seed: int) -> Library:
-    return load_library(
+def contents_of(seed: int) -> Contents:
+    return load_contents(
         FinanceConfig(style="full", seed=seed, num_companies=40, num_years=5, num_train_tasks=40 * PER_RULE)
     )
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
-    return library_of(0)
+def contents() -> Contents:
+    return contents_of(0)
 
 
 # ---- the answers
@@ -54,23 +54,23 @@ def library() -> Library:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_the_numeric_grader_gives_every_labelled_answer_its_label(answers: Any, bench: Any, seed: int) -> None:
-    rows = answers.labelled_answers(library_of(seed), per_rule=PER_RULE, seed=seed)
+    rows = answers.labelled_answers(contents_of(seed), per_rule=PER_RULE, seed=seed)
     scored = await bench.score(rows, None)
     wrong = [bench.as_json(s) for s in scored if s.numeric.reward != s.row.label]
     assert wrong == []
 
 
-def test_every_rule_has_as_many_answers_each_to_another_question(answers: Any, library: Library) -> None:
-    rows = answers.labelled_answers(library, per_rule=PER_RULE, seed=0)
+def test_every_rule_has_as_many_answers_each_to_another_question(answers: Any, contents: Contents) -> None:
+    rows = answers.labelled_answers(contents, per_rule=PER_RULE, seed=0)
     assert Counter(row.rule for row in rows) == dict.fromkeys(answers.RULES, PER_RULE)
     assert len({(row.rule, row.task.task_id) for row in rows}) == len(rows)
     assert {row.label for row in rows} == {1.0, 0.5, 0.0}
     assert not any(row.task.item["kind"] == "greater" for row in rows)
 
 
-def test_the_answers_depend_on_the_seed_alone(answers: Any, library: Library) -> None:
+def test_the_answers_depend_on_the_seed_alone(answers: Any, contents: Contents) -> None:
     def made(seed: int) -> list[tuple[str, str]]:
-        return [(r.task.task_id, r.answer) for r in answers.labelled_answers(library, per_rule=3, seed=seed)]
+        return [(r.task.task_id, r.answer) for r in answers.labelled_answers(contents, per_rule=3, seed=seed)]
 
     assert made(0) == made(0)
     assert made(0) != made(1)
@@ -144,13 +144,13 @@ def test_gold_answers_without_a_size_are_left_out(answers: Any, text: str, kind:
     assert answers.gold_of(Task(task_id="t", messages=(), item={"answer": text, "kind": kind})) is None
 
 
-def test_other_figures_stand_in_the_report_and_are_far_from_the_gold(answers: Any, library: Library) -> None:
+def test_other_figures_stand_in_the_report_and_are_far_from_the_gold(answers: Any, contents: Contents) -> None:
     rng = answers.random.Random(0)
-    for task in library.tasks["eval"]:
+    for task in contents.tasks["eval"]:
         gold = answers.gold_of(task)
         if gold is None:
             continue
-        text = library.texts[task.item["paths"][0]]
+        text = contents.texts[task.item["paths"][0]]
         others = answers.other_figures(text, gold, rng)
         assert len(others) == 5 and all(figure in text for figure in others)
         for figure in others:

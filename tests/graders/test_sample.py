@@ -11,7 +11,7 @@ import pytest
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.hosted.reader import episode_from_sample
-from graders.hosted.view import SAMPLE_KEYS, item_of, own_data, sample_of
+from graders.hosted.view import SAMPLE_KEYS, hosted_sample, item_of, own_data
 
 SEARCH = ToolCall(call_id="c0", name="search", arguments='{"q": "revenue"}')
 CAT = ToolCall(call_id="c1", name="cat", arguments='{"path": 3}')
@@ -67,7 +67,7 @@ def cut(num_turns: int, stop_reason: StopReason) -> Episode:
 
 
 def test_a_sample_has_the_hosted_keys_and_ours():
-    sample = sample_of(episode())
+    sample = hosted_sample(episode())
     assert tuple(sample) == SAMPLE_KEYS
     assert sample["output_text"] == '{"value": 14.4}'
     assert sample["output_json"] == {"value": 14.4}
@@ -119,9 +119,9 @@ def test_a_sample_has_the_hosted_keys_and_ours():
 
 def test_a_sample_is_json_and_built_once():
     one = episode()
-    assert json.loads(json.dumps(sample_of(one), allow_nan=False)) == sample_of(one)
-    assert sample_of(one) is sample_of(one)
-    assert sample_of(replace(one, rollout_id="r2"))["trace_id"] == "r2"
+    assert json.loads(json.dumps(hosted_sample(one), allow_nan=False)) == hosted_sample(one)
+    assert hosted_sample(one) is hosted_sample(one)
+    assert hosted_sample(replace(one, rollout_id="r2"))["trace_id"] == "r2"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_sample_is_json_and_built_once():
 )
 def test_only_objects_and_lists_are_output_json(text, parsed):
     turn = Turn(message=Message(role="assistant", content=text))
-    assert sample_of(episode(turns=(turn,)))["output_json"] == parsed
+    assert hosted_sample(episode(turns=(turn,)))["output_json"] == parsed
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_only_objects_and_lists_are_output_json(text, parsed):
     ],
 )
 def test_an_episode_without_an_answer_has_no_output_text(num_turns, stop_reason, finish_reason):
-    sample = sample_of(cut(num_turns, stop_reason))
+    sample = hosted_sample(cut(num_turns, stop_reason))
     assert (sample["output_text"], sample["output_json"]) == ("", None)
     assert sample["choices"][0]["finish_reason"] == finish_reason
     assert sample["num_turns"] == num_turns
@@ -166,12 +166,12 @@ def test_an_episode_without_an_answer_has_no_output_text(num_turns, stop_reason,
 def test_a_call_that_had_not_come_back_has_no_output():
     whole = cut(1, StopReason.WALL_CLOCK)
     waiting = replace(whole, turns=(replace(whole.turns[0], results=()),))
-    assert [(c["output"], c["error"]) for c in sample_of(waiting)["tool_calls"]] == [(None, None), (None, None)]
+    assert [(c["output"], c["error"]) for c in hosted_sample(waiting)["tool_calls"]] == [(None, None), (None, None)]
 
 
 def test_an_episode_that_the_world_broke_off_is_refused():
     with pytest.raises(ValueError, match="r1 ended in a world fault"):
-        sample_of(episode(stop_reason=StopReason.WORLD_FAULT))
+        hosted_sample(episode(stop_reason=StopReason.WORLD_FAULT))
 
 
 def test_the_item_of_a_worlds_own_task_has_its_messages_and_tools_too():
@@ -203,14 +203,14 @@ def test_our_own_sample_comes_back_as_the_same(before):
         last = before.turns[-1]
         kept = tuple(r for r in last.results if r.call_id in known)
         before = replace(before, turns=(*before.turns[:-1], replace(last, results=kept)))
-    sample = json.loads(json.dumps(sample_of(before)))
+    sample = json.loads(json.dumps(hosted_sample(before)))
     after = episode_from_sample(sample, rollout_id="r1")
-    assert sample_of(after) == sample
+    assert hosted_sample(after) == sample
     assert after.messages == before.messages
 
 
 def test_the_answers_text_alone_makes_a_sample():
-    sample = sample_of(episode_from_sample({"output_text": "14.4"}, rollout_id="r9"))
+    sample = hosted_sample(episode_from_sample({"output_text": "14.4"}, rollout_id="r9"))
     assert (sample["output_text"], sample["stop_reason"], sample["trace_id"]) == ("14.4", "answered", "r9")
     assert (sample["num_turns"], sample["output_tools"], sample["num_tool_calls"]) == (1, [], 0)
 
@@ -223,7 +223,7 @@ def test_a_hosted_sample_keeps_its_calls():
         {"output_text": None, "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]},
     ]
     for one in given:
-        sample = sample_of(episode_from_sample(one, rollout_id="r"))
+        sample = hosted_sample(episode_from_sample(one, rollout_id="r"))
         assert (sample["output_tools"], sample["num_tool_calls"], sample["output_text"]) == ([call], 1, "")
         assert sample["choices"][0]["message"]["tool_calls"] == [call]
 
@@ -238,7 +238,7 @@ def test_calls_by_turn_precede_the_answer():
     assert [[c.call_id for c in t.message.tool_calls] for t in after.turns] == [["a"], ["b", "c"], []]
     assert after.turns[1].results[0].error is ToolErrorKind.REFUSED
     assert (after.num_tokens, after.answer) == (9, "14.4")
-    assert [c["latency_s"] for c in sample_of(after)["tool_calls"]] == [0.0, 0.0, 1.5]
+    assert [c["latency_s"] for c in hosted_sample(after)["tool_calls"]] == [0.0, 0.0, 1.5]
 
 
 def test_messages_without_counts_begin_after_the_last_user_message():

@@ -18,7 +18,7 @@ from envs.cache import cache_dir
 
 HEAD_CHARS = 1000
 """So much of a document is embedded, its path before it: the title, the contents and the opening. The model reads about
-as much; the page and the line within a document are then found by words (`Shelf.best_line`)."""
+as much; the page and the line within a document are then found by words (`Documents.best_line`)."""
 _MAX_BATCH = 64
 _EMBED_AT_ONCE = 256
 

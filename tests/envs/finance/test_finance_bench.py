@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from envs.finance.config import FinanceConfig
+from envs.finance.contents import load_contents
+from envs.finance.documents.paged import Documents
 from envs.finance.documents.search import BM25Index
-from envs.finance.documents.shelf import Shelf
-from envs.finance.library import load_library
 from envs.finance.tools import make_tools
 from tests.support import ROOT
 
@@ -25,8 +25,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 async def test_every_query_is_searched_once_and_timed(bench: Any) -> None:
     config = FinanceConfig(num_companies=12, num_train_tasks=80, num_eval_tasks=20)
-    library = load_library(config)
-    queries = bench.queries_of(library, 90)
+    contents = load_contents(config)
+    queries = bench.queries_of(contents, 90)
     assert len(set(queries)) == len(queries) == 90
     asked: list[str] = []
 
@@ -38,7 +38,7 @@ async def test_every_query_is_searched_once_and_timed(bench: Any) -> None:
             asked.append(query)
             return self.index.search(query, num_hits)
 
-    tools = make_tools(Shelf(library.texts, config.page_chars), Counting(BM25Index(library.texts)), config)
+    tools = make_tools(Documents(contents.texts, config.page_chars), Counting(BM25Index(contents.texts)), config)
     total_s, latencies = await bench.measure(tools, queries)
     assert sorted(asked) == sorted(queries)
     assert len(latencies) == 90

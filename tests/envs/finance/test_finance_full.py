@@ -123,7 +123,7 @@ def test_a_restated_year_adds_up_too_and_the_same_label_never_shows_two_figures(
 def test_documents_are_of_realistic_length_and_long_ones_have_pages(corpus: FullCorpus, shipped: FinanceWorld) -> None:
     lengths = sorted(len(text) for text in corpus.texts.values())
     assert lengths[0] < 1500 < 8000 < lengths[len(lengths) // 2] < lengths[-1] < 20_000
-    pages = Counter(len(shipped._shelf.pages(path)) for path in itertools.islice(corpus.reports, 0, None, 20))
+    pages = Counter(len(shipped._documents.pages(path)) for path in itertools.islice(corpus.reports, 0, None, 20))
     assert set(pages) <= {2, 3, 4}
     assert pages[3] > 20
 
@@ -285,12 +285,12 @@ async def test_search_shows_the_page_and_the_line_that_fit(shipped: FinanceWorld
     folder, year, _ = path.split("/")
     found = (await use(world, "search", query=f"{folder} {year} capital expenditures")).output
     line = next(line for line in world.texts[path].split("\n") if line.startswith("Capital expenditures | "))
-    number, total = world._shelf.page_with(path, line), len(world._shelf.pages(path))
+    number, total = world._documents.page_with(path, line), len(world._documents.pages(path))
     if shows == "snippets":
         assert len(found.split("\n")) == 2
         assert f"{path} (page {number} of {total}): {line}" in found
     else:
-        assert found == f"{path} (page {number} of {total})\n{world._shelf.pages(path)[number - 1]}"
+        assert found == f"{path} (page {number} of {total})\n{world._documents.pages(path)[number - 1]}"
     assert (await use(world, "search", query="xyzzy")).output == "no report found"
 
 

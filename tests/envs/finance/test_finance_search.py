@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from envs.finance.config import FinanceConfig
+from envs.finance.documents.paged import Documents, paginate
 from envs.finance.documents.search import BM25Index, HybridIndex, words_of
 from envs.finance.documents.semantic import Batched, SemanticIndex, embed_once
-from envs.finance.documents.shelf import Shelf, paginate
 from envs.finance.world import FinanceWorld
 from tests.support.finance_play import use
 
@@ -201,25 +201,25 @@ def test_pages_end_between_blocks_where_they_can_and_else_between_lines() -> Non
 
 def test_the_best_line_is_that_of_the_rarest_words_on_its_page() -> None:
     text = "Maple\n\ncash and cash, cash of many kinds and some words more\n\nCash | 5\nLeases | 7\n\nPensions | 9"
-    shelf = Shelf({"maple/1.txt": text}, 70)
-    pages = shelf.pages("maple/1.txt")
+    documents = Documents({"maple/1.txt": text}, 70)
+    pages = documents.pages("maple/1.txt")
     assert len(pages) == 2
-    assert shelf.best_line("maple/1.txt", "Maple leases") == (2, "Leases | 7")
-    assert shelf.best_line("maple/1.txt", "maple cash") == (2, "Cash | 5")
-    assert shelf.best_line("maple/1.txt", "pensions") == (2, "Pensions | 9")
-    assert shelf.best_line("maple/1.txt", "xyzzy") == (1, "Maple")
-    assert shelf.page_with("maple/1.txt", "Leases | 7") == 2
+    assert documents.best_line("maple/1.txt", "Maple leases") == (2, "Leases | 7")
+    assert documents.best_line("maple/1.txt", "maple cash") == (2, "Cash | 5")
+    assert documents.best_line("maple/1.txt", "pensions") == (2, "Pensions | 9")
+    assert documents.best_line("maple/1.txt", "xyzzy") == (1, "Maple")
+    assert documents.page_with("maple/1.txt", "Leases | 7") == 2
     with pytest.raises(ValueError, match="has no line"):
-        shelf.page_with("maple/1.txt", "Lease")
+        documents.page_with("maple/1.txt", "Lease")
 
 
 def test_a_lines_page_is_the_one_that_shows_it() -> None:
     # The capital İ is two letters long in lower case.
     lines = ["İstanbul | 0", *(f"word{i:02} | {i}" for i in range(1, 40))]
-    shelf = Shelf({"x.txt": "\n\n".join(lines)}, 50)
-    assert len(shelf.pages("x.txt")) > 5
-    for number, page in enumerate(shelf.pages("x.txt"), start=1):
+    documents = Documents({"x.txt": "\n\n".join(lines)}, 50)
+    assert len(documents.pages("x.txt")) > 5
+    for number, page in enumerate(documents.pages("x.txt"), start=1):
         for line in page.split("\n\n"):
-            assert shelf.page_with("x.txt", line) == number
+            assert documents.page_with("x.txt", line) == number
             if line in lines[1:]:
-                assert shelf.best_line("x.txt", line.partition(" ")[0]) == (number, line)
+                assert documents.best_line("x.txt", line.partition(" ")[0]) == (number, line)

@@ -18,7 +18,7 @@ from envs.remote.world import RemoteWorld
 from envs.tools import Tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolErrorKind
 from graders.hosted.reader import episode_from_sample
-from graders.hosted.view import sample_of
+from graders.hosted.view import hosted_sample
 from graders.user.custom import conversation
 from tests.support.episodes import (
     CONFIG,
@@ -198,14 +198,14 @@ async def test_graders_see_all_turns_and_read_them_back(chat):
     world = shop(lambda: Talks("In green, please.", "Error: I do not follow."))
     turns = [BROKEN_CALL, "Which colour?", call("note", text="green"), "Noted.", "Green."]
     played = await play(chat, turns, world=world)
-    sample = sample_of(played.episode)
+    sample = hosted_sample(played.episode)
     assert [m["role"] for m in sample["messages"]] == [
         *("user", "assistant", "user", "assistant", "user", "assistant", "tool", "assistant", "user", "assistant")
     ]
     back = episode_from_sample(json.loads(json.dumps(sample)), rollout_id="r0")
     assert [(t.malformed, t.reply) for t in back.turns] == [(t.malformed, t.reply) for t in played.episode.turns]
     assert back.num_tool_calls == played.episode.num_tool_calls == 2
-    assert sample_of(back) == sample
+    assert hosted_sample(back) == sample
     prompt, completion = conversation(TASK, played.episode)
     assert len(prompt) == 1 and len(completion) == len(played.episode.messages) - 1
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(played.rollout)))) == played.rollout
@@ -241,10 +241,10 @@ async def test_the_first_turn_with_calls_is_the_answer_and_runs_nothing(chat):
     assert episode.stop_reason is StopReason.CALLED and len(episode.turns) == 1
     assert episode.turns[0].results == () and episode.num_invalid_calls == 0
     assert [m.role for m in episode.messages] == ["user", "assistant"]
-    sample = sample_of(episode)
+    sample = hosted_sample(episode)
     assert [c["function"]["name"] for c in sample["output_tools"]] == ["buy"]
     assert sample["output_text"] == "I buy it." and sample["choices"][0]["finish_reason"] == "tool_calls"
-    assert sample_of(episode_from_sample(sample, rollout_id="r0")) == sample
+    assert hosted_sample(episode_from_sample(sample, rollout_id="r0")) == sample
     assert "buy" in chat.decode(played.engine.requests[0][0])
 
 
@@ -296,7 +296,7 @@ async def test_calls_that_no_tool_could_take_are_counted_where_calls_are_the_ans
     assert episode.num_invalid_calls == 2
     _, completion = conversation(TASK, episode)
     assert [m["role"] for m in completion] == ["assistant", "tool", "tool"]
-    assert [c["error"] for c in sample_of(episode)["tool_calls"]] == [None, "bad_arguments", "unknown_tool"]
+    assert [c["error"] for c in hosted_sample(episode)["tool_calls"]] == [None, "bad_arguments", "unknown_tool"]
 
 
 async def test_without_calls_the_text_is_the_answer_and_a_malformed_call_may_be_mended(chat):
@@ -408,9 +408,9 @@ async def test_an_environment_that_is_over_ends_the_episode_after_its_tool_resul
 async def test_the_final_state_reaches_graders_and_the_run_folder(chat):
     played = await play(chat, [call("move", to="a1"), "done"], world=shop(Game))
     (graded,) = played.grader.graded
-    assert graded.state == {"moves": ["a1"], "won": False} == sample_of(graded)["state"]
+    assert graded.state == {"moves": ["a1"], "won": False} == hosted_sample(graded)["state"]
     assert rollout_from_json(json.loads(json.dumps(rollout_to_json(played.rollout)))) == played.rollout
-    assert sample_of(episode_from_sample(sample_of(graded), rollout_id="r0")) == sample_of(graded)
+    assert hosted_sample(episode_from_sample(hosted_sample(graded), rollout_id="r0")) == hosted_sample(graded)
 
 
 async def test_a_state_that_cannot_be_had_masks_the_rollout(chat):
@@ -445,7 +445,7 @@ async def test_a_template_that_cannot_go_on_ends_the_episode_and_no_other(smollm
     world = PlainWorld({"note": note})
     played = await play(chat, [call("note", text="odd")], world=world)
     assert played.episode.stop_reason is StopReason.TEMPLATE_REFUSED and played.episode.answer is None
-    assert played.rollout.grade is not None and sample_of(played.episode)["output_text"] == ""
+    assert played.rollout.grade is not None and hosted_sample(played.episode)["output_text"] == ""
     played = await play(chat, [call("note", text="even"), "42"], world=PlainWorld({"note": note}))
     assert played.episode.stop_reason is StopReason.ANSWERED
 

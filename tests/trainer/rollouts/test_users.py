@@ -17,7 +17,7 @@ from envs.errors import UserError, WorldError
 from envs.remote.config import RemoteConfig
 from envs.types import Message, StopReason, Task, Turn
 from envs.users import Exchange, ScriptUserConfig, ScriptUsers, UrlUserConfig, UrlUsers, Users, hear
-from graders.hosted.view import sample_of
+from graders.hosted.view import hosted_sample
 from tests.support.episodes import TASK, LengthGrader, note
 from tests.support.episodes import World as PlainWorld
 from tests.support.scripted_engine import BROKEN_CALL, Writer, call
@@ -377,10 +377,10 @@ async def test_a_trl_style_class_may_have_a_user_an_end_and_a_state(chat: Chat) 
     rollout = await of_trl(chat, "Bartender", [call("pour", drink="tea"), "Anything else?", "Here.", "never"])
     assert rollout.episode.stop_reason is StopReason.ANSWERED and rollout.episode.answer == "Here."
     assert [t.reply for t in rollout.episode.turns] == [None, "Another.", None]
-    assert sample_of(rollout.episode)["state"] == {"tab": ["tea"]}
+    assert hosted_sample(rollout.episode)["state"] == {"tab": ["tea"]}
     rollout = await of_trl(chat, "Bartender", [call("pour", drink="tea"), call("pour", drink="ale"), "never"])
     assert rollout.episode.stop_reason is StopReason.ENDED
-    assert sample_of(rollout.episode)["state"] == {"tab": ["tea", "ale"]}
+    assert hosted_sample(rollout.episode)["state"] == {"tab": ["tea", "ale"]}
 
 
 async def test_a_method_called_respond_that_takes_no_message_stays_a_tool(chat: Chat) -> None:

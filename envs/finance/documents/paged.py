@@ -53,7 +53,7 @@ def _pieces(text: str, page_chars: int) -> list[str]:
     return pieces
 
 
-class Shelf:
+class Documents:
     """All documents by path. Keeps no state of any episode."""
 
     def __init__(self, texts: Mapping[str, str], page_chars: int) -> None:

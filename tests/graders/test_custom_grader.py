@@ -24,7 +24,7 @@ from envs.user_code import load_target
 from graders.build import build_grader
 from graders.config import GraderConfig
 from graders.penalties import PenaltiesConfig, PenaltyConfig
-from graders.types import Grade, GraderErrorKind
+from graders.types import Grade, GraderErrorKind, check_numbers
 from graders.user.custom import CustomConfig, conversation, load_custom_grader
 
 PROMPT = (Message(role="system", content="Be brief."), Message(role="user", content="What is in the drawer?"))
@@ -387,6 +387,14 @@ async def test_it_is_named_inside_other_graders_too(inside: str) -> None:
     config: Any = TypeAdapter(GraderConfig).validate_python(settings)
     with pytest.raises(UserError, match=r"^task 't': grader '(odd|not_finite)' gave nan; expected a finite number"):
         await build_grader(config, PenaltiesConfig()).grade(TASK, played())
+
+
+def test_a_number_that_no_gradient_could_hold_loses_its_rollout_and_names_task_and_grader() -> None:
+    with pytest.raises(WorldError, match=r"^mine: reward is 1e\+300 for task 't'; expected a number from -1e\+12 to"):
+        check_numbers(Grade(reward=1e300, parts={"mine": 1e300}), TASK)
+    with pytest.raises(WorldError, match=r"^mine: style is nan for task 't'"):
+        check_numbers(Grade(reward=1.0, parts={"mine": 1.0}, scores={"style": float("nan")}), TASK)
+    check_numbers(Grade(reward=-1e12, parts={"mine": -1e12}), TASK)
 
 
 async def test_a_grader_that_exits_ends_no_run() -> None:

@@ -17,7 +17,7 @@ from tests.support.policy_worker import random_samples, save_tiny_llama, tiny_po
 from tests.support.scripted_engine import engine_starter, finance_script
 from trainer.config import CustomLossConfig, LossConfig, RunConfig
 from trainer.config.learning import LOSS_SETTINGS, LossSettings
-from trainer.learning.losses.registry import LOSSES, check_loss, loss_of
+from trainer.learning.losses.registry import LOSSES, check_loss, forgotten, loss_of
 from trainer.prepare import prepare
 from trainer.runs.files import read_lines
 from trainer.train import train
@@ -180,6 +180,12 @@ def test_what_is_wrong_with_it_is_told_before_a_model_is_loaded(tmp_path, tiny_m
     with pytest.raises(UserError, match=rf"^loss\.target '.*my_loss\.py:{name}': .*{told}"):
         prepare(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_object_forgets_when_a_run_goes_on_is_said_and_a_function_forgets_nothing(file):
+    [told] = forgotten(custom(file, "Scaled", kwargs={"by": 0.5}))
+    assert "my_loss.py:Scaled': is made anew; what it has kept of the updates before is in no checkpoint" in told
+    assert forgotten(custom(file, "reinforce")) == [] == forgotten(LossConfig())
 
 
 def test_with_a_kl_term_it_gets_the_reference(file):

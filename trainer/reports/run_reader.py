@@ -105,11 +105,14 @@ def read_steps(run_folder: Path, notes: list[str]) -> dict[int, dict[str, float]
         step = row.get("step")
         if isinstance(step, int):
             numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
-            odd += [f"{key} of step {step}" for key in row if key != "step" and key not in numbers]
-            steps.setdefault(step, {}).update(numbers)
+            figures = steps.setdefault(step, {})
+            for key in [key for key in row if key != "step" and key not in numbers]:
+                figures.pop(key, None)
+                odd.append(f"{key} of step {step}")
+            figures.update(numbers)
     if odd:
-        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        notes.append(f"{METRICS}: {odd[0]}{others}: no finite number, left out")
+        others = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
+        notes.append(f"{METRICS}: {', '.join(odd[:2])}{others}: no finite number, left out")
     return dict(sorted(steps.items()))
 
 

@@ -92,7 +92,7 @@ def test_a_new_measure_and_a_new_picture_are_one_edit_each(tmp_path: Path, answe
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["metrics"] == 3 and "3 words" in shown["screen"]
-    assert "| words per answer | 3.0 | 3.0 | +0.0 [+0.0, +0.0] | +0 % |" in shown["comparison"]
+    assert "| words per answer | 3.0 | 3.0 | +0.0 (no interval) | +0 % |" in shown["comparison"]
     assert "Words of the answer, p90" in shown["comparison"], "its tail"
     assert "<figcaption>Words of the answer</figcaption>" in shown["pictures"], "its histogram"
     report = shown["report"]

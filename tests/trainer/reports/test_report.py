@@ -170,10 +170,10 @@ def test_the_table_compares_the_first_evaluation_with_the_last_task_by_task(run:
     """Each task counts the same however often it was rolled out."""
     cells = _cells(_parse(write_report(run)))
     assert cells["reward"] == ["0.500", "0.875", "+0.375 [-0.250, +1.000]", "+75 %"]
-    assert cells["answered"] == ["100.0%", "100.0%", "+0.0 pts [+0.0, +0.0]", "+0 %"]
+    assert cells["answered"] == ["100.0%", "100.0%", "+0.0 pts (no interval)", "+0 %"]
     assert cells["tool_calls"] == ["3.00", "1.00", "-2.00 [-3.00, -1.00]", "-67 %"]
     assert cells["completion_tokens"] == ["1,000.0", "100.0", "-900.0 [-1,400.0, -400.0]", "-90 %"]
-    assert cells["reasoning_tokens"] == ["5.0", "5.0", "+0.0 [+0.0, +0.0]", "+0 %"]
+    assert cells["reasoning_tokens"] == ["5.0", "5.0", "+0.0 (no interval)", "+0 %"]
     assert cells["answer_tokens"] == ["995.0", "95.0", "-900.0 [-1,400.0, -400.0]", "-90 %"]
     assert "correct" not in cells, "the grader does not say what passes"
     assert set(cells) == {m.key for m in shown_in(Place.TABLE)} - {"correct"}
@@ -374,7 +374,7 @@ def test_a_figure_that_is_none_is_named_wherever_it_stands(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "train/reward": "high", "loss/loss": null, "eval/masked_rollouts": NaN}\n')
     page = _parse(write_report(run))
-    told = "metrics.jsonl: train/reward of step 2 and 2 more: no finite number, left out"
+    told = "metrics.jsonl: train/reward of step 2, loss/loss of step 2 and 1 more: no finite number, left out"
     assert told in (page.by_id("notes") or {})["text"] and "nan" not in (run / "report.html").read_text().lower()
 
 

@@ -89,13 +89,15 @@ def _read_settings(arguments: argparse.Namespace) -> TrialSettings:
     from envs.reading.documents import read_document
     from envs.validation import validation_problems
     from graders.trial import TrialSettings
-    from trainer.config import read_sections
 
     path: Path = arguments.grader
     data = read_document(path, str(path))
     if isinstance(data, dict) and "type" in data:
         data = {"grader": data}
     elif isinstance(data, dict) and "base" in data:
+        # Of the trainer nothing else is needed here, and this for such configs alone.
+        from trainer.config import read_sections
+
         data = read_sections(path, [])
     if arguments.penalties:
         penalties = read_document(arguments.penalties, str(arguments.penalties))

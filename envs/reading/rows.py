@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from envs.clients.hub import hub_or_cache
 from envs.errors import UserError, nearest
+from envs.reading.hub import hub_or_cache
 from envs.reading.json_text import read_strict_json
 from envs.settings import Settings
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from envs.cache import cache_dir
-from envs.clients.hub import hub_or_cache
 from envs.errors import UserError
+from envs.reading.hub import hub_or_cache
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 """SmolLM2-135M-Instruct (Apache-2.0): small enough to learn on two CPU cores."""

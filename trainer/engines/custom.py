@@ -142,7 +142,8 @@ class CustomEngine:
         await self._asked("start", given)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        return self._checked(await self._asked("generate", list(prompt_ids), sampling), sampling)
+        since = self._version
+        return self._checked(await self._asked("generate", list(prompt_ids), sampling), sampling, since)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         return self._logprobs(await self._asked("score", list(token_ids)), len(token_ids) - 1, "score")
@@ -184,7 +185,8 @@ class CustomEngine:
 
     # ---- its answers
 
-    def _checked(self, answer: Any, sampling: Sampling) -> Completion:
+    def _checked(self, answer: Any, sampling: Sampling, since: int) -> Completion:
+        """The answer to a request that was made under the version `since`."""
         if not isinstance(answer, Completion):
             raise self._wrong("generate", "a trainer.engines.engine.Completion", type(answer).__name__)
         token_ids = self._token_ids(answer.token_ids, sampling.max_tokens, "generate")
@@ -196,7 +198,7 @@ class CustomEngine:
         if (answer.constrained_from is not None) != (sampling.schema is not None):
             expected = "constrained_from where the request has a schema, and only there"
             raise self._wrong("generate", expected, f"{answer.constrained_from}")
-        if answer.policy_version != self._version:
+        if not since <= answer.policy_version <= self._version:
             raise PublishError(
                 f"{self._where}: generate() gives tokens of {version_name(answer.policy_version)} after "
                 f"{version_name(self._version)} was published"
@@ -205,7 +207,7 @@ class CustomEngine:
             token_ids=token_ids,
             logprobs=self._logprobs(answer.logprobs, len(token_ids), "generate"),
             finished=bool(answer.finished),
-            policy_version=self._version,
+            policy_version=answer.policy_version,
             constrained_from=answer.constrained_from,
         )
 

@@ -53,6 +53,9 @@ class Grade:
     """Why, in words for the person who reads the transcript."""
     passed: bool | None = None
     """Whether the score reaches the grader's threshold; None where it has none."""
+    turn_rewards: tuple[float, ...] | None = None
+    """What of the reward each turn has earned by itself, one a turn; the rest is the outcome's, at the last turn. None
+    where nothing is told of turns."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What the graders inside a `multi` gave, by name; not added to the reward by themselves."""
     errors: tuple[GraderErrorKind, ...] = ()

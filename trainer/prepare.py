@@ -28,6 +28,7 @@ from trainer.config import CustomLossConfig, EngineConfig, RunConfig, asks_the_b
 from trainer.config.response_format import ResponseFormat, schema_text
 from trainer.engines.base_judge import EngineJudge
 from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, make_engine
+from trainer.learning.advantages.registry import check_advantage
 from trainer.learning.warmstart import check_company, check_demonstrations
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
 from trainer.models.machines import has_gpu
@@ -309,6 +310,7 @@ def _check_strata(config: RunConfig, tasks: Sequence[Task]) -> None:
 
 
 def _check_loss(config: RunConfig) -> None:
+    check_advantage(config.loss.advantage)
     if isinstance(config.loss, CustomLossConfig):
         from trainer.learning.losses.registry import check_loss
 

@@ -46,7 +46,7 @@ def train(
             rollouts = s.roll_out(step, requests)
             clock.lap(Lap.ROLLOUTS)
 
-            samples, groups = to_samples(rollouts, config)
+            samples, groups = to_samples(rollouts, config, s.policy.divergences)
             watch_for_no_ops(rollouts, groups, s.run, s.progress)
             update = s.update(samples)
             clock.lap(Lap.TRAINING)
@@ -60,7 +60,7 @@ def train(
                 clock.lap(Lap.CHECKPOINT)
                 metrics = prefixed("train", summarise(rollouts)) | groups | prefixed("loss", update.metrics) | proof
                 metrics |= prepared.metrics() | curriculum.learn(step, rollouts)
-                trained = num_trained_tokens(samples, has_kl=config.loss.kl_coef > 0)
+                trained = num_trained_tokens(samples, config.loss)
                 metrics |= clock.metrics(rollouts, num_trained_tokens=trained)
                 s.run.log({"step": step, **metrics})
             s.show(step, metrics)

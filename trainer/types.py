@@ -62,6 +62,8 @@ class Demonstration:
 
 UNTRAINABLE_VERSION = -1
 """Stands as policy version of a token that no policy sampled."""
+NO_TURN = -1
+"""Stands as its turn."""
 
 
 class Ledger:
@@ -71,13 +73,14 @@ class Ledger:
     `prompt_ids`. Nothing is ever removed or changed.
     """
 
-    __slots__ = ("_constrained", "_logprobs", "_token_ids", "_trainable", "_versions")
+    __slots__ = ("_constrained", "_logprobs", "_token_ids", "_trainable", "_turns", "_versions")
 
     def __init__(self) -> None:
         self._token_ids: list[int] = []
         self._trainable: list[bool] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._turns: list[int] = []
         self._constrained: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
@@ -109,6 +112,11 @@ class Ledger:
         return tuple(self._versions)
 
     @property
+    def turns(self) -> tuple[int, ...]:
+        """Which turn of the rollout sampled the token, counted from 0; `NO_TURN` where none did."""
+        return tuple(self._turns)
+
+    @property
     def constrained(self) -> tuple[tuple[int, int], ...]:
         """[start, end) of what was sampled under a grammar."""
         return tuple(self._constrained)
@@ -127,7 +135,7 @@ class Ledger:
     def append_context(self, token_ids: Iterable[int]) -> None:
         """Append tokens that the policy did not choose: the prompt, tool results, the template's glue."""
         for token_id in token_ids:
-            self._append(token_id, trainable=False, logprob=0.0, version=UNTRAINABLE_VERSION)
+            self._append(token_id, trainable=False, logprob=0.0, version=UNTRAINABLE_VERSION, turn=NO_TURN)
 
     def append_sampled(
         self,
@@ -135,9 +143,12 @@ class Ledger:
         logprobs: Sequence[float],
         version: int,
         *,
+        turn: int | None = None,
         constrained_from: int | None = None,
     ) -> None:
         """Append what the engine sampled under policy `version`, the stop token included if it was sampled.
+
+        `turn` is the rollout's, counted from 0; without it the one after the last of this row.
 
         `logprobs` are those of the distribution that was sampled from, that is after temperature and, from the token
         `constrained_from` on, under the grammar of the answer's schema.
@@ -146,40 +157,49 @@ class Ledger:
             self._constrained.append((len(self) + constrained_from, len(self) + len(token_ids)))
         assert len(token_ids) == len(logprobs), f"{len(token_ids)} tokens, {len(logprobs)} log-probabilities"
         assert version >= 0 and self._token_ids, "a sampled token has a policy version and a prompt before it"
+        if turn is None:
+            turn = 1 + max(self._turns, default=NO_TURN)
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             assert math.isfinite(logprob), f"the engine gave log-probability {logprob} for token {token_id}"
-            self._append(token_id, trainable=True, logprob=float(logprob), version=version)
+            self._append(token_id, trainable=True, logprob=float(logprob), version=version, turn=turn)
 
-    def _append(self, token_id: int, *, trainable: bool, logprob: float, version: int) -> None:
+    def _append(self, token_id: int, *, trainable: bool, logprob: float, version: int, turn: int) -> None:
         self._token_ids.append(int(token_id))
         self._trainable.append(trainable)
         self._logprobs.append(logprob)
         self._versions.append(version)
+        self._turns.append(turn)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back bit for bit.
 
-        `sampled` lists `[start, end, version]` of each run of trainable tokens; `logprobs` holds theirs, in order.
-        `constrained`, left out where empty, lists `[start, end]` of each answer that was sampled under a grammar.
+        `sampled` lists `[start, end, version]` of each run of trainable tokens, `turns` the turn of each; `logprobs`
+        holds theirs, in order. `constrained`, left out where empty, lists `[start, end]` of each answer that was
+        sampled under a grammar.
         """
         runs: list[list[int]] = []
+        turns: list[int] = []
         for i, (trainable, version) in enumerate(zip(self._trainable, self._versions, strict=True)):
             if not trainable:
                 continue
-            if runs and runs[-1][1] == i and runs[-1][2] == version:
+            if runs and runs[-1][1] == i and runs[-1][2] == version and turns[-1] == self._turns[i]:
                 runs[-1][1] = i + 1
             else:
                 runs.append([i, i + 1, version])
+                turns.append(self._turns[i])
         logprobs = [x for x, trainable in zip(self._logprobs, self._trainable, strict=True) if trainable]
         constrained = {"constrained": [list(span) for span in self._constrained]} if self._constrained else {}
-        return {"token_ids": list(self._token_ids), "sampled": runs, "logprobs": logprobs} | constrained
+        tokens = {"token_ids": list(self._token_ids), "sampled": runs, "turns": turns, "logprobs": logprobs}
+        return tokens | constrained
 
     @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Ledger:
+    def from_json(cls, row: dict[str, Any], *, first_turn: int = 0) -> Ledger:
+        """What versions before turns were noted have written counts as a turn a run, from `first_turn` on."""
         ledger, token_ids, logprobs, start = cls(), row["token_ids"], row["logprobs"], 0
-        for begin, end, version in row["sampled"]:
+        turns = row.get("turns", range(first_turn, first_turn + len(row["sampled"])))
+        for (begin, end, version), turn in zip(row["sampled"], turns, strict=True):
             ledger.append_context(token_ids[start:begin])
-            ledger.append_sampled(token_ids[begin:end], logprobs[: end - begin], version)
+            ledger.append_sampled(token_ids[begin:end], logprobs[: end - begin], version, turn=int(turn))
             logprobs, start = logprobs[end - begin :], end
         ledger.append_context(token_ids[start:])
         assert not logprobs, "more log-probabilities than sampled tokens"

@@ -23,7 +23,7 @@ USES = {
     "A loss": """
         from trainer.config import RunConfig, reference
         from trainer.learning.losses.registry import _example, loss_of
-        loss = {"type": "plain", "scale": 2.0}
+        loss = {"type": "plain", "scale": 2.0, "tis_cap": None}
         config = RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, "loss": loss})
         inputs = _example(has_reference=False)
         value, metrics = loss_of(config.loss)(inputs)

@@ -118,6 +118,8 @@ def _takes(node: Node, definitions: Node) -> str:
     if "const" in node:
         return f"`{_short(node['const'])}`"
     kind = node.get("type", "any value")
+    if "prefixItems" in node:
+        return f"[{', '.join(_takes(item, definitions) for item in node['prefixItems'])}]"
     if kind == "array":
         return f"list of {_takes(node.get('items', {}), definitions)}"
     if kind == "object":

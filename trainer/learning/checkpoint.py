@@ -83,6 +83,7 @@ def _flat(state: dict[str, Any]) -> dict[str, Tensor]:
     flat |= {f"reference/{i}": tensor for i, tensor in enumerate(state["reference"] or ())}
     flat |= {f"moments/{i}/{key}": tensor for i, of in enumerate(state["moments"]) for key, tensor in of.items()}
     flat |= {name: torch.tensor(state[name]) for name in _COUNTERS}
+    flat |= {"entropy": torch.tensor(state["entropy"], dtype=torch.float64)} if state["entropy"] else {}
     return {name: tensor.contiguous() for name, tensor in flat.items()}
 
 
@@ -94,7 +95,7 @@ def _read(path: Path, names: list[str]) -> dict[str, Any]:
     for name, tensor in flat.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = tensor
-    if unknown := set(parts) - {"adapter", "reference", "moments", *_COUNTERS}:
+    if unknown := set(parts) - {"adapter", "reference", "moments", "entropy", *_COUNTERS}:
         raise ValueError(f"holds {min(unknown)!r}")
     moments: list[dict[str, Tensor]] = [{} for _ in names]
     for name, tensor in parts.get("moments", {}).items():
@@ -105,6 +106,7 @@ def _read(path: Path, names: list[str]) -> dict[str, Any]:
         "adapter": parts["adapter"],
         "reference": [reference[str(i)] for i in range(len(names))] if reference else None,
         "moments": moments,
+        "entropy": tuple(flat["entropy"].tolist()) if "entropy" in flat else None,
     } | {name: int(flat[name]) for name in _COUNTERS}
 
 

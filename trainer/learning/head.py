@@ -73,6 +73,12 @@ class TokenLogprobs(torch.autograd.Function):
     `allowed_NW` (int32, bit v % 32 of word v // 32) leaves only some tokens of the vocabulary to choose from: the
     softmax is over those. Where one token alone is allowed, its log-probability and the gradient are 0.
 
+    With `wants_entropy` the second output is that of the same distribution, H_n = -Σ_v p_nv log p_nv in nats, with
+
+        ∂H_n / ∂h_n = -(s_n · p_n · (log p_n + H_n)) W / temperature
+
+    for one more product with W; else it is empty.
+
     Covered: log-softmax in float32 whatever the weights' dtype; scaled and capped logits, a bias. Not covered: a
     trainable head; targets that are not allowed.
     """
@@ -86,12 +92,15 @@ class TokenLogprobs(torch.autograd.Function):
         temperature: float,
         allowed_NW: Tensor | None,
         needs_grad: bool,
-    ) -> Tensor:
+        wants_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         weight_VH = head.weight_VH
         chunk = chunk_rows(len(weight_VH), on_gpu=weight_VH.is_cuda)
         dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         logprobs_N = torch.empty(len(targets_N), dtype=dtype, device=hidden_NH.device)
+        entropy_N = torch.empty(len(targets_N) if wants_entropy else 0, dtype=dtype, device=hidden_NH.device)
         grad_NH = torch.empty_like(hidden_NH) if needs_grad else None
+        entropy_grad_NH = torch.empty_like(hidden_NH) if needs_grad and wants_entropy else None
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             targets_C1 = targets_N[part, None]
@@ -103,33 +112,70 @@ class TokenLogprobs(torch.autograd.Function):
                 logits_CV /= temperature
             normaliser_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
             logprobs_N[part] = (logits_CV.gather(1, targets_C1) - normaliser_C1)[:, 0]
-            if grad_NH is None:
+            if grad_NH is None and not wants_entropy:
                 continue
             probs_CV = logits_CV.sub_(normaliser_C1).exp_()
+            if wants_entropy:
+                entropy_N[part], falls_CV = _entropy(probs_CV)
+            if grad_NH is None:
+                continue
+            if entropy_grad_NH is not None:
+                falls_CV = falls_CV if slopes_CV is None else falls_CV.mul_(slopes_CV)
+                falls_CH = falls_CV.to(hidden_NH.dtype) @ weight_VH
+                entropy_grad_NH[part] = -falls_CH * (head.scale / temperature)
             chosen_CH = weight_VH[targets_N[part]]
             if slopes_CV is not None:
                 chosen_CH = chosen_CH * slopes_CV.gather(1, targets_C1).to(chosen_CH.dtype)
                 probs_CV *= slopes_CV
             grad_NH[part] = (chosen_CH - probs_CV.to(hidden_NH.dtype) @ weight_VH) * (head.scale / temperature)
         if grad_NH is not None:
-            ctx.save_for_backward(grad_NH)
-        return logprobs_N
+            ctx.save_for_backward(grad_NH, *([] if entropy_grad_NH is None else [entropy_grad_NH]))
+        return logprobs_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (grad_NH,) = ctx.saved_tensors
-        return (grads[0][:, None] * grad_NH).to(grad_NH.dtype), None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        grad_NH, *entropy_grad_NH = ctx.saved_tensors
+        hidden_grad_NH = grads[0][:, None] * grad_NH
+        for inner_NH in entropy_grad_NH:
+            hidden_grad_NH = hidden_grad_NH + grads[1][:, None] * inner_NH
+        return hidden_grad_NH.to(grad_NH.dtype), None, None, None, None, None, None
+
+
+def _entropy(probs_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) nats of each distribution, and (C, V) p · (log p + H); 0 where p is."""
+    logs_CV = torch.xlogy(probs_CV, probs_CV)
+    entropy_C = -logs_CV.sum(dim=-1)
+    return entropy_C, logs_CV.addcmul_(probs_CV, entropy_C[:, None])
 
 
 def token_logprobs(
     hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, *, allowed_NW: Tensor | None = None
 ) -> Tensor:
     """(N,) log-probabilities in float32 or better; differentiable in `hidden_NH`. See `TokenLogprobs`."""
+    return _of_tokens(hidden_NH, head, targets_N, temperature, allowed_NW, wants_entropy=False)[0]
+
+
+def token_logprobs_and_entropy(
+    hidden_NH: Tensor, head: Head, targets_N: Tensor, temperature: float, *, allowed_NW: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `token_logprobs`, and the (N,) entropies of what the tokens were chosen from, in nats."""
+    return _of_tokens(hidden_NH, head, targets_N, temperature, allowed_NW, wants_entropy=True)
+
+
+def _of_tokens(
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    temperature: float,
+    allowed_NW: Tensor | None,
+    *,
+    wants_entropy: bool,
+) -> tuple[Tensor, Tensor]:
     needs_grad = torch.is_grad_enabled() and hidden_NH.requires_grad
-    logprobs_N: Tensor = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head, targets_N, temperature, allowed_NW, needs_grad
+    both: tuple[Tensor, Tensor] = TokenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head, targets_N, temperature, allowed_NW, needs_grad, wants_entropy
     )
-    return logprobs_N
+    return both
 
 
 def _unpacked(allowed_CW: Tensor, vocabulary_size: int) -> Tensor:

@@ -23,16 +23,18 @@ from torch import Tensor
 from trainer import processes
 from trainer.config import LossConfig, LossSettings, ModelConfig, OptimConfig
 from trainer.learning import adapter as lora
-from trainer.learning.head import token_logprobs
+from trainer.learning.head import token_logprobs, token_logprobs_and_entropy
 from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics
+from trainer.learning.losses.entropy import EntropyBonus
+from trainer.learning.losses.kl import kl_estimate
 from trainer.learning.losses.registry import loss_of
 from trainer.learning.optimizer import Optimizer, learning_rate
 from trainer.learning.packing.choice import why_padded, why_unproved
 from trainer.learning.packing.layouts import Layout, pack
-from trainer.learning.packing.rows import FixedRow, Microbatch, TokenRow
-from trainer.learning.packing.shares import minibatches_of
-from trainer.learning.samples import Sample
-from trainer.learning.work import Work, gradient_scale, has_gradient, share_of
+from trainer.learning.packing.rows import FixedRow, Microbatch, TokenRow, used_length
+from trainer.learning.packing.shares import minibatches_of, share_out
+from trainer.learning.samples import Sample, has_gradient
+from trainer.learning.work import Work, gradient_scale, share_of
 from trainer.templates.grammar import Grammar
 
 _IMITATION = LossConfig(normalisation="token", kl_coef=0.0)
@@ -75,6 +77,9 @@ class Policy:
         self._seed = seed
         self._grammar = grammar
         self._loss: tuple[LossSettings, Loss] | None = None
+        self._entropy: EntropyBonus | None = None
+        self._entropy_state: tuple[float, float] | None = None
+        """A checkpoint's, until the bonus is made."""
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model."""
         self._head = lora.read_head(self.model)
@@ -128,8 +133,27 @@ class Policy:
         return self.logprobs([FixedRow(token_ids=ids) for ids in token_ids], temperature=temperature, adapter=adapter)
 
     def keep_as_reference(self) -> None:
-        """From here on the loss's KL term is measured from the policy as it is now; until then from the base model."""
+        """From here on the KL is measured from the policy as it is now; until then from the base model."""
         self._reference = [p.detach().clone() for p in self._parameters]
+
+    def divergences(self, samples: Sequence[Sample], loss: LossSettings, temperature: float) -> list[list[float]]:
+        """`loss.kl`'s estimate of the KL to the reference at each trainable token of each sample; no gradient.
+
+        Every process passes the same samples, all of them; the work is split here.
+        """
+        place = {id(sample): i for i, sample in enumerate(samples)}
+        shares = share_out(samples, self.accelerator.num_processes, cost=lambda rows: sum(map(used_length, rows)))
+        mine = shares[self.accelerator.process_index]
+        found: list[tuple[int, list[float]]] = []
+        for microbatch in pack(mine, self._optim.max_microbatch_tokens, self.layout):
+            with torch.no_grad():
+                logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+                ref_N = self._reference_logprobs(microbatch, temperature, loss)
+            parts = torch.split(kl_estimate(logprobs_N, ref_N, loss.kl.estimator), list(microbatch.num_trainable_B))
+            rows = [mine[i] for i in microbatch.row_indices]
+            found += [(place[id(row)], part.tolist()) for row, part in zip(rows, parts, strict=True)]
+        everyone = dict(processes.gather(found))
+        return [everyone[i] for i in range(len(samples))]
 
     def imitate(
         self, batches: Sequence[Sequence[Sample]], *, learning_rate: float, on_step: Callable[[float], None]
@@ -162,9 +186,10 @@ class Policy:
         Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
         `constant_tokens` is the constant of normalisation `constant`.
 
-        A minibatch in which nothing has a gradient (all advantages 0, no KL term) makes no update and is counted in
-        `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A step without samples
-        makes none.
+        A minibatch in which nothing has a gradient (all advantages 0, no KL term, no bonus for entropy) makes no update
+        and is counted in `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A
+        step without samples makes none. Where `loss.kl.refresh_steps` says so, what the step leaves is the reference
+        from here on.
         """
         assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
@@ -193,19 +218,27 @@ class Policy:
                 norms.append(self._optimizer.step(scale))
                 self.num_updates += 1
         self.num_steps += 1
+        if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
+            self.keep_as_reference()
         logprobs = self._of_all_processes(samples, old)
-        local = [{name: float(value) for name, value in part.items()} for part in parts]
+        local = [{name: value.tolist() for name, value in part.items()} for part in parts]
         means = reduce_metrics(processes.gather(local)) | {
             "grad_norm": sum(norms) / max(len(norms), 1),
             "learning_rate": rate,
             "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
         }
+        if self._entropy is not None and norms:
+            means["entropy_coef"] = self._entropy.applied
+            self._entropy.learn(means["entropy"])
         return Update(metrics=means, logprobs=logprobs)
 
     def _made(self, config: LossSettings) -> Loss:
         """Made once: one of the user's own may keep what it learns of earlier updates."""
         if self._loss is None or self._loss[0] != config:
             self._loss = config, loss_of(config)
+            self._entropy = None if config.entropy is None else EntropyBonus(config.entropy)
+            if self._entropy is not None and self._entropy_state is not None:
+                self._entropy.coef, self._entropy.last_entropy = self._entropy_state
         return self._loss[1]
 
     def _work(
@@ -225,24 +258,38 @@ class Policy:
             with torch.no_grad():
                 if needs_old:
                     old_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
-                if loss.kl_coef > 0:
-                    ref_N = self._reference_logprobs(work.microbatch, temperature)
-            yield replace(work, old_logprobs_N=old_N, ref_logprobs_N=ref_N)
+                if loss.kl_in_loss:
+                    ref_N = self._reference_logprobs(work.microbatch, temperature, loss)
+            yield replace(
+                work, old_logprobs_N=old_N, ref_logprobs_N=ref_N, staleness_N=self.num_updates - work.versions_N
+            )
 
     def _microbatch_logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
         """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
         if not adapter:
             with self.model.disable_adapter():
                 return self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        return self._of_tokens(microbatch, temperature, wants_entropy=False)[0]
+
+    def _of_tokens(
+        self, microbatch: Microbatch, temperature: float, *, wants_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(N,) log-probabilities of the trainable tokens and, where asked for, entropies of what they were chosen from."""
         microbatch = microbatch.to(self.accelerator.device)
         hidden_TH = lora.hidden_states(self.model, microbatch).flatten(0, 1)
-        positions_N, targets_N = microbatch.positions_N, microbatch.targets_N
-        if microbatch.tree is None or microbatch.constrained:
-            allowed_NW = self._allowed(microbatch)
-            return token_logprobs(hidden_TH[positions_N], self._head, targets_N, temperature, allowed_NW=allowed_NW)
-        # The same token behind the same ones goes through the head once.
-        pairs_2U, place_N = torch.unique(torch.stack((positions_N, targets_N)), dim=1, return_inverse=True)
-        return token_logprobs(hidden_TH[pairs_2U[0]], self._head, pairs_2U[1], temperature)[place_N]
+        positions, targets, place_N = microbatch.positions_N, microbatch.targets_N, None
+        allowed_NW = self._allowed(microbatch)
+        if microbatch.tree is not None and allowed_NW is None:
+            # The same token behind the same ones goes through the head once.
+            (positions, targets), place_N = torch.unique(torch.stack((positions, targets)), dim=1, return_inverse=True)
+        of_tokens, entropy_N = (hidden_TH[positions], self._head, targets, temperature), None
+        if wants_entropy:
+            logprobs_N, entropy_N = token_logprobs_and_entropy(*of_tokens, allowed_NW=allowed_NW)
+        else:
+            logprobs_N = token_logprobs(*of_tokens, allowed_NW=allowed_NW)
+        if place_N is None:
+            return logprobs_N, entropy_N
+        return logprobs_N[place_N], None if entropy_N is None else entropy_N[place_N]
 
     def _allowed(self, microbatch: Microbatch) -> Tensor | None:
         """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.
@@ -259,8 +306,8 @@ class Policy:
             self._grammar.fill(allowed_NW, start, token_ids[start:end])
         return allowed_NW.to(self.accelerator.device)
 
-    def _reference_logprobs(self, microbatch: Microbatch, temperature: float) -> Tensor:
-        if self._reference is None:
+    def _reference_logprobs(self, microbatch: Microbatch, temperature: float, loss: LossSettings) -> Tensor:
+        if self._reference is None or loss.kl.reference == "base":
             return self._microbatch_logprobs(microbatch, temperature, adapter=False)
         current = [p.data for p in self._parameters]
         self._load_weights(self._reference)
@@ -277,7 +324,15 @@ class Policy:
 
         Returns the loss's metrics and the (N,) log-probabilities from before the step's first update.
         """
-        logprobs_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
+        value, metrics, old_N = self._value(work, loss, temperature)
+        (value * scale).backward()  # type: ignore[no-untyped-call]
+        return metrics, old_N
+
+    def _value(self, work: Work, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss of a microbatch, the bonus for entropy included, and what `_accumulate` returns."""
+        logprobs_N, entropy_N = self._of_tokens(
+            work.microbatch, temperature, wants_entropy=self._entropy is not None
+        )
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
         value, metrics = loss(
             LossInputs(
@@ -288,10 +343,13 @@ class Policy:
                 advantages_N=work.advantages_N,
                 weights_N=work.weights_N,
                 row_of_N=work.row_of_N,
+                staleness_N=work.staleness_N,
             )
         )
-        (value * scale).backward()  # type: ignore[no-untyped-call]
-        return metrics, old_N
+        if self._entropy is not None and entropy_N is not None:
+            value = value + self._entropy.term(entropy_N, work.weights_N)
+            metrics = metrics | {"entropy": entropy_N.detach().sum()}
+        return value, metrics, old_N
 
     def _of_all_processes(self, samples: Sequence[Sample], old: dict[int, Tensor]) -> list[list[float] | None]:
         """In the order of `samples`, the log-probabilities that each process noted of its own rows."""
@@ -313,13 +371,16 @@ class Policy:
         lora.save_merged(self.model, folder, model_path=self._model_path)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs, as copies: adapter, reference, Adam's moments, the two counters."""
+        """All that an exact continuation needs, as copies: adapter, reference, Adam's moments, the entropy's weight and
+        two counters."""
+        bonus = self._entropy
         return {
             "adapter": lora.adapter_state(self.model),
             "reference": None if self._reference is None else [t.cpu().clone() for t in self._reference],
             "moments": self._optimizer.moments(),
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
+            "entropy": self._entropy_state if bonus is None else (bonus.coef, bonus.last_entropy),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -330,3 +391,4 @@ class Policy:
         self._optimizer.load_moments(state["moments"])
         self.num_updates = state["num_updates"]
         self.num_steps = state["num_steps"]
+        self._loss, self._entropy_state = None, state.get("entropy")

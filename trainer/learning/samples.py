@@ -6,8 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
-from trainer.types import Ledger
+from trainer.config import LossSettings
+from trainer.types import NO_TURN, Ledger
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +30,9 @@ class Sample:
     The token at position t is predicted from position t - 1, so the loss reads the model's output at positions
     2, 3, 7 and 8. A tool result that contains the model's very words stays untrainable: position 6, against 8.
 
-    All rows of a rollout carry the rollout's whole advantage, on each of their trainable tokens. It is not divided
-    among them: each trainable token occurs in one row only, and the loss counts tokens (or rollouts), never rows.
+    All rows of a rollout carry the rollout's whole advantage, on each of their trainable tokens; where it is credited
+    by turn, that of the turn that sampled the token. It is not divided among them: each trainable token occurs in one
+    row only, and the loss counts tokens (or rollouts), never rows.
     """
 
     token_ids: tuple[int, ...]
@@ -59,7 +64,7 @@ class Sample:
     def num_trainable(self) -> int:
         return sum(self.trainable)
 
-    def trained(self, values: Sequence[float]) -> list[float]:
+    def trained(self, values: Sequence[Value]) -> list[Value]:
         """Those of its trainable tokens, of `values` that are one a token."""
         return [x for x, trainable in zip(values, self.trainable, strict=True) if trainable]
 
@@ -71,26 +76,31 @@ class Sample:
 
     @property
     def has_advantage(self) -> bool:
-        """Whether any token has one: without it, and without a KL term, the row has no gradient."""
+        """Whether any token has one."""
         return any(self.advantages)
 
 
-def sample_of(ledger: Ledger, *, advantage: float, rollout_id: str, task_id: str, row: int = 0) -> Sample:
-    """The row that `ledger` holds, with the advantage of its rollout."""
+def sample_of(
+    ledger: Ledger, *, advantage: float | Sequence[float], rollout_id: str, task_id: str, row: int = 0
+) -> Sample:
+    """The row that `ledger` holds, with the advantage of its rollout, or of each of the rollout's turns."""
+    of_turn = [advantage] * (1 + max(ledger.turns, default=0)) if isinstance(advantage, int | float) else advantage
     return Sample(
         token_ids=tuple(ledger.prompt_ids),
         trainable=ledger.trainable,
         logprobs=ledger.logprobs,
         versions=ledger.versions,
         constrained=ledger.constrained,
-        advantages=tuple(advantage if trainable else 0.0 for trainable in ledger.trainable),
+        advantages=tuple(0.0 if turn == NO_TURN else of_turn[turn] for turn in ledger.turns),
         rollout_id=rollout_id,
         task_id=task_id,
         row=row,
     )
 
 
-def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str, task_id: str) -> list[Sample]:
+def rollout_samples(
+    rows: Sequence[Ledger], *, advantage: float | Sequence[float], rollout_id: str, task_id: str
+) -> list[Sample]:
     """The samples of one rollout: a row per ledger that has anything to train on."""
     return [
         sample_of(ledger, advantage=advantage, rollout_id=rollout_id, task_id=task_id, row=row)
@@ -99,6 +109,11 @@ def rollout_samples(rows: Sequence[Ledger], *, advantage: float, rollout_id: str
     ]
 
 
-def num_trained_tokens(samples: Sequence[Sample], *, has_kl: bool) -> int:
-    """Tokens of the rows that cost the trainer something: without a KL term, of those with an advantage."""
-    return sum(len(sample.token_ids) for sample in samples if sample.has_advantage or has_kl)
+def num_trained_tokens(samples: Sequence[Sample], loss: LossSettings) -> int:
+    """Tokens of the rows that cost the trainer something."""
+    return sum(len(sample.token_ids) for sample in samples if has_gradient(sample, loss))
+
+
+def has_gradient(sample: Sample, loss: LossSettings) -> bool:
+    """An advantage on any token; with a KL term or a bonus for entropy in the loss, any row."""
+    return sample.has_advantage or loss.trains_without_advantage

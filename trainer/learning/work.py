@@ -23,7 +23,7 @@ from trainer.learning.packing.layouts import Layout, pack
 from trainer.learning.packing.rows import Microbatch, used_length
 from trainer.learning.packing.shares import share_out
 from trainer.learning.packing.tree import num_unique_tokens
-from trainer.learning.samples import Sample
+from trainer.learning.samples import Sample, has_gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,12 @@ class Work:
     weights_N: Tensor
     row_of_N: Tensor
     sampler_logprobs_N: Tensor
+    versions_N: Tensor
+    """int64: that sampled the token."""
     old_logprobs_N: Tensor | None = None
     ref_logprobs_N: Tensor | None = None
+    staleness_N: Tensor | None = None
+    """int64: how many updates before the step's first the token was sampled."""
 
     def by_row(self, values_N: Tensor) -> dict[int, Tensor]:
         """Values of the trainable tokens by the identity of the sample that they belong to."""
@@ -82,6 +86,7 @@ def share_of(
                     torch.tensor(microbatch.num_trainable_B, device=device)
                 ),
                 sampler_logprobs_N=per_token(x for s in packed for x in s.trained(s.logprobs)),
+                versions_N=torch.tensor([v for s in packed for v in s.trained(s.versions)], device=device),
             )
         )
     return works
@@ -92,10 +97,6 @@ _COSTS: dict[Layout, Callable[[Sequence[Sample]], int]] = {
     "padded": lambda rows: sum(used_length(row) for row in rows),
 }
 """Positions that the model reads of rows which one process takes."""
-
-
-def has_gradient(sample: Sample, loss: LossSettings) -> bool:
-    return sample.has_advantage or loss.kl_coef > 0
 
 
 def gradient_scale(samples: Sequence[Sample]) -> float:

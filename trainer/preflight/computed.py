@@ -220,7 +220,8 @@ def training_passes(config: RunConfig) -> int:
     """c: multiples of P operations for each row token of a step."""
     each = 4 + 2 * config.model.gradient_checkpointing
     old = 2 * (config.optim.num_epochs > 1 or config.optim.minibatches > 1)
-    reference = 2 * (config.loss.kl_coef > 0)
+    # In the reward, what the policy itself says is asked for beforehand, too.
+    reference = 2 * config.loss.kl_in_loss + 4 * config.loss.kl_in_reward
     return config.optim.num_epochs * each + old + reference
 
 

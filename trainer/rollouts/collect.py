@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
 from trainer import processes
-from trainer.config import RunConfig
-from trainer.learning.advantages import group_advantages
+from trainer.config import LossSettings, RunConfig
+from trainer.learning.advantages import Attempt, estimator_of
+from trainer.learning.advantages.attempts import attempt_of, with_costs
 from trainer.learning.samples import Sample, rollout_samples
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
+from trainer.tasks.difficulty import stats_of
 from trainer.types import Kind, Metrics, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
@@ -70,31 +72,62 @@ class Collector:
         return rollouts
 
 
-def to_samples(rollouts: Sequence[Rollout], config: RunConfig) -> tuple[list[Sample], Metrics]:
+DivergencesOf = Callable[[Sequence[Sample], LossSettings, float], list[list[float]]]
+"""The estimated KL to the reference at each trainable token of each sample, by loss and temperature."""
+
+
+def to_samples(
+    rollouts: Sequence[Rollout], config: RunConfig, divergences_of: DivergencesOf | None = None
+) -> tuple[list[Sample], Metrics]:
     """Advantages by group, spread over the rollouts' rows; masked rollouts give no sample.
 
-    `rollouts` come group after group. Returns the samples and figures of the groups.
+    `rollouts` come group after group. `divergences_of` is asked where the KL to the reference stands in the reward.
+    Returns the samples and figures of the groups.
     """
     size = config.rollout.group_size
-    groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-    results = [group_advantages([r.reward for r in group], config.loss.advantage) for group in groups]
+    attempts = [attempt_of(rollout) for rollout in rollouts]
+    metrics: Metrics = {}
+    if config.loss.kl_in_reward:
+        assert divergences_of is not None, "a KL in the reward needs the policy"
+        attempts, metrics = _charged(rollouts, attempts, config, divergences_of)
+    groups = [attempts[i : i + size] for i in range(0, len(attempts), size)]
+    advantages = estimator_of(config.loss.advantage)(groups)
     samples = [
         sample
-        for group, result in zip(groups, results, strict=True)
-        for rollout, advantage in zip(group, result.advantages, strict=True)
-        if advantage is not None
-        for sample in rollout_samples(
-            rollout.ledgers,
-            advantage=advantage,
-            rollout_id=rollout.episode.rollout_id,
-            task_id=rollout.task.task_id,
-        )
+        for rollout, of in zip(rollouts, (of for group in advantages for of in group), strict=True)
+        if of is not None
+        for sample in _rows(rollout, of)
     ]
-    metrics = {
-        "groups/tied_share": fmean(r.tied for r in results),
-        "groups/reward_std": fmean(r.std for r in results),
+    metrics |= {
+        "groups/tied_share": fmean(not any(x for of in group for x in of or ()) for group in advantages),
+        "groups/reward_std": fmean(stats_of([attempt.reward for attempt in group]).std for group in groups),
     }
     return samples, metrics
+
+
+def _rows(rollout: Rollout, advantage: float | Sequence[float]) -> list[Sample]:
+    return rollout_samples(
+        rollout.ledgers,
+        advantage=advantage,
+        rollout_id=rollout.episode.rollout_id,
+        task_id=rollout.task.task_id,
+    )
+
+
+def _charged(
+    rollouts: Sequence[Rollout], attempts: Sequence[Attempt], config: RunConfig, divergences_of: DivergencesOf
+) -> tuple[list[Attempt], Metrics]:
+    """The attempts with kl_coef · KL taken off the reward of the turn that sampled the token."""
+    rows = [(i, sample) for i, r in enumerate(rollouts) if r.reward is not None for sample in _rows(r, 0.0)]
+    divergences = divergences_of([sample for _, sample in rows], config.loss, config.rollout.temperature)
+    costs = [[0.0] * len(attempt.turn_rewards_T) for attempt in attempts]
+    for (i, sample), of_tokens in zip(rows, divergences, strict=True):
+        turns = rollouts[i].ledgers[sample.row].turns
+        for turn, divergence in zip(sample.trained(turns), of_tokens, strict=True):
+            costs[i][int(turn)] += config.loss.kl_coef * divergence
+    flat = [x for of_tokens in divergences for x in of_tokens]
+    charged = [with_costs(attempt, cost) for attempt, cost in zip(attempts, costs, strict=True)]
+    return charged, {"groups/kl_in_reward": fmean(flat)} if flat else {}
 
 
 def warn_of_unclosed(rollouts: Sequence[Rollout], progress: Progress) -> None:

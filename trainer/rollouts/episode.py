@@ -115,7 +115,9 @@ class Player:
             completion = await self._engine.generate(ledger.prompt_ids, sampling)
         generation_s = time.perf_counter() - start
         token_ids, version = completion.token_ids, completion.policy_version
-        ledger.append_sampled(token_ids, completion.logprobs, version, constrained_from=completion.constrained_from)
+        ledger.append_sampled(
+            token_ids, completion.logprobs, version, turn=number, constrained_from=completion.constrained_from
+        )
         parsed = self._chat.parse(token_ids, live.schemas, turn=number)
         live.messages.append(parsed.message)
         live.turns.append(

@@ -36,7 +36,11 @@ def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
 
 
 def rollout_from_json(record: dict[str, Any]) -> Rollout:
-    ledgers = tuple(Ledger.from_json(row) for row in record["ledgers"])
+    ledgers: tuple[Ledger, ...] = ()
+    num_turns = 0
+    for row in record["ledgers"]:
+        ledgers += (Ledger.from_json(row, first_turn=num_turns),)
+        num_turns = max(num_turns, 1 + max(ledgers[-1].turns, default=-1))
     return Rollout(
         episode=replace(_EPISODE.validate_python(record["episode"]), completion_ids=completion_ids(ledgers)),
         task=_TASK.validate_python(record["task"]),

@@ -9,7 +9,7 @@ import torch
 
 from envs.errors import UserError
 from tests.support.policy_worker import VOCABULARY, naive_logprobs, random_samples, tiny_policy
-from trainer.learning.head import Head, token_logprobs
+from trainer.learning.head import Head, token_logprobs, token_logprobs_and_entropy
 from trainer.learning.packing.layouts import pack
 
 HEADS = {
@@ -50,6 +50,37 @@ def test_the_gradient_is_the_slope_of_the_log_probability(name):
     head, targets = random_head(7, 4, **HEADS[name]), torch.randint(0, 7, (5,))
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h: token_logprobs(h, head, targets, 0.8), hidden)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_entropy_and_its_gradient_are_those_of_a_softmax_in_every_chunk(monkeypatch, name):
+    monkeypatch.setattr("trainer.learning.head.CHUNK_BYTES", 4 * 11 * 3)
+    head = random_head(11, 5, **HEADS[name])
+    hidden = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    targets, upstream = torch.randint(0, 11, (8,)), torch.randn(2, 8, dtype=torch.float64)
+    ours = token_logprobs_and_entropy(hidden, head, targets, 0.6)
+    logs = torch.log_softmax(naive_logits(hidden, head) / 0.6, -1)
+    naive = logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
+    for a, b in zip(ours, naive, strict=True):
+        torch.testing.assert_close(a, b)
+    sums = [(upstream * torch.stack(both)).sum() for both in (ours, naive)]
+    torch.testing.assert_close(*[torch.autograd.grad(x, hidden)[0] for x in sums])
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs_and_entropy(hidden, head, targets, 0.6)[1], naive[1])
+
+
+def test_the_entropy_is_that_of_the_allowed_tokens():
+    head, hidden = random_head(5, 4), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    allowed = torch.tensor([0b10110, 0b00100, 0b11111], dtype=torch.int32)[:, None]
+    _, entropy = token_logprobs_and_entropy(hidden, head, torch.tensor([2, 2, 2]), 1.0, allowed_NW=allowed)
+    (grad,) = torch.autograd.grad(entropy.sum(), hidden)
+    logits = naive_logits(hidden, head)
+    forbidden = torch.tensor([[1, 0, 0, 1, 0], [1, 1, 0, 1, 1], [0] * 5]).bool()
+    logs = torch.log_softmax(logits.masked_fill(forbidden, -1e9), -1)
+    expected = -(logs.exp() * logs).sum(-1)
+    torch.testing.assert_close(entropy, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), hidden)[0])
+    assert entropy[1] == 0.0
 
 
 def test_the_log_softmax_of_half_precision_is_taken_in_float32():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from trainer.config import LossConfig
 from trainer.learning.losses.base import LossInputs, k3, reduce_metrics, token_weights
-from trainer.learning.losses.clipped import clipped_loss
+from trainer.learning.losses.registry import loss_of
 
 SETTINGS = {"clip_low": 0.2, "clip_high": 0.3, "kl_coef": 0.1, "tis_cap": 1.5}
 
@@ -31,7 +31,8 @@ def random_batch(seed: int, n: int = 40) -> dict[str, torch.Tensor]:
 
 def policy_loss(*, clip_low, clip_high, kl_coef, tis_cap, **tensors):
     inputs = LossInputs(row_of_N=torch.zeros(len(tensors["logprobs_N"]), dtype=torch.int64), **tensors)
-    return clipped_loss(inputs, LossConfig(clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, tis_cap=tis_cap))
+    config = LossConfig(clip_low=clip_low, clip_high=clip_high, kl_coef=kl_coef, tis_cap=tis_cap)
+    return loss_of(config)(inputs)
 
 
 def naive_loss(batch: dict[str, torch.Tensor], *, clip_low, clip_high, kl_coef, tis_cap) -> float:

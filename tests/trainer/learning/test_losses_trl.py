@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from tests.support.policy_worker import VOCABULARY, save_tiny_llama, tiny_policy
-from trainer.config import LossConfig
+from trainer.config.learning import LOSS_SETTINGS
 from trainer.learning.adapter import trainable_parameters
 from trainer.learning.advantages import group_advantages
-from trainer.learning.losses.base import LossInputs
-from trainer.learning.losses.clipped import clipped_loss
 from trainer.learning.samples import sample_of
 from trainer.types import Ledger
 
@@ -81,7 +79,8 @@ def trl_trainer(policy, data: list[dict], tmp_path: Path, **settings):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tis_cap = settings.pop("tis_cap")
+    tis_cap, tis_mode = settings.pop("tis_cap"), settings.pop("tis_mode", "token_truncate")
+    settings.setdefault("vllm_importance_sampling_clip_min", None if tis_cap else 0.0)
 
     def rollouts(prompts, trainer):
         return {
@@ -103,10 +102,9 @@ def trl_trainer(policy, data: list[dict], tmp_path: Path, **settings):
         # Two passes over the batch, so that trl keeps the log-probabilities from before the update.
         num_iterations=2,
         temperature=TEMPERATURE,
-        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_mode=tis_mode,
         vllm_importance_sampling_clip_max=tis_cap,
         vllm_importance_sampling_correction=tis_cap is not None,
-        **({} if tis_cap is not None else {"vllm_importance_sampling_clip_min": 0.0}),
         **settings,
     )
     trainer = GRPOTrainer(
@@ -163,6 +161,43 @@ CASES = {
         "normalisation": "constant",
         "advantage": "dr_grpo",
     },
+    "dual clip": {"delta": 1.25, "clip_high": 0.1},
+    "gspo": {
+        "type": "gspo",
+        "normalisation": "sequence",
+        "clip_low": 0.01,
+        "clip_high": 0.01,
+        "trl": {"importance_sampling_level": "sequence"},
+    },
+    "cispo": {"type": "cispo", "ratio_cap": 1.05, "trl_loss": "cispo", "trl": {"epsilon_high": 1.05}},
+    "cispo with kl and correction": {
+        "type": "cispo",
+        "ratio_cap": 1.05,
+        "kl_coef": 0.1,
+        "tis_cap": 1.1,
+        "trl_loss": "cispo",
+        "trl": {"epsilon_high": 1.05},
+    },
+    "sequence truncation": {
+        "tis_cap": 1.2,
+        "correction": {"level": "sequence"},
+        "trl": {"tis_mode": "sequence_truncate"},
+    },
+    "token mask": {
+        "tis_cap": 1.5,
+        "correction": {"ratio_range": (0.7, 1.5)},
+        "trl": {"tis_mode": "token_mask", "vllm_importance_sampling_clip_min": 0.7},
+    },
+    "entropy bonus": {"entropy": {"coef": 0.3}, "trl": {"entropy_coef": 0.3}},
+    "entropy bonus and kl": {"entropy": {"coef": 0.3}, "kl_coef": 0.1, "trl": {"entropy_coef": 0.3}},
+}
+CLIPS = {
+    "clipped": lambda config: {
+        "epsilon": config.clip_low,
+        "epsilon_high": config.clip_high,
+        "delta": config.delta,
+    },
+    "gspo": lambda config: {"epsilon": config.clip_low, "epsilon_high": config.clip_high},
 }
 TRL_LOSS = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
 
@@ -170,8 +205,10 @@ TRL_LOSS = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     settings = dict(CASES[case])
-    trl_loss = settings.pop("trl_loss", None)
-    config = LossConfig(**DEFAULTS | settings)
+    trl_loss, trl_settings = settings.pop("trl_loss", None), settings.pop("trl", {})
+    kind = settings.pop("type", "clipped")
+    known = LOSS_SETTINGS[kind].model_fields
+    config = LOSS_SETTINGS[kind](type=kind, **{k: v for k, v in (DEFAULTS | settings).items() if k in known})
     policy = tiny_policy(model)
     move_adapter(policy.model, seed=1, scale=0.1)
     data = episodes(seed=3)
@@ -195,10 +232,9 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
         tmp_path,
         loss_type=trl_loss or TRL_LOSS[config.normalisation],
         scale_rewards="group" if config.advantage == "grpo" else "none",
-        epsilon=config.clip_low,
-        epsilon_high=config.clip_high,
         beta=config.kl_coef,
         tis_cap=config.tis_cap,
+        **CLIPS.get(config.type, lambda config: {})(config) | trl_settings,
     )
     policy.model.train()
     inputs = trainer._generate_and_score_completions([{"prompt": "w5 w6"}] * len(data))
@@ -215,26 +251,23 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
     # The policy moves on, as it does between two minibatches, so that ratio and clip have something to do.
     move_adapter(policy.model, seed=2, scale=0.05)
     expected = trainer._compute_loss(policy.model, inputs)
-    inputs = LossInputs(
-        logprobs_N=policy._microbatch_logprobs(work.microbatch, TEMPERATURE, adapter=True),
-        old_logprobs_N=work.old_logprobs_N,
-        sampler_logprobs_N=work.sampler_logprobs_N,
-        ref_logprobs_N=work.ref_logprobs_N,
-        advantages_N=work.advantages_N,
-        weights_N=work.weights_N,
-        row_of_N=work.row_of_N,
-    )
-    loss, metrics = clipped_loss(inputs, config)
+    loss, metrics, _ = policy._value(work, policy._made(config), TEMPERATURE)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(policy.model, loss), gradients(policy.model, expected), atol=1e-5, rtol=1e-4)
-    assert metrics["clipped_low_share"] + metrics["clipped_high_share"] > 0
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     num_tokens = metrics["num_tokens"].item()
-    assert logged["clip_ratio/low_mean"] == pytest.approx(metrics["clipped_low_share"].item() / num_tokens, abs=1e-6)
-    assert logged["clip_ratio/high_mean"] == pytest.approx(metrics["clipped_high_share"].item() / num_tokens, abs=1e-6)
+    if config.type == "clipped":
+        assert metrics["clipped_low_share"] + metrics["clipped_high_share"] > 0
+        for side in ("low", "high"):
+            share = metrics[f"clipped_{side}_share"].item() / num_tokens
+            assert logged[f"clip_ratio/{side}_mean"] == pytest.approx(share, abs=1e-6)
+    if config.type == "cispo":
+        assert metrics["ratio_capped_share"] > 0
     if config.kl_coef:
         assert logged["kl"] == pytest.approx(metrics["kl_to_reference"].item() / num_tokens, rel=1e-4)
-    if config.tis_cap:
+    if config.entropy is not None:
+        assert logged["entropy"] == pytest.approx(metrics["entropy"].item() / num_tokens, rel=1e-4)
+    if config.tis_cap and config.correction.level == "token":
         assert metrics["tis_capped_share"] > 0
         mean = logged["sampling/importance_sampling_ratio/mean"]
         assert mean == pytest.approx(metrics["tis_weight"].item() / num_tokens, rel=1e-4)

@@ -5,9 +5,10 @@ Shape suffixes: N trainable tokens of one microbatch, R rollouts of one optimize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,13 +53,27 @@ def k3(logprobs_N: Tensor, other_logprobs_N: Tensor) -> Tensor:
     return torch.exp(diff_N) - diff_N - 1.0
 
 
+def of_rows(values_N: Tensor, row_of_N: Tensor) -> Tensor:
+    """(N,) the sum of the values of each token's row, in float64. The rows' tokens need not lie together."""
+    num_rows = int(row_of_N.max()) + 1 if len(row_of_N) else 0
+    # Of float32 a GPU would sum in any order, and a run that goes on would differ from one that was never interrupted.
+    sums_R = torch.zeros(num_rows, dtype=torch.float64, device=values_N.device)
+    return sums_R.index_add(0, row_of_N, values_N.double())[row_of_N]
+
+
+def row_means(values_N: Tensor, row_of_N: Tensor) -> Tensor:
+    """(N,) the mean of the values over each token's row, as float32."""
+    return (of_rows(values_N, row_of_N) / of_rows(torch.ones_like(values_N), row_of_N)).to(values_N.dtype)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossInputs:
-    """The trainable tokens of one microbatch; float32 tensors of shape (N,), row after row.
+    """The trainable tokens of one microbatch; float32 tensors of shape (N,).
 
     Gradient flows through `logprobs_N` only. The loss of a microbatch is a sum over its tokens, each times its
     weight, so that the sum over microbatches and processes is the loss of one large batch (invariant 6). Rows without
-    an advantage are not among them where `loss.kl_coef` is 0.
+    an advantage are not among them where nothing else gives them a gradient. All of a row's tokens are in one
+    microbatch; the rows of a rollout need not be.
     """
 
     logprobs_N: Tensor
@@ -68,39 +83,99 @@ class LossInputs:
     sampler_logprobs_N: Tensor
     """As the engine said when it sampled them."""
     ref_logprobs_N: Tensor | None
-    """Under the policy before the first step; None where `loss.kl_coef` is 0."""
+    """Under the reference, see `loss.kl`; None where no KL term stands in the loss."""
     advantages_N: Tensor
     weights_N: Tensor
     """See `token_weights`."""
     row_of_N: Tensor
     """int64: which row of the microbatch the token belongs to, counted from 0; a rollout without forks is one row."""
+    staleness_N: Tensor | None = None
+    """int64: how many updates before the step's first the token was sampled; None where that is not known."""
+    correction_N: Tensor | None = None
+    """What the token's policy gradient is multiplied by, for how far sampler and trainer differ: see `correction`.
+    Without a gradient; None where nothing is corrected."""
 
 
 Loss = Callable[[LossInputs], tuple[Tensor, dict[str, Tensor]]]
-"""The loss of a microbatch and its metrics: sums over its tokens (names ending in `_max`: maxima), see `token_sums`."""
+"""The loss of a microbatch and its metrics: sums over its tokens. See `reduce_metrics` for the names that are not."""
+
+
+def corrected(loss_N: Tensor, inputs: LossInputs) -> Tensor:
+    return loss_N if inputs.correction_N is None else loss_N * inputs.correction_N
+
+
+_HISTOGRAM = "_histogram"
+_LOG_RANGE, _LOG_WIDTH = 4.0, 0.01
+"""Ratios are counted by their logarithm, from -4 to 4; what lies beyond counts in the outermost bins."""
+_QUANTILES = {"p95": 0.95, "p99": 0.99}
+_SQUARES, _EFFECTIVE = "weight_square", "effective_samples"
+
+
+def log_histogram(logs_N: Tensor) -> Tensor:
+    """Counts of logarithms of ratios; of a metric that ends in `_histogram`."""
+    num_bins = round(2 * _LOG_RANGE / _LOG_WIDTH)
+    bins_N = ((logs_N + _LOG_RANGE) / _LOG_WIDTH).long().clamp(0, num_bins - 1)
+    return torch.bincount(bins_N, minlength=num_bins).double()
 
 
 def token_sums(inputs: LossInputs) -> dict[str, Tensor]:
-    """What every loss tells: the number of tokens, by which sums become means, and how far sampler and trainer differ.
+    """What is told of every loss: the number of tokens, by which sums become means, and how far sampler and trainer
+    differ, at each staleness too where tokens differ in it.
 
     The sampler drew the tokens, so KL(sampler ‖ trainer) is the divergence that its tokens can estimate.
     """
     mismatch_N = (inputs.old_logprobs_N - inputs.sampler_logprobs_N).detach()
-    return {
+    kl_N = k3(torch.zeros_like(mismatch_N), mismatch_N)
+    sums = {
         "num_tokens": torch.tensor(float(len(mismatch_N)), device=mismatch_N.device),
-        "mismatch_kl": k3(torch.zeros_like(mismatch_N), mismatch_N).sum(),
+        "mismatch_kl": kl_N.sum(),
         "mismatch_abs": mismatch_N.abs().sum(),
         "mismatch_abs_max": mismatch_N.abs().max(),
+        "mismatch_ratio_histogram": log_histogram(mismatch_N),
     }
+    if inputs.staleness_N is not None and inputs.staleness_N.any():
+        for staleness in sorted(set(inputs.staleness_N.tolist())):
+            is_its_own_N = inputs.staleness_N == staleness
+            sums[f"num_tokens/staleness_{staleness}"] = is_its_own_N.sum()
+            sums[f"mismatch_kl/staleness_{staleness}"] = kl_N[is_its_own_N].sum()
+    return sums
 
 
-def reduce_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Means per token (maxima for names ending in `_max`) over the metrics of microbatches or processes."""
-    names = list(dict.fromkeys(name for part in parts for name in part))
-    totals: dict[str, float] = {}
-    for name in names:
-        values = [float(part[name]) for part in parts if name in part]
-        totals[name] = max(values) if name.endswith("_max") else sum(values)
-    num_tokens = totals.pop("num_tokens", 0.0)
-    means = {k: v if k.endswith("_max") else v / max(num_tokens, 1.0) for k, v in totals.items()}
-    return means | {"num_tokens": num_tokens}
+def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of microbatches or processes together, whatever the number of each.
+
+    NAME               a sum over tokens: its mean a token
+    NAME_max           a maximum
+    NAME/PART          a sum over some of the tokens: its mean over those, which num_tokens/PART counts
+    NAME_histogram     counts by `log_histogram`: NAME_p95 and NAME_p99, ratios, to 1 %
+    weight_square      beside `tis_weight`: `effective_samples`, (Σ w)² / (N Σ w²), the share of the tokens that the
+                       weighted ones are worth (Kish 1965)
+    """
+    totals: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            new = torch.as_tensor(value).detach().cpu().double()
+            old = totals.get(name)
+            totals[name] = new if old is None else torch.maximum(old, new) if name.endswith("_max") else old + new
+    metrics: dict[str, float] = {}
+    for name, total in totals.items():
+        if name.endswith(_HISTOGRAM):
+            metrics |= _quantiles(name.removesuffix(_HISTOGRAM), total)
+        elif name.endswith("_max") or name.partition("/")[0] == "num_tokens":
+            metrics[name] = float(total)
+        else:
+            count = totals.get("/".join(["num_tokens", *name.split("/")[1:]]))
+            metrics[name] = float(total) / max(float(count) if count is not None else 0.0, 1.0)
+    if (square := metrics.pop(_SQUARES, 0.0)) > 0:
+        metrics[_EFFECTIVE] = metrics["tis_weight"] ** 2 / square
+    num_tokens = metrics.pop("num_tokens", 0.0)
+    return metrics | {"num_tokens": num_tokens}
+
+
+def _quantiles(name: str, counts: Tensor) -> dict[str, float]:
+    """The ratio in the middle of the bin in which each quantile lies."""
+    if not counts.sum():
+        return {}
+    below = counts.cumsum(0)
+    places = {q: int((below < share * below[-1]).sum()) for q, share in _QUANTILES.items()}
+    return {f"{name}_{q}": math.exp((place + 0.5) * _LOG_WIDTH - _LOG_RANGE) for q, place in places.items()}

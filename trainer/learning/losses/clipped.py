@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss: GRPO, DAPO, Dr. GRPO."""
+"""The clipped policy-gradient loss: PPO, GRPO, DAPO, Dr. GRPO."""
 
 from __future__ import annotations
 
@@ -6,49 +6,44 @@ import torch
 from torch import Tensor
 
 from trainer.config import LossConfig
-from trainer.learning.losses.base import LossInputs, k3, token_sums
+from trainer.learning.losses.base import LossInputs, corrected
 
 
 def clipped_loss(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped policy-gradient loss of one microbatch, a weighted sum over its trainable tokens.
 
         ρ    = exp(logprob - old_logprob)                                   ratio within the trainer
-        w    = min(exp(old_logprob - sampler_logprob), tis_cap)             no gradient; 1 when tis_cap is None
-        L    = Σ weight · ( -w · min(ρ·A, clip(ρ, 1 - clip_low, 1 + clip_high)·A)  +  kl_coef · ρ · k3 )
-        k3   = exp(ref - logprob) - (ref - logprob) - 1
+        L    = Σ weight · correction · -min(min(ρ, delta)·A, clip(ρ, 1 - clip_low, 1 + clip_high)·A)
 
     Clipping: PPO, Schulman et al. 2017, arXiv:1707.06347; with two ranges, DAPO, Yu et al. 2025, arXiv:2503.14476.
-    w is truncated importance sampling between the engine that sampled and the trainer that learns, which differ in
-    kernels and precision: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
-    ρ in front of k3 makes the KL term's gradient that of the KL itself (DeepSeek-V3.2, arXiv:2512.02556; trl's
-    `use_bias_correction_kl`): where old = current, ∇(ρ·k3) = (logprob - ref)·∇logprob.
+    `delta` bounds what a negative advantage can do to a token that has become likelier, which the clip does not: dual
+    clip, Ye et al. 2020, arXiv:1912.09729, as INTELLECT-2 has it, arXiv:2505.07291. None: no bound.
+    `correction` is `inputs.correction_N`, see `trainer.learning.losses.correction`.
 
-    Matches trl 1.16 `GRPOTrainer._compute_loss` with `importance_sampling_level="token"` and
-    `vllm_importance_sampling_mode="token_truncate"`. Left out on purpose: sequence-level ratios (GSPO), masking modes
-    of the correction, dual clipping (delta), entropy bonus.
+    Matches trl 1.16 `GRPOTrainer._compute_loss` with `importance_sampling_level="token"`. The KL term and the entropy
+    bonus are every loss's, see `registry.loss_of`.
     """
-    low, high = 1.0 - config.clip_low, 1.0 + config.clip_high
     ratio_N = torch.exp(inputs.logprobs_N - inputs.old_logprobs_N.detach())
-    clipped_N = torch.clamp(ratio_N, low, high)
-    loss_N = -torch.minimum(ratio_N * inputs.advantages_N, clipped_N * inputs.advantages_N)
-    tis_N = torch.exp((inputs.old_logprobs_N - inputs.sampler_logprobs_N).detach())
-    if config.tis_cap is not None:
-        loss_N = loss_N * torch.clamp(tis_N, max=config.tis_cap)
-    metrics: dict[str, Tensor] = {}
-    if config.kl_coef > 0:
-        assert inputs.ref_logprobs_N is not None, "a KL term needs the reference's log-probabilities"
-        kl_N = ratio_N * k3(inputs.logprobs_N, inputs.ref_logprobs_N)
-        loss_N = loss_N + config.kl_coef * kl_N
-        metrics["kl_to_reference"] = kl_N.detach().sum()
-    loss = (loss_N * inputs.weights_N).sum()
+    return clipped_by(ratio_N, inputs, low=config.clip_low, high=config.clip_high, delta=config.delta)
+
+
+def clipped_by(
+    ratio_N: Tensor, inputs: LossInputs, *, low: float, high: float, delta: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss above of any ratio, token's or sequence's, and its metrics."""
+    clipped_N = torch.clamp(ratio_N, 1.0 - low, 1.0 + high)
+    bounded_N = ratio_N if delta is None else torch.clamp(ratio_N, max=delta)
+    loss_N = -torch.minimum(bounded_N * inputs.advantages_N, clipped_N * inputs.advantages_N)
     past_N = ratio_N.detach()
-    metrics |= {
-        "ratio": past_N.sum(),
-        "ratio_max": past_N.max(),
-        "clipped_low_share": ((past_N < low) & (inputs.advantages_N < 0)).float().sum(),
-        "clipped_high_share": ((past_N > high) & (inputs.advantages_N > 0)).float().sum(),
-    } | token_sums(inputs)
-    if config.tis_cap is not None:
-        metrics["tis_weight"] = torch.clamp(tis_N, max=config.tis_cap).sum()
-        metrics["tis_capped_share"] = (tis_N > config.tis_cap).float().sum()
-    return loss, metrics
+    metrics = ratio_sums(past_N) | {
+        "clipped_low_share": ((past_N < 1.0 - low) & (inputs.advantages_N < 0)).float().sum(),
+        "clipped_high_share": ((past_N > 1.0 + high) & (inputs.advantages_N > 0)).float().sum(),
+    }
+    if delta is not None:
+        metrics["dual_clipped_share"] = ((past_N > delta) & (inputs.advantages_N < 0)).float().sum()
+    return (corrected(loss_N, inputs) * inputs.weights_N).sum(), metrics
+
+
+def ratio_sums(ratio_N: Tensor) -> dict[str, Tensor]:
+    """What is told of the ratio of policy to old policy, by every loss that has one."""
+    return {"ratio": ratio_N.detach().sum(), "ratio_max": ratio_N.detach().max()}

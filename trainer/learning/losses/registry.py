@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pkgutil import resolve_name
 from typing import Any
 
@@ -16,24 +16,52 @@ from envs.errors import UserError
 from envs.user_code import load_target, looked_at, make, raised_by, required
 from trainer.config.learning import CustomLossConfig, LossSettings
 from trainer.learning.losses.base import Loss, LossInputs, token_sums
+from trainer.learning.losses.correction import correction
+from trainer.learning.losses.kl import kl_term
 
 LOSSES = {
     "clipped": "clipped:clipped_loss",
+    "gspo": "gspo:gspo_loss",
+    "cispo": "cispo:cispo_loss",
+    "reinforce": "reinforce:reinforce_loss",
 }
 """Where each stands below this folder; called with the inputs and its settings."""
 _OF_EVERY_UPDATE = {"grad_norm", "learning_rate", "skipped_updates"}
+_OF_ENTROPY = {"entropy", "entropy_coef"}
 """Figures that stand beside the loss's, see `Policy.update`."""
 
 
 def loss_of(config: LossSettings) -> Loss:
     """The loss that the config names, made anew: one of the user's own may keep what it learns of earlier updates.
 
+    What all have in common is added here: the correction that each is given as `correction_N`, what is told of the
+    tokens, and, but to the user's own, the KL term  kl_coef · Σ weight · `kl_term`.
     Raises `UserError` for a target that can't be had, or can't be called with a `LossInputs` alone.
     """
     if isinstance(config, CustomLossConfig):
-        return _told_of(_custom(config), _where(config))
+        return _told_of(_with_what_all_have(_custom(config), config), _where(config))
     function = resolve_name(f"trainer.learning.losses.{LOSSES[config.type]}")
-    return lambda inputs: function(inputs, config)
+    return _with_what_all_have(lambda inputs: function(inputs, config), config)
+
+
+def _with_what_all_have(own: Loss, config: LossSettings) -> Loss:
+    is_users = isinstance(config, CustomLossConfig)
+
+    def loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        weight_N, corrections = correction(inputs, config.correction, config.tis_cap)
+        inputs = replace(inputs, correction_N=weight_N)
+        value, metrics = own(inputs)
+        sums = token_sums(inputs) | corrections
+        if config.kl_in_loss and not is_users:
+            kl_N = kl_term(inputs, config.kl.estimator)
+            value = value + config.kl_coef * (kl_N * inputs.weights_N).sum()
+            sums["kl_to_reference"] = kl_N.detach().sum()
+        reserved = {*sums, *_OF_EVERY_UPDATE, *(() if config.entropy is None else _OF_ENTROPY)}
+        if is_users and (taken := sorted(metrics.keys() & reserved)):
+            raise UserError(f"{_where(config)}: metrics: {taken[0]!r} is a name of the trainer's own; expected another")
+        return value, sums | metrics
+
+    return loss
 
 
 def check_loss(config: CustomLossConfig) -> None:
@@ -41,9 +69,9 @@ def check_loss(config: CustomLossConfig) -> None:
 
     What is tried is not what the run gets, so that the run's has learned nothing of the trial.
     """
-    loss, where = _custom(config), _where(config)
+    loss, where = _with_what_all_have(_custom(config), config), _where(config)
     for num_tokens in (4, 7):
-        inputs = _example(num_tokens, has_reference=config.kl_coef > 0)
+        inputs = _example(num_tokens, has_reference=config.kl_in_loss)
         with looked_at(where):
             value, metrics = loss(inputs)
             (gradient_N,) = torch.autograd.grad(value, inputs.logprobs_N, allow_unused=True)
@@ -82,10 +110,7 @@ def _custom(config: CustomLossConfig) -> Loss:
         for name, version in versions.items():
             if given[name]._version != version:
                 raise UserError(f"{where}: changes {name} in place; expected new tensors")
-        sums = token_sums(inputs)
-        if own := sorted(metrics.keys() & (sums.keys() | _OF_EVERY_UPDATE)):
-            raise UserError(f"{where}: metrics: {own[0]!r} is a name of the trainer's own; expected another")
-        return value, sums | metrics
+        return value, metrics
 
     return loss
 
@@ -142,4 +167,5 @@ def _example(num_tokens: int = 4, *, has_reference: bool) -> LossInputs:
         advantages_N=1.0 - 2.0 * is_second_N,
         weights_N=torch.full((num_tokens,), 1.0 / num_tokens),
         row_of_N=is_second_N.long(),
+        staleness_N=torch.zeros(num_tokens, dtype=torch.int64),
     )

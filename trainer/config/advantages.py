@@ -1,0 +1,133 @@
+"""Settings of how advantages are made of a step's rewards. See `trainer.learning.advantages`."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from envs.settings import Kwargs, Settings
+from envs.user_code import TARGET_PATTERN
+
+AdvantageName = Literal[
+    "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "mt_grpo", "gigpo", "turn_discounted"
+]
+"""Estimators that may be named alone: all their settings have defaults."""
+
+
+class AdvantageSettings(Settings):
+    """What every estimator has."""
+
+    type: str
+
+
+class GrpoConfig(AdvantageSettings):
+    """Centred on the group's mean and divided by its standard deviation."""
+
+    type: Literal["grpo"] = "grpo"
+
+
+class DrGrpoConfig(AdvantageSettings):
+    """Centred on the group's mean."""
+
+    type: Literal["dr_grpo"] = "dr_grpo"
+
+
+class RlooConfig(AdvantageSettings):
+    """Centred on the mean of the group's other rollouts."""
+
+    type: Literal["rloo"] = "rloo"
+
+
+class ReinforcePpConfig(AdvantageSettings):
+    """Whitened over all tokens of the step."""
+
+    type: Literal["reinforce_pp"] = "reinforce_pp"
+
+
+class ReinforcePpBaselineConfig(AdvantageSettings):
+    """Centred on the group's mean, then whitened over all tokens of the step."""
+
+    type: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
+
+
+class GdpoConfig(AdvantageSettings):
+    """Each part of the reward normalised within the group, their sum over the step."""
+
+    type: Literal["gdpo"] = "gdpo"
+    weights: dict[str, float] = Field(
+        {}, description="by the part's name: the grader's own, then the penalties; those not named have 1"
+    )
+
+
+class TurnSettings(AdvantageSettings):
+    """What every estimator by turn has."""
+
+    gamma: float = Field(1.0, ge=0, le=1, description="what a reward counts for the turn before the one that earned it")
+
+
+class MtGrpoConfig(TurnSettings):
+    """Each turn's return against those of the same turn in the group's other rollouts."""
+
+    type: Literal["mt_grpo"] = "mt_grpo"
+
+
+class GigpoConfig(TurnSettings):
+    """GRPO's advantage, and each turn's return against those of all turns of the group that began in the same state."""
+
+    type: Literal["gigpo"] = "gigpo"
+    gamma: float = Field(
+        0.95, ge=0, le=1, description="what a reward counts for the turn before the one that earned it"
+    )
+    weight: float = Field(1.0, ge=0, description="of the turn's own advantage beside the episode's")
+
+
+class TurnDiscountedConfig(TurnSettings):
+    """GRPO's advantage of the outcome, and the discounted rewards of the turns against those of the group."""
+
+    type: Literal["turn_discounted"] = "turn_discounted"
+    weight: float = Field(1.0, ge=0, description="of the turns' own advantage beside the outcome's")
+
+
+class CustomAdvantageConfig(AdvantageSettings):
+    """Your own estimator: a function of the step's groups, see `trainer.learning.advantages.base.Estimator`."""
+
+    type: Literal["custom"]
+    target: str = Field(pattern=TARGET_PATTERN, description="`package.module:name` or `path/to/file.py:name`")
+    kwargs: Kwargs = Field({}, description="with them the target is a class or factory, called before the run")
+
+
+ADVANTAGE_SETTINGS: dict[str, type[AdvantageSettings]] = {
+    "grpo": GrpoConfig,
+    "dr_grpo": DrGrpoConfig,
+    "rloo": RlooConfig,
+    "reinforce_pp": ReinforcePpConfig,
+    "reinforce_pp_baseline": ReinforcePpBaselineConfig,
+    "gdpo": GdpoConfig,
+    "mt_grpo": MtGrpoConfig,
+    "gigpo": GigpoConfig,
+    "turn_discounted": TurnDiscountedConfig,
+    "custom": CustomAdvantageConfig,
+}
+"""By the `type` that a config names."""
+
+
+def _tag_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.get("type")
+    return value.type if isinstance(value, AdvantageSettings) else "name"
+
+
+if TYPE_CHECKING:
+    Advantage = AdvantageName | AdvantageSettings
+else:
+    _tagged = [Annotated[AdvantageName, Tag("name")]]
+    _tagged += [Annotated[one, Tag(name)] for name, one in ADVANTAGE_SETTINGS.items()]
+    Advantage = Annotated[functools.reduce(operator.or_, _tagged), Discriminator(_tag_of)]
+
+
+def advantage_settings(advantage: AdvantageName | AdvantageSettings) -> AdvantageSettings:
+    """The settings of an estimator that may have been named alone."""
+    return ADVANTAGE_SETTINGS[advantage](type=advantage) if isinstance(advantage, str) else advantage

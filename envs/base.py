@@ -14,7 +14,7 @@ class Env(Protocol):
     """The world of one episode. Single-use: one instance serves one episode and is never reused.
 
     What an environment may have besides stands below as protocols of one member each: `Observes`, `Responds`, `Ends`,
-    `HasState`, `OrdersCalls`.
+    `RewardsTurns`, `HasState`, `OrdersCalls`.
 
     The calls of one turn run at the same time, sync functions in threads: tools that share state need a lock, or
     `OrdersCalls`. Their results always stand in the order called.
@@ -63,6 +63,19 @@ class Ends(Protocol):
     @property
     def is_over(self) -> bool:
         """Asked after each turn's tool calls and after each of the user's replies; True ends the episode there."""
+        ...
+
+
+@runtime_checkable
+class RewardsTurns(Protocol):
+    """Can say what a turn was worth."""
+
+    @property
+    def turn_reward(self) -> float | None:
+        """Asked once after each turn, its tool calls and the user's reply included; None: nothing.
+
+        It is added to the reward of the episode and credited to the turn.
+        """
         ...
 
 

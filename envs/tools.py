@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -207,6 +208,25 @@ def _completed(definition: Mapping[str, Any], known: Tool) -> Mapping[str, Any]:
     return {**definition, "function": {**known.schema()["function"], **given}}
 
 
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """What a tool may return in place of its output: the output, and what the call was worth.
+
+    The reward is added to that of the episode and credited to the turn that made the call. The model reads the output
+    alone.
+    """
+
+    output: Any
+    reward: float
+
+
+def finite_reward(value: Any, whose: str) -> float:
+    """Raises `UserError` for a reward that is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{whose}: reward: expected a finite number, got {value!r}")
+    return float(value)
+
+
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:
     """Validate and run one call. The model's faults come back as results with `error` set.
 
@@ -218,9 +238,14 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
     """
     start = time.perf_counter()
 
-    def result(output: str, error: ToolErrorKind | None = None) -> ToolResult:
+    def result(output: str, error: ToolErrorKind | None = None, reward: float | None = None) -> ToolResult:
         return ToolResult(
-            call_id=call.call_id, name=call.name, output=output, error=error, latency_s=time.perf_counter() - start
+            call_id=call.call_id,
+            name=call.name,
+            output=output,
+            error=error,
+            latency_s=time.perf_counter() - start,
+            reward=reward,
         )
 
     offered = tools.get(call.name)
@@ -251,8 +276,11 @@ async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: flo
         if not limit.expired():
             raise
         return result(f"Error: {call.name} did not answer within {timeout_s:g} s", ToolErrorKind.TIMEOUT)
+    reward = None
+    if isinstance(value, Rewarded):
+        value, reward = value.output, finite_reward(value.reward, f"tool {call.name!r}")
     try:
-        return result(output_text(value))
+        return result(output_text(value), reward=reward)
     except TypeError as e:
         raise UserError(f"tool {call.name!r}: {e}; expected text, or what can be written as JSON") from None
 

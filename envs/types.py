@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -87,6 +88,8 @@ class ToolResult:
     """Tokens of `output` as the model reads it, template glue aside."""
     num_special_tokens: int = 0
     """How many of them are special tokens of the chat format, which the output spells out."""
+    reward: float | None = None
+    """What the tool says that the call was worth (`envs.tools.Rewarded`); None where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,14 @@ class Turn:
     generation_s: float = 0.0
     tools_s: float = 0.0
     """Wall-clock time of the turn's tool calls together (they run concurrently)."""
+    env_reward: float | None = None
+    """What the environment says that the turn was worth (`envs.base.RewardsTurns`); None where it says nothing."""
+
+    @property
+    def reward(self) -> float | None:
+        """What its tools and its environment gave it together; None where none of them said anything."""
+        given = [x for x in (*(r.reward for r in self.results), self.env_reward) if x is not None]
+        return math.fsum(given) if given else None
 
     @property
     def num_messages(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from pydantic import Field
 
@@ -20,7 +22,10 @@ _MEASURES: dict[str, Callable[[Episode], int]] = {
     "reasoning_tokens": lambda episode: episode.num_reasoning_tokens,
     "tool_calls": lambda episode: episode.num_tool_calls,
     "invalid_calls": lambda episode: episode.num_invalid_calls,
+    "generated_tokens": lambda episode: episode.num_tokens,
 }
+TURN_REWARDS = "turn_rewards"
+"""The part of the reward that tools and the environment gave."""
 
 
 class PenaltyConfig(Settings):
@@ -30,6 +35,10 @@ class PenaltyConfig(Settings):
     slope: float = Field(gt=0, description="Reward lost by each unit over the free ones.")
     floor: float = Field(ge=-1, lt=0, description="The lowest value that the penalty reaches, such as -0.2.")
     only_passing: bool = Field(default=False, description="Only on right answers.")
+    by_turn: bool = Field(
+        default=False,
+        description="Charged to the turns that caused it, for estimators of advantages by turn; the sum is the same.",
+    )
 
 
 class PenaltiesConfig(Settings):
@@ -41,10 +50,16 @@ class PenaltiesConfig(Settings):
         default=None, description="On each malformed call, unknown tool, or call whose arguments do not fit the schema."
     )
 
+    generated_tokens: PenaltyConfig | None = Field(
+        default=None,
+        description="On each generated token; with free = longest - buffer, slope = 1 / buffer it is DAPO's soft "
+        "punishment of overlong answers (arXiv:2503.14476).",
+    )
+
     @property
     def lowest(self) -> float:
         """The sum of the floors: no rollout loses more."""
-        set_up = (self.reasoning_tokens, self.tool_calls, self.invalid_calls)
+        set_up: list[PenaltyConfig | None] = [getattr(self, name) for name in _MEASURES]
         return sum(penalty.floor for penalty in set_up if penalty)
 
 
@@ -81,8 +96,18 @@ def penalty(amount: int, config: PenaltyConfig) -> float:
     return max(config.floor, -config.slope * excess) if excess > 0 else 0.0
 
 
+def penalty_by_turn(name: str, config: PenaltyConfig, episode: Episode) -> list[float]:
+    """What each turn adds to the penalty: free units are the first ones, and past the floor nothing costs more."""
+    turns = episode.turns
+    reached = [penalty(_MEASURES[name](replace(episode, turns=turns[:k])), config) for k in range(len(turns) + 1)]
+    return [after - before for before, after in pairwise(reached)]
+
+
 class PenalisedGrader:
     """Adds the penalties to another grader's grade, each as a part under its own name, and says whether it passed.
+
+    So, too, what tools and the environment gave for turns: a part `turn_rewards`. That is the world's own word, and no
+    law binds it; whether the episode passed is the other grader's alone.
 
     With discrete scores (`floor` is None) `check_penalties` has proved that they can't lift a wrong answer over a right
     one, and nothing is clamped. With continuous scores `floor` is the threshold: the penalties of a right answer
@@ -120,7 +145,35 @@ class PenalisedGrader:
             taken = {name: value * scale for name, value in taken.items()}
             reasons.append(f"held at the threshold {self._floor:g}")
         parts = {**grade.parts, **taken}
-        return replace(grade, reward=sum(parts.values()), parts=parts, explanation="; ".join(reasons), passed=passed)
+        if any(turn.reward is not None for turn in episode.turns):
+            parts[TURN_REWARDS] = math.fsum(turn.reward or 0.0 for turn in episode.turns)
+        return replace(
+            grade,
+            reward=sum(parts.values()),
+            parts=parts,
+            explanation="; ".join(reasons),
+            passed=passed,
+            turn_rewards=self._turn_rewards(grade, episode, taken),
+        )
+
+    def _turn_rewards(self, grade: Grade, episode: Episode, taken: Mapping[str, float]) -> tuple[float, ...] | None:
+        """What each turn has earned of it: by the grader, by tools and environment, and penalties by turn."""
+        num_turns = len(episode.turns)
+        if grade.turn_rewards is not None and len(grade.turn_rewards) != num_turns:
+            raise UserError(
+                f"grader: gave {len(grade.turn_rewards)} turn_rewards for an episode of {num_turns} turns; expected "
+                f"one a turn (task {episode.task_id!r})"
+            )
+        columns = [] if grade.turn_rewards is None else [grade.turn_rewards]
+        if any(turn.reward is not None for turn in episode.turns):
+            columns.append(tuple(turn.reward or 0.0 for turn in episode.turns))
+        for name, setting in self._penalties.items():
+            if setting.by_turn:
+                by_turn = penalty_by_turn(name, setting, episode)
+                # Held at the threshold, or not due, the whole is smaller, and each turn's share with it.
+                whole = math.fsum(by_turn)
+                columns.append(tuple(x * taken[name] / whole if whole else 0.0 for x in by_turn))
+        return tuple(math.fsum(of_turn) for of_turn in zip(*columns, strict=True)) if columns else None
 
     def take_metrics(self) -> dict[str, float]:
         """What the other grader counted since the last call."""

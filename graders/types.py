@@ -73,13 +73,18 @@ class Grade:
 def check_numbers(grade: Grade, task: Task) -> None:
     """Raise `WorldError` for a number that is none or that no gradient could hold: one odd answer loses one rollout."""
     whose = next(iter(grade.parts), "")
-    for name, number in {"reward": grade.reward, **grade.parts, **grade.scores}.items():
+    for name, number in _numbers_of(grade).items():
         if not abs(number) <= MOST_REWARD:
             shown = f"{number:g}" if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
             raise WorldError(
                 f"{whose or 'the grader'}: {name} is {shown} for task {task.task_id!r}; expected a number from "
                 f"{-MOST_REWARD:g} to {MOST_REWARD:g}"
             )
+
+
+def _numbers_of(grade: Grade) -> dict[str, float]:
+    by_turn = {f"turn {k + 1}'s reward": x for k, x in enumerate(grade.turn_rewards or ())}
+    return {"reward": grade.reward, **grade.parts, **grade.scores, **by_turn}
 
 
 class Grader(Protocol):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, Literal
@@ -168,6 +168,7 @@ class _SumOfRewards:
                 else f"{name} gave None"
                 for name in self._parts
             ),
+            turn_rewards=_weighted([(self._parts[name][1], grade.turn_rewards) for name, grade in given.items()]),
             scores={name: grade.reward for name, grade in given.items()},
             errors=tuple(dict.fromkeys(kind for grade in given.values() for kind in grade.errors)),
         )
@@ -184,6 +185,14 @@ class _SumOfRewards:
         for part, _ in self._parts.values():
             if isinstance(part, Closes):
                 await part.aclose()
+
+
+def _weighted(parts: Sequence[tuple[float, tuple[float, ...] | None]]) -> tuple[float, ...] | None:
+    """The weighted sum of rewards by turn, of the graders that give any."""
+    told = [tuple(weight * x for x in by_turn) for weight, by_turn in parts if by_turn is not None]
+    if len({len(by_turn) for by_turn in told}) > 1:
+        raise UserError(f"graders give turn_rewards of {sorted({len(x) for x in told})} turns for the same episode")
+    return tuple(map(sum, zip(*told, strict=True))) if told else None
 
 
 async def _or_none(grader: Grader, task: Task, episode: Episode) -> Grade | None:
@@ -215,7 +224,10 @@ class _ClassGrader:
         scores = {name: _finite(score, f"{self._name!r}, score {name!r},") for name, score in given.scores.items()}
         if abs(sum(parts.values()) - reward) > _MARGIN and parts:
             raise UserError(f"grader {self._name!r}: reward {reward:g} is not the sum of parts {parts}")
-        return replace(given, reward=reward, parts=parts or {self._name: reward}, scores=scores)
+        by_turn = given.turn_rewards
+        if by_turn is not None:
+            by_turn = tuple(_finite(x, f"{self._name!r}, turn {k + 1}'s reward,") for k, x in enumerate(by_turn))
+        return replace(given, reward=reward, parts=parts or {self._name: reward}, scores=scores, turn_rewards=by_turn)
 
 
 class _FunctionGrader:

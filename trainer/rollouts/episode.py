@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from envs.base import Ends, Observes, World
+from envs.base import Ends, Observes, RewardsTurns, World
 from envs.errors import WorldError
 from envs.limits.clocks import blocking_limit, stopped_clocks, time_limit
+from envs.tools import finite_reward
 from envs.types import NOT_PARSED, Message, StopReason, Turn
 from envs.users import Exchange, Users, hear
 from trainer.config import RolloutConfig
@@ -74,21 +75,13 @@ class Player:
             room = config.max_episode_tokens - len(live.ledgers[-1])
             if room <= 0:
                 return StopReason.MAX_EPISODE_TOKENS
-            before, was_over_budget = list(live.messages), live.over_budget
-            completion, parsed = await self._generate(live, number, min(config.max_turn_tokens, room), temperature)
-            await self._answer_calls(live, parsed)
-            if not completion.finished:
-                cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
-                return StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_EPISODE_TOKENS
-            if config.answer == "tool_calls" and parsed.message.tool_calls:
-                return StopReason.CALLED
-            if not parsed.message.tool_calls and not parsed.malformed:
-                if stop := await self._hear_user(live):
-                    return stop
-            elif was_over_budget:
-                return StopReason.MAX_TOOL_CALLS
-            if isinstance(live.env, Ends) and live.env.is_over:
-                return StopReason.ENDED
+            before = list(live.messages)
+            completion, stop = await self._turn(live, number, min(config.max_turn_tokens, room), temperature)
+            if isinstance(live.env, RewardsTurns) and (reward := live.env.turn_reward) is not None:
+                whose = f"{type(live.env).__name__}.turn_reward"
+                live.turns[-1] = replace(live.turns[-1], env_reward=finite_reward(reward, whose))
+            if stop is not None:
+                return stop
             try:
                 self._continue(live, before, completion)
             except TemplateRefused as e:
@@ -97,6 +90,26 @@ class Player:
                     raise WorldError(f"the chat template can't render what was said to the model: {e.reason}") from e
                 return StopReason.TEMPLATE_REFUSED
         return StopReason.MAX_TURNS
+
+    async def _turn(
+        self, live: Live, number: int, max_tokens: int, temperature: float
+    ) -> tuple[Completion, StopReason | None]:
+        """One generation and what it causes; with it, where the episode ends, why."""
+        config, was_over_budget = self._config, live.over_budget
+        completion, parsed = await self._generate(live, number, max_tokens, temperature)
+        await self._answer_calls(live, parsed)
+        if not completion.finished:
+            cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
+            return completion, StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_EPISODE_TOKENS
+        if config.answer == "tool_calls" and parsed.message.tool_calls:
+            return completion, StopReason.CALLED
+        if not parsed.message.tool_calls and not parsed.malformed:
+            if stop := await self._hear_user(live):
+                return completion, stop
+        elif was_over_budget:
+            return completion, StopReason.MAX_TOOL_CALLS
+        is_over = isinstance(live.env, Ends) and live.env.is_over
+        return completion, StopReason.ENDED if is_over else None
 
     async def _generate(
         self, live: Live, number: int, max_tokens: int, temperature: float

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from envs.errors import UserError
+from graders.penalties import TURN_REWARDS
 from trainer.config.advantages import GdpoConfig
 from trainer.learning.advantages.base import Advantages, Attempt, Groups, normalised
 
@@ -26,22 +27,28 @@ def gdpo(groups: Groups, config: GdpoConfig) -> Advantages:
 
 
 def _of_group(group: Sequence[Attempt], config: GdpoConfig) -> list[float | None]:
-    present = [a for a in group if a.reward is not None]
-    names = [tuple(a.parts) for a in present]
-    if len({frozenset(n) for n in names}) > 1:
-        told = " and of another ".join(", ".join(n) or "none" for n in dict.fromkeys(names))
+    parts = [None if a.reward is None else dict(a.parts) for a in group]
+    present = [of for of in parts if of is not None]
+    if any(TURN_REWARDS in of for of in present):
+        # Only rollouts to which a tool or the environment gave something have it.
+        for of in present:
+            of.setdefault(TURN_REWARDS, 0.0)
+    names = list(dict.fromkeys(tuple(sorted(of)) for of in present))
+    if len(names) > 1:
+        told = " and of another ".join(", ".join(n) or "none" for n in names)
         raise UserError(
             f"loss.advantage gdpo: the parts of one rollout's reward are {told}; expected the same in a group"
         )
-    if present and (unknown := set(config.weights) - set(names[0])):
+    if not names:
+        return [None] * len(group)
+    if unknown := set(config.weights) - {*names[0], TURN_REWARDS}:
         raise UserError(
             f"loss.advantage.weights: {min(unknown)!r} is no part of the reward; it has {', '.join(names[0]) or 'none'}"
         )
-    columns = (
-        [normalised([None if a.reward is None else a.parts[name] for a in group]) for name in names[0]] if names else []
-    )
-    weights = [config.weights.get(name, 1.0) for name in names[0]] if names else []
+    columns = {name: normalised([None if of is None else of[name] for of in parts]) for name in names[0]}
     return [
-        None if a.reward is None else math.fsum(w * (c[i] or 0.0) for w, c in zip(weights, columns, strict=True))
-        for i, a in enumerate(group)
+        None
+        if of is None
+        else math.fsum(config.weights.get(name, 1.0) * (column[i] or 0.0) for name, column in columns.items())
+        for i, of in enumerate(parts)
     ]

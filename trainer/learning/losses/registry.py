@@ -45,19 +45,17 @@ def loss_of(config: LossSettings) -> Loss:
 
 
 def _with_what_all_have(own: Loss, config: LossSettings) -> Loss:
-    is_users = isinstance(config, CustomLossConfig)
-
     def loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         weight_N, corrections = correction(inputs, config.correction, config.tis_cap)
         inputs = replace(inputs, correction_N=weight_N)
         value, metrics = own(inputs)
         sums = token_sums(inputs) | corrections
-        if config.kl_in_loss and not is_users:
+        if config.kl_in_loss and not isinstance(config, CustomLossConfig):
             kl_N = kl_term(inputs, config.kl.estimator)
             value = value + config.kl_coef * (kl_N * inputs.weights_N).sum()
             sums["kl_to_reference"] = kl_N.detach().sum()
         reserved = {*sums, *_OF_EVERY_UPDATE, *(() if config.entropy is None else _OF_ENTROPY)}
-        if is_users and (taken := sorted(metrics.keys() & reserved)):
+        if isinstance(config, CustomLossConfig) and (taken := sorted(metrics.keys() & reserved)):
             raise UserError(f"{_where(config)}: metrics: {taken[0]!r} is a name of the trainer's own; expected another")
         return value, sums | metrics
 

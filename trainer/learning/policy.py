@@ -274,15 +274,18 @@ class Policy:
     def _of_tokens(
         self, microbatch: Microbatch, temperature: float, *, wants_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(N,) log-probabilities of the trainable tokens and, where asked for, entropies of what they were chosen from."""
+        """(N,) log-probabilities of the trainable tokens; where asked for, entropies of what they were chosen from."""
         microbatch = microbatch.to(self.accelerator.device)
         hidden_TH = lora.hidden_states(self.model, microbatch).flatten(0, 1)
-        positions, targets, place_N = microbatch.positions_N, microbatch.targets_N, None
+        positions, targets = microbatch.positions_N, microbatch.targets_N
+        place_N: Tensor | None = None
         allowed_NW = self._allowed(microbatch)
         if microbatch.tree is not None and allowed_NW is None:
             # The same token behind the same ones goes through the head once.
-            (positions, targets), place_N = torch.unique(torch.stack((positions, targets)), dim=1, return_inverse=True)
-        of_tokens, entropy_N = (hidden_TH[positions], self._head, targets, temperature), None
+            pairs_2U, place_N = torch.unique(torch.stack((positions, targets)), dim=1, return_inverse=True)
+            positions, targets = pairs_2U
+        of_tokens = (hidden_TH[positions], self._head, targets, temperature)
+        entropy_N: Tensor | None = None
         if wants_entropy:
             logprobs_N, entropy_N = token_logprobs_and_entropy(*of_tokens, allowed_NW=allowed_NW)
         else:
@@ -330,9 +333,7 @@ class Policy:
 
     def _value(self, work: Work, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a microbatch, the bonus for entropy included, and what `_accumulate` returns."""
-        logprobs_N, entropy_N = self._of_tokens(
-            work.microbatch, temperature, wants_entropy=self._entropy is not None
-        )
+        logprobs_N, entropy_N = self._of_tokens(work.microbatch, temperature, wants_entropy=self._entropy is not None)
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
         value, metrics = loss(
             LossInputs(

@@ -210,7 +210,8 @@ def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
     """The policy as it begins: the base model under an adapter that changes nothing."""
     config = prepared.config
     model_path, grammar = prepared.model_path, prepared.grammar
-    return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar)
+    critic = None if config.loss.gae is None else config.loss.gae.critic
+    return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar, critic=critic)
 
 
 async def open_publisher(prepared: Prepared, policy: Policy, engine: Engine, scratch: Path, *, name: str) -> Publisher:

@@ -46,7 +46,7 @@ def train(
             rollouts = s.roll_out(step, requests)
             clock.lap(Lap.ROLLOUTS)
 
-            samples, groups = to_samples(rollouts, config, s.policy.divergences)
+            samples, groups = to_samples(rollouts, config, s.policy)
             watch_for_no_ops(rollouts, groups, s.run, s.progress)
             update = s.update(samples)
             clock.lap(Lap.TRAINING)

@@ -1,22 +1,25 @@
 """A tiny policy for tests, and one process of a multi-process update.
 
-That is `-m tests.support.policy_worker MODEL OUT` under torchrun.
+That is `-m tests.support.policy_worker MODEL OUT [critic]` under torchrun.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
+from trainer.config.advantages import CriticConfig, GaeConfig
 from trainer.learning.samples import Sample, sample_of
 from trainer.types import Ledger
 
 VOCABULARY = 97
 LOSS = LossConfig(kl_coef=0.05, normalisation="sequence")
+PPO = LossConfig(advantage=GaeConfig(critic=CriticConfig(learning_rate=1e-2)))
 
 
 def save_tiny_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
@@ -43,14 +46,21 @@ def save_tiny_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = to
 
 
 def tiny_policy(
-    model: Path, *, seed: int = 0, dtype: str = "float32", gradient_checkpointing: bool = False, **optim: object
+    model: Path,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+    critic: CriticConfig | None = None,
+    **optim: object,
 ):
     from accelerate import Accelerator
 
     from trainer.learning.policy import Policy
 
     config = ModelConfig(dtype=dtype, lora=LoraConfig(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
-    return Policy(model, config, OptimConfig(**({"learning_rate": 1e-2} | optim)), Accelerator(cpu=True), seed)
+    settings = OptimConfig(**({"learning_rate": 1e-2} | optim))
+    return Policy(model, config, settings, Accelerator(cpu=True), seed, critic=critic)
 
 
 def naive_logprobs(policy, sample: Sample, temperature: float) -> torch.Tensor:
@@ -86,6 +96,30 @@ def run_updates(policy, num_steps: int, *, loss: LossConfig = LOSS, start: int =
     ]
 
 
+def returned(samples: list[Sample], values: list[list[float]]) -> list[Sample]:
+    """With returns that a critic can learn: 1 after tokens with an even number, else -1."""
+
+    def spread(sample: Sample, own: list[float]) -> tuple[float, ...]:
+        numbers = iter(own)
+        return tuple(next(numbers) if on else 0.0 for on in sample.trainable)
+
+    targets = [[1.0 if token % 2 == 0 else -1.0 for token in tokens_before(sample)] for sample in samples]
+    return [
+        replace(s, values=spread(s, v), returns=spread(s, r)) for s, v, r in zip(samples, values, targets, strict=True)
+    ]
+
+
+def tokens_before(sample: Sample) -> list[int]:
+    """The token before each trainable one."""
+    return [sample.token_ids[place - 1] for place, on in enumerate(sample.trainable) if on]
+
+
+def train_critic(model: Path):
+    policy, samples = tiny_policy(model, critic=PPO.gae.critic), random_samples()
+    policy.update(returned(samples, policy.values(samples)), PPO, temperature=1.0, constant_tokens=64)
+    return policy
+
+
 def train(model: Path):
     """What every process of the multi-process test does."""
     policy = tiny_policy(model, minibatches=2, num_epochs=2)
@@ -98,8 +132,12 @@ def train(model: Path):
 def main() -> None:
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    policy, metrics = train(model)
-    state = {"adapter": policy.state_dict()["adapter"], "metrics": metrics}
+    if sys.argv[3:] == ["critic"]:
+        policy = train_critic(model)
+        state = {"critic": policy.state_dict()["critic"]["weights"]}
+    else:
+        policy, metrics = train(model)
+        state = {"adapter": policy.state_dict()["adapter"], "metrics": metrics}
     torch.save(state, out / f"rank{policy.accelerator.process_index}.pt")
     policy.accelerator.end_training()
 

@@ -12,7 +12,16 @@ from envs.settings import Kwargs, Settings
 from envs.user_code import TARGET_PATTERN
 
 AdvantageName = Literal[
-    "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo", "mt_grpo", "gigpo", "turn_discounted"
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+    "gdpo",
+    "mt_grpo",
+    "gigpo",
+    "turn_discounted",
+    "gae",
 ]
 """Estimators that may be named alone: all their settings have defaults."""
 
@@ -91,6 +100,37 @@ class TurnDiscountedConfig(TurnSettings):
     weight: float = Field(1.0, ge=0, description="of the turns' own advantage beside the outcome's")
 
 
+class CriticConfig(Settings):
+    """A critic: what it takes to learn the value of a state. See `trainer.learning.critic`."""
+
+    r: int = Field(8, ge=1, le=256, description="rank of its own adapter on the frozen base")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW's, constant")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="the first steps train the critic alone, so that the policy learns from values that mean something",
+    )
+    value_clip: float | None = Field(
+        0.2, gt=0, description="how far an update may move a value away from the one before it; null: any way"
+    )
+
+
+class GaeConfig(AdvantageSettings):
+    """Generalised advantage estimation by a learned critic: PPO, beside the clipped loss."""
+
+    type: Literal["gae"] = "gae"
+    gamma: float = Field(1.0, ge=0, le=1, description="what a reward counts for the sampled token before")
+    lam: float = Field(
+        0.95, ge=0, le=1, description="between one step's surprise (0) and the whole return less the value (1)"
+    )
+    whiten: bool = Field(True, description="advantages are centred and scaled to a spread of 1 over the step's tokens")
+    bootstrap: bool = Field(
+        False,
+        description="an episode that a limit ended counts as going on, worth what the critic thinks of its last state",
+    )
+    critic: CriticConfig = Field(CriticConfig(), description="what learns the values")
+
+
 class CustomAdvantageConfig(AdvantageSettings):
     """Your own estimator: a function of the step's groups, see `trainer.learning.advantages.base.Estimator`."""
 
@@ -109,6 +149,7 @@ ADVANTAGE_SETTINGS: dict[str, type[AdvantageSettings]] = {
     "mt_grpo": MtGrpoConfig,
     "gigpo": GigpoConfig,
     "turn_discounted": TurnDiscountedConfig,
+    "gae": GaeConfig,
     "custom": CustomAdvantageConfig,
 }
 """By the `type` that a config names."""

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from envs.reading.rows import FileOrDataset
 from envs.settings import Kwargs, Settings, by_type
 from envs.user_code import TARGET_PATTERN
-from trainer.config.advantages import Advantage
+from trainer.config.advantages import Advantage, GaeConfig, advantage_settings
 
 
 def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
@@ -108,6 +108,12 @@ class LossSettings(Settings):
     correction: CorrectionConfig = Field(CorrectionConfig(), description="the weight's level, and what is masked out")
 
     @property
+    def gae(self) -> GaeConfig | None:
+        """Advantages are a critic's; None where they are made of rewards alone."""
+        settings = advantage_settings(self.advantage)
+        return settings if isinstance(settings, GaeConfig) else None
+
+    @property
     def has_reference(self) -> bool:
         """Log-probabilities of the reference are needed."""
         return self.kl_coef > 0
@@ -122,10 +128,9 @@ class LossSettings(Settings):
 
     @property
     def trains_without_advantage(self) -> bool:
-        """Tokens have a gradient though their advantage is 0."""
-        return self.kl_in_loss or (
-            self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
-        )
+        """Tokens have a gradient though their advantage is 0: of the policy, or of the critic."""
+        has_bonus = self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
+        return self.kl_in_loss or has_bonus or self.gae is not None
 
     @model_validator(mode="after")
     def _kl_has_a_weight(self) -> LossSettings:

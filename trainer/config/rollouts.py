@@ -22,7 +22,7 @@ class RolloutConfig(Settings):
         description="a key of the tasks' items (kind, say): every step then holds its values in the proportion in "
         "which all tasks do",
     )
-    group_size: int = Field(8, ge=2, description="rollouts of one task")
+    group_size: int = Field(8, ge=1, description="rollouts of one task; one is enough for a critic alone")
     max_turns: int = Field(12, ge=1, description="model generations in an episode")
     max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
     max_user_turns: int = Field(

@@ -95,6 +95,12 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _a_group_has_something_to_compare(self) -> RunConfig:
+        if self.rollout.group_size == 1 and self.loss.gae is None:
+            raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")
+        return self
+
+    @model_validator(mode="after")
     def _user_may_speak(self) -> RunConfig:
         if user_of(self.world) is not None and not self.rollout.max_user_turns:
             raise ValueError("world.user: rollout.max_user_turns is 0, so the user would never say a word")

@@ -5,6 +5,7 @@ LoRA: Hu et al. 2021, arXiv:2106.09685. W' = W + (alpha / r) · B A, where only 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -32,6 +33,7 @@ from trainer.models.family import lora_targets, model_class_of, short_targets, w
 from trainer.runs.files import open_to_read
 
 _ADAPTER = "default"
+"""The policy's, under the name that PEFT gives to one alone."""
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -69,20 +71,9 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
 def _with_adapter(base: Any, lora: LoraConfig) -> Any:
     """The PEFT model; `base` is changed in place."""
     targets = lora_targets(base, lora)
-    config = PeftLoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=targets,
-    )
-    # PEFT would take names that end as layers of experts once did (gate_proj) for the fused experts of today, and train
-    # those; it knows by the model's type where there are any.
-    model_type = base.config.model_type
-    base.config.model_type = ""
-    try:
+    config = _peft_config(targets, r=lora.r, alpha=lora.alpha)
+    with _no_fused_experts(base):
         model = get_peft_model(base, config)
-    finally:
-        base.config.model_type = model_type
     adapted = {name.removeprefix(_PEFT_PREFIX) for name, m in model.named_modules() if isinstance(m, LoraLinear)}
     assert adapted == set(targets), f"PEFT adapted {sorted(adapted ^ set(targets))} otherwise than it was told"
     # PEFT keeps a set, whose order differs from process to process and would show in adapter_config.json.
@@ -90,10 +81,51 @@ def _with_adapter(base: Any, lora: LoraConfig) -> Any:
     return model
 
 
-def _init_adapter(model: Any, seed: int) -> None:
+def _peft_config(targets: list[str], *, r: int, alpha: float) -> PeftLoraConfig:
+    return PeftLoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=targets)
+
+
+@contextlib.contextmanager
+def _no_fused_experts(base: Any) -> Iterator[None]:
+    """PEFT would take names that end as layers of experts once did (gate_proj) for the fused experts of today, and
+    train those; it knows by the model's type where there are any.
+    """
+    model_type = base.config.model_type
+    base.config.model_type = ""
+    try:
+        yield
+    finally:
+        base.config.model_type = model_type
+
+
+def add_adapter(model: Any, name: str, lora: LoraConfig, *, seed: int) -> None:
+    """Lay a second adapter, which changes nothing yet, over the same frozen layers. It works within `as_adapter`."""
+    base = model.get_base_model()
+    targets = [layer for layer, m in base.named_modules() if isinstance(m, LoraLinear)]
+    with _no_fused_experts(base), torch.random.fork_rng():
+        model.add_adapter(name, _peft_config(targets, r=lora.r, alpha=lora.alpha))
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(True)
+    _init_adapter(model, seed, name)
+
+
+@contextlib.contextmanager
+def as_adapter(model: Any, name: str) -> Iterator[None]:
+    """The adapter `name` in place of the policy's. A backward pass belongs inside, where activations are recomputed."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._active_adapter = [_ADAPTER]
+
+
+def _init_adapter(model: Any, seed: int, adapter: str = _ADAPTER) -> None:
     # Drawn on the CPU in the order of names, so that the start does not depend on the device or on the process.
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(trainable_parameters(model).items()):
+    for name, parameter in sorted(adapter_parameters(model, adapter).items()):
         initial = torch.zeros(parameter.shape)
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
@@ -101,7 +133,12 @@ def _init_adapter(model: Any, seed: int) -> None:
 
 
 def trainable_parameters(model: Any) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The policy's."""
+    return {name: p for name, p in adapter_parameters(model, _ADAPTER).items() if p.requires_grad}
+
+
+def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name and ".lora_" in name}
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

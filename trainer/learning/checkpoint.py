@@ -83,6 +83,9 @@ def _flat(state: dict[str, Any]) -> dict[str, Tensor]:
     flat |= {f"reference/{i}": tensor for i, tensor in enumerate(state["reference"] or ())}
     flat |= {f"moments/{i}/{key}": tensor for i, of in enumerate(state["moments"]) for key, tensor in of.items()}
     flat |= {name: torch.tensor(state[name]) for name in _COUNTERS}
+    critic = state["critic"] or {"weights": (), "moments": ()}
+    flat |= {f"critic/{i}": tensor for i, tensor in enumerate(critic["weights"])}
+    flat |= {f"critic_moments/{i}/{key}": x for i, of in enumerate(critic["moments"]) for key, x in of.items()}
     flat |= {"entropy": torch.tensor(state["entropy"], dtype=torch.float64)} if state["entropy"] else {}
     return {name: tensor.contiguous() for name, tensor in flat.items()}
 
@@ -95,19 +98,29 @@ def _read(path: Path, names: list[str]) -> dict[str, Any]:
     for name, tensor in flat.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = tensor
-    if unknown := set(parts) - {"adapter", "reference", "moments", "entropy", *_COUNTERS}:
+    if unknown := set(parts) - {"adapter", "reference", "moments", "entropy", "critic", "critic_moments", *_COUNTERS}:
         raise ValueError(f"holds {min(unknown)!r}")
-    moments: list[dict[str, Tensor]] = [{} for _ in names]
-    for name, tensor in parts.get("moments", {}).items():
-        i, _, key = name.partition("/")
-        moments[int(i)][key] = tensor
-    reference = parts.get("reference")
+    reference, critic = parts.get("reference"), parts.get("critic")
+    of_critic = None
+    if critic is not None:
+        weights = [critic[str(i)] for i in range(len(critic))]
+        of_critic = {"weights": weights, "moments": _moments(parts.get("critic_moments", {}), len(weights))}
     return {
         "adapter": parts["adapter"],
         "reference": [reference[str(i)] for i in range(len(names))] if reference else None,
-        "moments": moments,
+        "moments": _moments(parts.get("moments", {}), len(names)),
+        "critic": of_critic,
         "entropy": tuple(flat["entropy"].tolist()) if "entropy" in flat else None,
     } | {name: int(flat[name]) for name in _COUNTERS}
+
+
+def _moments(tensors: dict[str, Tensor], num_parameters: int) -> list[dict[str, Tensor]]:
+    """Of each parameter, by their keys."""
+    moments: list[dict[str, Tensor]] = [{} for _ in range(num_parameters)]
+    for name, tensor in tensors.items():
+        i, _, key = name.partition("/")
+        moments[int(i)][key] = tensor
+    return moments
 
 
 def _read_old(path: Path) -> dict[str, Any]:

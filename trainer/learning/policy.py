@@ -22,7 +22,9 @@ from torch import Tensor
 
 from trainer import processes
 from trainer.config import LossConfig, LossSettings, ModelConfig, OptimConfig
+from trainer.config.advantages import CriticConfig
 from trainer.learning import adapter as lora
+from trainer.learning.critic import Critic
 from trainer.learning.head import token_logprobs, token_logprobs_and_entropy
 from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics
 from trainer.learning.losses.entropy import EntropyBonus
@@ -64,8 +66,9 @@ class Policy:
         seed: int,
         *,
         grammar: Grammar | None = None,
+        critic: CriticConfig | None = None,
     ) -> None:
-        """`grammar` is that of the run's answers; without one no row may be constrained."""
+        """`grammar` is that of the run's answers; without one no row may be constrained. `critic`: it has one."""
         self.accelerator = accelerator
         self.num_updates = 0
         """Optimizer updates that the adapter has seen since its warm start: the policy version."""
@@ -92,6 +95,11 @@ class Policy:
         for parameter in self._parameters:
             broadcast(parameter.data)
         self._optimizer = self._new_optimizer(optim.learning_rate, weight_decay=optim.weight_decay)
+
+        self.critic: Critic | None = None
+        if critic is not None:
+            limit = optim.max_grad_norm
+            self.critic = Critic(self.model, critic, accelerator, seed=seed + 1, max_grad_norm=limit)
 
     def _why_padded(self, config: ModelConfig) -> str:
         if self._optim.layout == "padded":
@@ -141,15 +149,29 @@ class Policy:
 
         Every process passes the same samples, all of them; the work is split here.
         """
+
+        def divergence(microbatch: Microbatch) -> Tensor:
+            logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+            ref_N = self._reference_logprobs(microbatch, temperature, loss)
+            return kl_estimate(logprobs_N, ref_N, loss.kl.estimator)
+
+        return self._figures(samples, divergence)
+
+    def values(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """The critic's value of the state before each trainable token of each sample; likewise."""
+        critic = self.critic
+        assert critic is not None, "the policy has no critic"
+        return self._figures(samples, lambda microbatch: critic.values(microbatch, self._hidden))
+
+    def _figures(self, samples: Sequence[Sample], figure: Callable[[Microbatch], Tensor]) -> list[list[float]]:
+        """(N,) figures of each sample's trainable tokens, without a gradient, shared out over the processes."""
         place = {id(sample): i for i, sample in enumerate(samples)}
         shares = share_out(samples, self.accelerator.num_processes, cost=lambda rows: sum(map(used_length, rows)))
         mine = shares[self.accelerator.process_index]
         found: list[tuple[int, list[float]]] = []
         for microbatch in pack(mine, self._optim.max_microbatch_tokens, self.layout):
             with torch.no_grad():
-                logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
-                ref_N = self._reference_logprobs(microbatch, temperature, loss)
-            parts = torch.split(kl_estimate(logprobs_N, ref_N, loss.kl.estimator), list(microbatch.num_trainable_B))
+                parts = torch.split(figure(microbatch), list(microbatch.num_trainable_B))
             rows = [mine[i] for i in microbatch.row_indices]
             found += [(place[id(row)], part.tolist()) for row, part in zip(rows, parts, strict=True)]
         everyone = dict(processes.gather(found))
@@ -206,17 +228,27 @@ class Policy:
         parts: list[dict[str, Tensor]] = []
         old: dict[int, Tensor] = {}
         norms: list[float] = []
+        critic_norms: list[float] = []
+        learns = self.critic is None or self.num_steps >= self.critic.config.warmup_steps
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
                 if not any(has_gradient(s, loss) for s in minibatch):
                     continue
                 scale = gradient_scale(minibatch)
                 for w in works:
-                    metrics, old_N = self._accumulate(w, function, temperature, scale)
+                    metrics: dict[str, Tensor] = {}
+                    if learns:
+                        metrics, old_N = self._accumulate(w, function, temperature, scale)
+                        old |= w.by_row(old_N)
+                    if self.critic is not None:
+                        metrics |= self.critic.accumulate(w, self._hidden, scale)
+                        metrics["num_tokens"] = torch.tensor(float(len(w.weights_N)))
                     parts.append(metrics)
-                    old |= w.by_row(old_N)
-                norms.append(self._optimizer.step(scale))
-                self.num_updates += 1
+                if learns:
+                    norms.append(self._optimizer.step(scale))
+                    self.num_updates += 1
+                if self.critic is not None:
+                    critic_norms.append(self.critic.step(scale))
         self.num_steps += 1
         if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
             self.keep_as_reference()
@@ -227,6 +259,8 @@ class Policy:
             "learning_rate": rate,
             "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
         }
+        if critic_norms:
+            means["critic_grad_norm"] = sum(critic_norms) / len(critic_norms)
         if self._entropy is not None and norms:
             means["entropy_coef"] = self._entropy.applied
             self._entropy.learn(means["entropy"])
@@ -293,6 +327,11 @@ class Policy:
         if place_N is None:
             return logprobs_N, entropy_N
         return logprobs_N[place_N], None if entropy_N is None else entropy_N[place_N]
+
+    def _hidden(self, microbatch: Microbatch) -> Tensor:
+        """(N, H) by the model as it is, at the positions before the trainable tokens."""
+        microbatch = microbatch.to(self.accelerator.device)
+        return lora.hidden_states(self.model, microbatch).flatten(0, 1)[microbatch.positions_N]
 
     def _allowed(self, microbatch: Microbatch) -> Tensor | None:
         """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.
@@ -382,6 +421,7 @@ class Policy:
             "num_updates": self.num_updates,
             "num_steps": self.num_steps,
             "entropy": self._entropy_state if bonus is None else (bonus.coef, bonus.last_entropy),
+            "critic": None if self.critic is None else self.critic.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -393,3 +433,5 @@ class Policy:
         self.num_updates = state["num_updates"]
         self.num_steps = state["num_steps"]
         self._loss, self._entropy_state = None, state.get("entropy")
+        if self.critic is not None and state.get("critic") is not None:
+            self.critic.load_state_dict(state["critic"])

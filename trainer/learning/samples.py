@@ -44,6 +44,11 @@ class Sample:
     """The policy version that sampled the token; -1 where untrainable."""
     advantages: tuple[float, ...]
     """One a token; 0.0 where untrainable."""
+    values: tuple[float, ...] = ()
+    """The critic's of the state before each token, before the step; one a token, 0.0 where untrainable. Empty without
+    a critic."""
+    returns: tuple[float, ...] = ()
+    """What the values should have been: likewise."""
     constrained: tuple[tuple[int, int], ...] = ()
     """[start, end) of each answer that was sampled under a grammar, from the grammar's start; its log-probabilities
     are those of what the grammar allows."""
@@ -55,7 +60,7 @@ class Sample:
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         lengths = {n, len(self.trainable), len(self.logprobs), len(self.versions), len(self.advantages)}
-        assert len(lengths) == 1, "ragged sample"
+        assert len(lengths) == 1 and {len(self.values), len(self.returns)} in ({0}, {n}), "ragged sample"
         assert not (n and self.trainable[0]), "nothing precedes the first token, so nothing predicts it"
         assert all(all(self.trainable[a:b]) for a, b in self.constrained), "a grammar constrains sampled tokens only"
         assert all(map(math.isfinite, self.advantages)), f"advantages of rollout {self.rollout_id} are not finite"

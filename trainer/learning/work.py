@@ -37,6 +37,9 @@ class Work:
     weights_N: Tensor
     row_of_N: Tensor
     sampler_logprobs_N: Tensor
+    values_N: Tensor
+    returns_N: Tensor
+    """Of the critic's; empty without one."""
     versions_N: Tensor
     """int64: that sampled the token."""
     old_logprobs_N: Tensor | None = None
@@ -85,6 +88,8 @@ def share_of(
                 row_of_N=torch.arange(len(packed), device=device).repeat_interleave(
                     torch.tensor(microbatch.num_trainable_B, device=device)
                 ),
+                values_N=per_token(x for s in packed for x in s.trained(s.values or s.advantages) if s.values),
+                returns_N=per_token(x for s in packed for x in s.trained(s.returns or s.advantages) if s.returns),
                 sampler_logprobs_N=per_token(x for s in packed for x in s.trained(s.logprobs)),
                 versions_N=torch.tensor([v for s in packed for v in s.trained(s.versions)], device=device),
             )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
@@ -14,6 +14,7 @@ from trainer import processes
 from trainer.config import LossSettings, RunConfig
 from trainer.learning.advantages import Attempt, estimator_of
 from trainer.learning.advantages.attempts import attempt_of, with_costs
+from trainer.learning.advantages.gae import with_critics_advantages
 from trainer.learning.samples import Sample, rollout_samples
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
 from trainer.rollouts.worker import RolloutWorker
@@ -72,25 +73,38 @@ class Collector:
         return rollouts
 
 
-DivergencesOf = Callable[[Sequence[Sample], LossSettings, float], list[list[float]]]
-"""The estimated KL to the reference at each trainable token of each sample, by loss and temperature."""
+class Measures(Protocol):
+    """What a policy says of each trainable token of each sample; every process passes the same samples."""
+
+    def divergences(self, samples: Sequence[Sample], loss: LossSettings, temperature: float) -> list[list[float]]:
+        """The estimated KL to the reference."""
+        ...
+
+    def values(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """The critic's."""
+        ...
 
 
 def to_samples(
-    rollouts: Sequence[Rollout], config: RunConfig, divergences_of: DivergencesOf | None = None
+    rollouts: Sequence[Rollout], config: RunConfig, policy: Measures | None = None
 ) -> tuple[list[Sample], Metrics]:
     """Advantages by group, spread over the rollouts' rows; masked rollouts give no sample.
 
-    `rollouts` come group after group. `divergences_of` is asked where the KL to the reference stands in the reward.
-    Returns the samples and figures of the groups.
+    `rollouts` come group after group. `policy` is asked where the KL to the reference stands in the reward, and
+    where a critic makes the advantages. Returns the samples and figures of the groups.
     """
     size = config.rollout.group_size
     attempts = [attempt_of(rollout) for rollout in rollouts]
     metrics: Metrics = {}
     if config.loss.kl_in_reward:
-        assert divergences_of is not None, "a KL in the reward needs the policy"
-        attempts, metrics = _charged(rollouts, attempts, config, divergences_of)
+        assert policy is not None, "a KL in the reward needs the policy"
+        attempts, metrics = _charged(rollouts, attempts, config, policy)
     groups = [attempts[i : i + size] for i in range(0, len(attempts), size)]
+    metrics["groups/reward_std"] = fmean(stats_of([attempt.reward for attempt in group]).std for group in groups)
+    if config.loss.gae is not None:
+        assert policy is not None, "a critic's advantages need the policy"
+        rows = [[] if r.reward is None else _rows(r, 0.0) for r in rollouts]
+        return with_critics_advantages(rows, attempts, rollouts, config.loss.gae, policy.values), metrics
     advantages = estimator_of(config.loss.advantage)(groups)
     samples = [
         sample
@@ -98,10 +112,7 @@ def to_samples(
         if of is not None
         for sample in _rows(rollout, of)
     ]
-    metrics |= {
-        "groups/tied_share": fmean(not any(x for of in group for x in of or ()) for group in advantages),
-        "groups/reward_std": fmean(stats_of([attempt.reward for attempt in group]).std for group in groups),
-    }
+    metrics["groups/tied_share"] = fmean(not any(x for of in group for x in of or ()) for group in advantages)
     return samples, metrics
 
 
@@ -115,11 +126,11 @@ def _rows(rollout: Rollout, advantage: float | Sequence[float]) -> list[Sample]:
 
 
 def _charged(
-    rollouts: Sequence[Rollout], attempts: Sequence[Attempt], config: RunConfig, divergences_of: DivergencesOf
+    rollouts: Sequence[Rollout], attempts: Sequence[Attempt], config: RunConfig, policy: Measures
 ) -> tuple[list[Attempt], Metrics]:
     """The attempts with kl_coef · KL taken off the reward of the turn that sampled the token."""
     rows = [(i, sample) for i, r in enumerate(rollouts) if r.reward is not None for sample in _rows(r, 0.0)]
-    divergences = divergences_of([sample for _, sample in rows], config.loss, config.rollout.temperature)
+    divergences = policy.divergences([sample for _, sample in rows], config.loss, config.rollout.temperature)
     costs = [[0.0] * len(attempt.turn_rewards_T) for attempt in attempts]
     for (i, sample), of_tokens in zip(rows, divergences, strict=True):
         turns = rollouts[i].ledgers[sample.row].turns
@@ -171,7 +182,7 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
             "no rollout of this step made a tool call that parsed; check model.tool_parser and the chat template, "
             "or add a warmstart section"
         )
-    if groups["groups/tied_share"] < 1:
+    if groups.get("groups/tied_share", 0.0) < 1:
         return
     progress.warn("no group of this step had rewards that vary: nothing was learned from it")
     # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,13 +84,15 @@ def test_a_kl_in_the_reward_is_taken_off_before_advantages_are_made():
         return [[0.1, 0.3, 1.0] if s.rollout_id == "r0" else [0.0, 0.0, 0.0] for s in samples]
 
     in_reward = {"kl_coef": 0.5, "kl": {"place": "reward", "estimator": "k1"}}
-    samples, metrics = to_samples(group, config(3, advantage="dr_grpo", **in_reward), divergences)
+    samples, metrics = to_samples(
+        group, config(3, advantage="dr_grpo", **in_reward), SimpleNamespace(divergences=divergences)
+    )
     assert asked == [(2, 1.0)]
     assert metrics["groups/kl_in_reward"] == pytest.approx(1.4 / 6)
     assert [s.advantage for s in samples] == pytest.approx([-0.35, 0.35])
     # By turn, the second turn pays for its own tokens alone.
     by_turn = config(3, advantage={"type": "turn_discounted", "gamma": 0.0, "weight": 1.0}, **in_reward)
-    [first, _] = to_samples(group, by_turn, divergences)[0]
+    [first, _] = to_samples(group, by_turn, SimpleNamespace(divergences=divergences))[0]
     assert first.advantages[-1] < first.advantages[2] < 0
 
 

@@ -14,6 +14,7 @@ from trainer.config.advantages import (
     AdvantageName,
     AdvantageSettings,
     CustomAdvantageConfig,
+    GaeConfig,
     advantage_settings,
 )
 from trainer.learning.advantages.base import Advantages, Attempt, Estimator, Groups
@@ -35,6 +36,7 @@ ESTIMATORS = {
 def estimator_of(advantage: AdvantageName | AdvantageSettings) -> Estimator:
     """The estimator that the config names. Raises `UserError` for a target that can't be had."""
     config = advantage_settings(advantage)
+    assert not isinstance(config, GaeConfig), "a critic's advantages are made of tokens, see `trainer.learning.critic`"
     if isinstance(config, CustomAdvantageConfig):
         return _custom(config)
     function = resolve_name(f"trainer.learning.advantages.{ESTIMATORS[config.type]}")

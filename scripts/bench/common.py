@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import json
 import os
@@ -12,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +60,42 @@ def ratio(name: str, above: Figure, below: Figure, *, target: float | None = Non
     """`above` / `below`, repeat by repeat: what drifts during a benchmark (heat, neighbours) cancels within a pair."""
     pairs = zip(above.values, below.values, strict=True)
     return Figure(name=name, unit="ratio", values=[a / b for a, b in pairs], target=target)
+
+
+class PeakMemory:
+    """What this process's memory (on a machine with a GPU: the GPU's) rises to over what it holds on entering."""
+
+    def __init__(self) -> None:
+        self.risen_mib = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        torch = sys.modules.get("torch")
+        self._cuda = torch.cuda if torch is not None and torch.cuda.is_available() else None
+        if self._cuda is not None:
+            self._cuda.reset_peak_memory_stats()
+        else:
+            # What was freed and is kept for later would hide what is taken anew.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+        self._before = self._held()
+        self._thread.start()
+        return self
+
+    def _held(self) -> float:
+        if self._cuda is not None:
+            return float(self._cuda.max_memory_allocated() / 2**20)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.risen_mib = max(self.risen_mib, self._held() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.risen_mib = max(self.risen_mib, self._held() - self._before)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

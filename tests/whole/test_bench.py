@@ -95,3 +95,21 @@ def test_step_figures_leave_evaluations_out(bench: Any) -> None:
     assert figures[0].verdict == "< 0.05: missed"
     with pytest.raises(UserError, match="no finished training step"):
         step_figures([{"step": 0, "eval/reward": 0.1}])
+
+
+def test_random_groups_share_a_prompt_and_train_what_no_tool_wrote(bench: Any) -> None:
+    from trainer.learning.packing.tree import num_unique_tokens
+
+    samples = bench("training_throughput").group_samples(2, 4, seed=0)
+    assert [len(s.token_ids) for s in samples] == [512] * 8 and [s.num_trainable for s in samples] == [96] * 8
+    # The last token of a row is predicted and not read.
+    assert num_unique_tokens(samples) == 2 * (384 + 4 * 127)
+    assert num_unique_tokens(bench("training_throughput").group_samples(3, 1, seed=0)) == 3 * 511
+
+
+def test_memory_that_is_taken_and_given_back_is_seen(bench: Any) -> None:
+    with bench("common").PeakMemory() as memory:
+        taken = bytearray(64 * 2**20)
+        taken[:: 2**12] = b"x" * len(taken[:: 2**12])
+        del taken
+    assert 60 < memory.risen_mib < 100

@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from envs.errors import UserError
 from trainer.config import LoraConfig, ModelConfig
 from trainer.learning import head
+from trainer.learning.gated import keep_less
 from trainer.learning.head import Head
 from trainer.learning.packing.attention import reading_of
 from trainer.learning.packing.rows import Microbatch
@@ -65,6 +66,8 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+    else:
+        keep_less(base.get_decoder())
     return model
 
 

@@ -136,7 +136,8 @@ def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> f
         + 4 * b * shape.intermediate  # gate, its activation, up, their product
         + 4 * shape.num_heads + 8 + 7 * b * r
     )  # fmt: skip
-    kept = b * shape.hidden if config.model.gradient_checkpointing else layer
+    # Of the four the last two are made again; see `trainer.learning.gated`.
+    kept = b * shape.hidden if config.model.gradient_checkpointing else layer - 2 * b * shape.intermediate
     head = (4 + 2 * b) * shape.hidden
     return tokens * (shape.num_layers * kept + 2 * layer + head) + head_bytes(shape, on_cpu=on_cpu)
 
@@ -158,7 +159,7 @@ def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cp
     b = DTYPE_BYTES[config.model.dtype]
     lora = num_lora_weights(config, shape)
     checkpointed = config.model.gradient_checkpointing
-    kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 4bI + 4A + 8 + 7br"
+    kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 2bI + 4A + 8 + 7br"
     rows = [
         ("trainer", "base weights", num_weights * b, "P·b"),
         ("trainer", "adapter and its optimizer", 24 * lora,

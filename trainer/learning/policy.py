@@ -25,7 +25,6 @@ from trainer.config import LossConfig, LossSettings, ModelConfig, OptimConfig
 from trainer.config.advantages import CriticConfig
 from trainer.learning import adapter as lora
 from trainer.learning.critic import Critic
-from trainer.learning.head import token_logprobs, token_logprobs_and_entropy
 from trainer.learning.losses.base import Loss, LossInputs, reduce_metrics
 from trainer.learning.losses.entropy import EntropyBonus
 from trainer.learning.losses.kl import kl_estimate
@@ -35,6 +34,7 @@ from trainer.learning.packing.choice import why_padded, why_unproved
 from trainer.learning.packing.layouts import Layout, pack
 from trainer.learning.packing.rows import FixedRow, Microbatch, TokenRow, used_length
 from trainer.learning.packing.shares import minibatches_of, share_out
+from trainer.learning.reader import Reader
 from trainer.learning.samples import Sample, has_gradient
 from trainer.learning.work import Work, gradient_scale, share_of
 from trainer.templates.grammar import Grammar
@@ -78,14 +78,13 @@ class Policy:
         self._model_path = model_path
         self._optim = optim
         self._seed = seed
-        self._grammar = grammar
         self._loss: tuple[LossSettings, Loss] | None = None
         self._entropy: EntropyBonus | None = None
         self._entropy_state: tuple[float, float] | None = None
         """A checkpoint's, until the bonus is made."""
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model."""
-        self._head = lora.read_head(self.model)
+        self._reader = Reader(self.model, accelerator.device, grammar)
         self._parameters = list(lora.trainable_parameters(self.model).values())
         # Loading may keep one process longer than NCCL waits for it.
         processes.wait_for_all()
@@ -128,7 +127,7 @@ class Policy:
         out = [torch.empty(0)] * len(rows)
         with torch.no_grad():
             for microbatch in pack(rows, self._optim.max_microbatch_tokens, self.layout):
-                logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=adapter).cpu()
+                logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=adapter).cpu()
                 parts = torch.split(logprobs_N, list(microbatch.num_trainable_B))
                 for i, part in zip(microbatch.row_indices, parts, strict=True):
                     out[i] = part
@@ -151,7 +150,7 @@ class Policy:
         """
 
         def divergence(microbatch: Microbatch) -> Tensor:
-            logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+            logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=True)
             ref_N = self._reference_logprobs(microbatch, temperature, loss)
             return kl_estimate(logprobs_N, ref_N, loss.kl.estimator)
 
@@ -161,7 +160,7 @@ class Policy:
         """The critic's value of the state before each trainable token of each sample; likewise."""
         critic = self.critic
         assert critic is not None, "the policy has no critic"
-        return self._figures(samples, lambda microbatch: critic.values(microbatch, self._hidden))
+        return self._figures(samples, lambda microbatch: critic.values(microbatch, self._reader.hidden))
 
     def _figures(self, samples: Sequence[Sample], figure: Callable[[Microbatch], Tensor]) -> list[list[float]]:
         """(N,) figures of each sample's trainable tokens, without a gradient, shared out over the processes."""
@@ -193,7 +192,7 @@ class Policy:
             scale = gradient_scale(batch)
             loss = 0.0
             for work in self._work(batch, _IMITATION, 1.0, 0, needs_old=False):
-                logprobs_N = self._microbatch_logprobs(work.microbatch, 1.0, adapter=True)
+                logprobs_N = self._reader.logprobs(work.microbatch, 1.0, adapter=True)
                 value = -(work.weights_N * logprobs_N).sum()
                 (value * scale).backward()  # type: ignore[no-untyped-call]
                 loss += float(value.detach())
@@ -241,7 +240,7 @@ class Policy:
                         metrics, old_N = self._accumulate(w, function, temperature, scale)
                         old |= w.by_row(old_N)
                     if self.critic is not None:
-                        metrics |= self.critic.accumulate(w, self._hidden, scale)
+                        metrics |= self.critic.accumulate(w, self._reader.hidden, scale)
                         metrics["num_tokens"] = torch.tensor(float(len(w.weights_N)))
                     parts.append(metrics)
                 if learns:
@@ -291,69 +290,19 @@ class Policy:
             old_N = ref_N = None
             with torch.no_grad():
                 if needs_old:
-                    old_N = self._microbatch_logprobs(work.microbatch, temperature, adapter=True)
+                    old_N = self._reader.logprobs(work.microbatch, temperature, adapter=True)
                 if loss.kl_in_loss:
                     ref_N = self._reference_logprobs(work.microbatch, temperature, loss)
             yield replace(
                 work, old_logprobs_N=old_N, ref_logprobs_N=ref_N, staleness_N=self.num_updates - work.versions_N
             )
 
-    def _microbatch_logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
-        """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
-        if not adapter:
-            with self.model.disable_adapter():
-                return self._microbatch_logprobs(microbatch, temperature, adapter=True)
-        return self._of_tokens(microbatch, temperature, wants_entropy=False)[0]
-
-    def _of_tokens(
-        self, microbatch: Microbatch, temperature: float, *, wants_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """(N,) log-probabilities of the trainable tokens; where asked for, entropies of what they were chosen from."""
-        microbatch = microbatch.to(self.accelerator.device)
-        hidden_TH = lora.hidden_states(self.model, microbatch).flatten(0, 1)
-        positions, targets = microbatch.positions_N, microbatch.targets_N
-        place_N: Tensor | None = None
-        allowed_NW = self._allowed(microbatch)
-        if microbatch.tree is not None and allowed_NW is None:
-            # The same token behind the same ones goes through the head once.
-            pairs_2U, place_N = torch.unique(torch.stack((positions, targets)), dim=1, return_inverse=True)
-            positions, targets = pairs_2U
-        of_tokens = (hidden_TH[positions], self._head, targets, temperature)
-        entropy_N: Tensor | None = None
-        if wants_entropy:
-            logprobs_N, entropy_N = token_logprobs_and_entropy(*of_tokens, allowed_NW=allowed_NW)
-        else:
-            logprobs_N = token_logprobs(*of_tokens, allowed_NW=allowed_NW)
-        if place_N is None:
-            return logprobs_N, entropy_N
-        return logprobs_N[place_N], None if entropy_N is None else entropy_N[place_N]
-
-    def _hidden(self, microbatch: Microbatch) -> Tensor:
-        """(N, H) by the model as it is, at the positions before the trainable tokens."""
-        microbatch = microbatch.to(self.accelerator.device)
-        return lora.hidden_states(self.model, microbatch).flatten(0, 1)[microbatch.positions_N]
-
-    def _allowed(self, microbatch: Microbatch) -> Tensor | None:
-        """(N, W) bits of the tokens that each was chosen from; None where nothing constrained the choice.
-
-        Walked anew at each pass: the masks of a whole step would take more memory than the time is worth.
-        """
-        if not microbatch.constrained:
-            return None
-        assert self._grammar is not None, "constrained rows, but the run's config has no rollout.response_format"
-        num_words = -(-len(self._head.weight_VH) // 32)
-        allowed_NW = torch.full((len(microbatch.targets_N), num_words), -1, dtype=torch.int32)
-        token_ids = microbatch.targets_N.tolist()
-        for start, end in microbatch.constrained:
-            self._grammar.fill(allowed_NW, start, token_ids[start:end])
-        return allowed_NW.to(self.accelerator.device)
-
     def _reference_logprobs(self, microbatch: Microbatch, temperature: float, loss: LossSettings) -> Tensor:
         if self._reference is None or loss.kl.reference == "base":
-            return self._microbatch_logprobs(microbatch, temperature, adapter=False)
+            return self._reader.logprobs(microbatch, temperature, adapter=False)
         current = [p.data for p in self._parameters]
         self._load_weights(self._reference)
-        logprobs_N = self._microbatch_logprobs(microbatch, temperature, adapter=True)
+        logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=True)
         self._load_weights(current)
         return logprobs_N
 
@@ -372,7 +321,9 @@ class Policy:
 
     def _value(self, work: Work, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a microbatch, the bonus for entropy included, and what `_accumulate` returns."""
-        logprobs_N, entropy_N = self._of_tokens(work.microbatch, temperature, wants_entropy=self._entropy is not None)
+        logprobs_N, entropy_N = self._reader.of_tokens(
+            work.microbatch, temperature, wants_entropy=self._entropy is not None
+        )
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N
         value, metrics = loss(
             LossInputs(

@@ -84,7 +84,7 @@ class Policy:
         """A checkpoint's, until the bonus is made."""
         self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
         """The PEFT model."""
-        self._reader = Reader(self.model, accelerator.device, grammar)
+        self.reader = Reader(self.model, accelerator.device, grammar)
         self._parameters = list(lora.trainable_parameters(self.model).values())
         # Loading may keep one process longer than NCCL waits for it.
         processes.wait_for_all()
@@ -127,7 +127,7 @@ class Policy:
         out = [torch.empty(0)] * len(rows)
         with torch.no_grad():
             for microbatch in pack(rows, self._optim.max_microbatch_tokens, self.layout):
-                logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=adapter).cpu()
+                logprobs_N = self.reader.logprobs(microbatch, temperature, adapter=adapter).cpu()
                 parts = torch.split(logprobs_N, list(microbatch.num_trainable_B))
                 for i, part in zip(microbatch.row_indices, parts, strict=True):
                     out[i] = part
@@ -150,7 +150,7 @@ class Policy:
         """
 
         def divergence(microbatch: Microbatch) -> Tensor:
-            logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=True)
+            logprobs_N = self.reader.logprobs(microbatch, temperature, adapter=True)
             ref_N = self._reference_logprobs(microbatch, temperature, loss)
             return kl_estimate(logprobs_N, ref_N, loss.kl.estimator)
 
@@ -160,7 +160,7 @@ class Policy:
         """The critic's value of the state before each trainable token of each sample; likewise."""
         critic = self.critic
         assert critic is not None, "the policy has no critic"
-        return self._figures(samples, lambda microbatch: critic.values(microbatch, self._reader.hidden))
+        return self._figures(samples, lambda microbatch: critic.values(microbatch, self.reader.hidden))
 
     def _figures(self, samples: Sequence[Sample], figure: Callable[[Microbatch], Tensor]) -> list[list[float]]:
         """(N,) figures of each sample's trainable tokens, without a gradient, shared out over the processes."""
@@ -192,7 +192,7 @@ class Policy:
             scale = gradient_scale(batch)
             loss = 0.0
             for work in self._work(batch, _IMITATION, 1.0, 0, needs_old=False):
-                logprobs_N = self._reader.logprobs(work.microbatch, 1.0, adapter=True)
+                logprobs_N = self.reader.logprobs(work.microbatch, 1.0, adapter=True)
                 value = -(work.weights_N * logprobs_N).sum()
                 (value * scale).backward()  # type: ignore[no-untyped-call]
                 loss += float(value.detach())
@@ -240,7 +240,7 @@ class Policy:
                         metrics, old_N = self._accumulate(w, function, temperature, scale)
                         old |= w.by_row(old_N)
                     if self.critic is not None:
-                        metrics |= self.critic.accumulate(w, self._reader.hidden, scale)
+                        metrics |= self.critic.accumulate(w, self.reader.hidden, scale)
                         metrics["num_tokens"] = torch.tensor(float(len(w.weights_N)))
                     parts.append(metrics)
                 if learns:
@@ -290,7 +290,7 @@ class Policy:
             old_N = ref_N = None
             with torch.no_grad():
                 if needs_old:
-                    old_N = self._reader.logprobs(work.microbatch, temperature, adapter=True)
+                    old_N = self.reader.logprobs(work.microbatch, temperature, adapter=True)
                 if loss.kl_in_loss:
                     ref_N = self._reference_logprobs(work.microbatch, temperature, loss)
             yield replace(
@@ -299,10 +299,10 @@ class Policy:
 
     def _reference_logprobs(self, microbatch: Microbatch, temperature: float, loss: LossSettings) -> Tensor:
         if self._reference is None or loss.kl.reference == "base":
-            return self._reader.logprobs(microbatch, temperature, adapter=False)
+            return self.reader.logprobs(microbatch, temperature, adapter=False)
         current = [p.data for p in self._parameters]
         self._load_weights(self._reference)
-        logprobs_N = self._reader.logprobs(microbatch, temperature, adapter=True)
+        logprobs_N = self.reader.logprobs(microbatch, temperature, adapter=True)
         self._load_weights(current)
         return logprobs_N
 
@@ -321,7 +321,7 @@ class Policy:
 
     def _value(self, work: Work, loss: Loss, temperature: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The loss of a microbatch, the bonus for entropy included, and what `_accumulate` returns."""
-        logprobs_N, entropy_N = self._reader.of_tokens(
+        logprobs_N, entropy_N = self.reader.of_tokens(
             work.microbatch, temperature, wants_entropy=self._entropy is not None
         )
         old_N = logprobs_N.detach() if work.old_logprobs_N is None else work.old_logprobs_N

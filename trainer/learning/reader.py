@@ -23,8 +23,8 @@ class Reader:
         """Proves the model's head, see `adapter.read_head`. `grammar` is that of the run's answers."""
         self._model = model
         self._device = device
-        self._grammar = grammar
-        self._head = lora.read_head(model)
+        self.grammar = grammar
+        self.head = lora.read_head(model)
 
     def logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
         """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
@@ -46,7 +46,7 @@ class Reader:
             # The same token behind the same ones goes through the head once.
             pairs_2U, place_N = torch.unique(torch.stack((positions, targets)), dim=1, return_inverse=True)
             positions, targets = pairs_2U
-        of_tokens = (hidden_TH[positions], self._head, targets, temperature)
+        of_tokens = (hidden_TH[positions], self.head, targets, temperature)
         entropy_N: Tensor | None = None
         if wants_entropy:
             logprobs_N, entropy_N = token_logprobs_and_entropy(*of_tokens, allowed_NW=allowed_NW)
@@ -68,10 +68,10 @@ class Reader:
         """
         if not microbatch.constrained:
             return None
-        assert self._grammar is not None, "constrained rows, but the run's config has no rollout.response_format"
-        num_words = -(-len(self._head.weight_VH) // 32)
+        assert self.grammar is not None, "constrained rows, but the run's config has no rollout.response_format"
+        num_words = -(-len(self.head.weight_VH) // 32)
         allowed_NW = torch.full((len(microbatch.targets_N), num_words), -1, dtype=torch.int32)
         token_ids = microbatch.targets_N.tolist()
         for start, end in microbatch.constrained:
-            self._grammar.fill(allowed_NW, start, token_ids[start:end])
+            self.grammar.fill(allowed_NW, start, token_ids[start:end])
         return allowed_NW.to(self._device)

@@ -245,7 +245,7 @@ def test_under_a_reasoning_parser_the_schema_holds_after_the_reasoning(merged: R
     heads = ["<think>", "<think> I think", "<think> I think it is right.</think>", "<think> I think"]
     prompts = [tokenizer.encode("".join(turns) + head) for head in heads]
     limits = [64, 64, 64, 2]
-    merged.policy._grammar = Grammar(tokenizer, schema, vocab_size=VOCABULARY, stop_token_ids=[0])
+    merged.policy.reader.grammar = Grammar(tokenizer, schema, vocab_size=VOCABULARY, stop_token_ids=[0])
 
     async def answers() -> list[Completion]:
         how = [replace(sampling(i, limit), schema=schema) for i, limit in enumerate(limits)]
@@ -299,7 +299,7 @@ def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_pro
     chat = Chat(taught_model)
     change_adapter(lora.policy, size=0.02, seed=10)
     lora.loop.run(lora.publisher.publish())
-    lora.policy._grammar = chat.grammar(json.dumps(VERDICT), vocab_size=VOCABULARY)
+    lora.policy.reader.grammar = chat.grammar(json.dumps(VERDICT), vocab_size=VOCABULARY)
 
     async def answers() -> list[Completion]:
         how = [replace(sampling(i, 160), schema=json.dumps(VERDICT), temperature=temperature) for i in range(6)]
@@ -318,8 +318,8 @@ def test_answers_with_a_schema_fit_it_and_have_the_trainer_s_constrained_log_pro
     engine = torch.tensor([x for c in completions for x in c.logprobs])
     assert (trainer - engine).abs().mean() < SAME
     # Where one token alone is allowed, such as the end of turn after a whole answer, both are certain.
-    forced = torch.cat([_forced(lora.policy._grammar, completion.token_ids) for completion in completions])
-    assert all(_forced(lora.policy._grammar, completion.token_ids)[-1] for completion in finished)
+    forced = torch.cat([_forced(lora.policy.reader.grammar, completion.token_ids) for completion in completions])
+    assert all(_forced(lora.policy.reader.grammar, completion.token_ids)[-1] for completion in finished)
     assert trainer[forced].abs().max() == 0 and engine[forced].abs().max() < 1e-4
     free = [replace(row, constrained=()) for row in rows]
     unmasked = torch.cat(lora.policy.logprobs(free, temperature=temperature, adapter=True))

@@ -9,7 +9,7 @@ from trainer.learning.packing.layouts import pack
 
 def gradient_of(policy) -> tuple[torch.Tensor, ...]:
     [microbatch] = pack(random_samples(2, 2), 10_000, policy.layout)
-    logprobs_N = policy._microbatch_logprobs(microbatch, 0.8, adapter=True)
+    logprobs_N = policy.reader.logprobs(microbatch, 0.8, adapter=True)
     return logprobs_N.detach(), *torch.autograd.grad(logprobs_N.sum(), policy._parameters)
 
 
@@ -41,7 +41,7 @@ def test_what_the_last_projection_reads_is_not_kept(tmp_path):
         if name.endswith("down_proj"):
             module.register_forward_pre_hook(lambda _, args: read.append(weakref.ref(args[0])))
     [microbatch] = pack(random_samples(2, 2), 10_000, policy.layout)
-    logprobs_N = policy._microbatch_logprobs(microbatch, 1.0, adapter=True)
+    logprobs_N = policy.reader.logprobs(microbatch, 1.0, adapter=True)
     assert len(read) == 2 and not any(product() is not None for product in read)
     logprobs_N.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy._parameters)

@@ -143,7 +143,7 @@ def save(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_s_scale_and_cap_are_found_though_its_logits_are_too_small_to_show_them(save, family, dtype):
-    head = tiny_policy(save(family, dtype), dtype=str(dtype).removeprefix("torch."))._head
+    head = tiny_policy(save(family, dtype), dtype=str(dtype).removeprefix("torch.")).reader.head
     assert {"scale": head.scale, "cap": head.cap} == FAMILIES[family][1]
     assert (head.bias_V is not None) == (family == "phi")
 
@@ -155,7 +155,7 @@ def test_a_family_s_log_probabilities_and_gradient_are_those_of_its_own_logits(s
     policy = tiny_policy(save(family, initializer_range=1.0, **cap))
     sample = random_samples(1, 1)[0]
     (batch,) = pack([sample], 1000, policy.layout)
-    both = (policy._microbatch_logprobs(batch, 0.7, adapter=True), naive_logprobs(policy, sample, 0.7))
+    both = (policy.reader.logprobs(batch, 0.7, adapter=True), naive_logprobs(policy, sample, 0.7))
     torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
     gradients = [torch.autograd.grad(x.sum(), policy._parameters) for x in both]
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
@@ -179,4 +179,4 @@ def test_a_cap_that_the_config_does_not_name_is_refused(save, monkeypatch):
 
 
 def test_a_scale_that_the_config_names_and_the_model_does_not_apply_is_not_applied(save):
-    assert tiny_policy(save("llama", logit_scale=0.25, final_logit_softcapping=30.0))._head.scale == 1.0
+    assert tiny_policy(save("llama", logit_scale=0.25, final_logit_softcapping=30.0)).reader.head.scale == 1.0

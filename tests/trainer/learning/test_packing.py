@@ -86,7 +86,7 @@ def test_log_probabilities_and_gradients_over_a_tree_are_those_of_rows_by_themse
     for policy in both:
         logprobs: dict[int, torch.Tensor] = {}
         for microbatch in pack(samples, max_tokens, policy.layout):
-            parts = torch.split(policy._microbatch_logprobs(microbatch, 0.8, adapter=True), microbatch.num_trainable_B)
+            parts = torch.split(policy.reader.logprobs(microbatch, 0.8, adapter=True), microbatch.num_trainable_B)
             logprobs |= dict(zip(microbatch.row_indices, parts, strict=True))
         in_order = torch.cat([logprobs[i] for i in range(len(samples))])
         weights = torch.linspace(-1, 1, len(in_order)) / len(in_order)

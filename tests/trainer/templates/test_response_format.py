@@ -308,7 +308,7 @@ def masked_logprobs(policy, grammar: Grammar, sample: Sample, temperature: float
 
 def test_log_probabilities_and_gradient_are_those_of_the_masked_distribution(tiny_model, chat, grammar):
     policy = tiny_policy(tiny_model)
-    policy._grammar = grammar
+    policy.reader.grammar = grammar
     free = [replace(constrained_sample(chat), constrained=()), constrained_sample(chat)]
     both = policy.logprobs(free, temperature=0.7)
     torch.testing.assert_close(both[0], naive_logprobs(policy, free[0], 0.7).detach(), atol=1e-4, rtol=1e-4)
@@ -318,7 +318,7 @@ def test_log_probabilities_and_gradient_are_those_of_the_masked_distribution(tin
 
 def test_an_update_follows_the_gradient_of_the_masked_distribution(tiny_model, chat, grammar):
     policy, sample = tiny_policy(tiny_model), constrained_sample(chat, advantage=1.5)
-    policy._grammar = grammar
+    policy.reader.grammar = grammar
     advantages = tuple(-0.5 if on else 0.0 for on in sample.trainable)
     other = replace(sample, constrained=(), rollout_id="free", advantages=advantages)
     policy.update([sample, other], LossConfig(), temperature=0.8, constant_tokens=64)  # so that B is not zero

@@ -18,33 +18,11 @@ def trl_pass(prepared: Prepared, policy: Any, samples: Sequence[Sample], *, rows
     `_compute_loss`, backward, clip and AdamW; trl's own second pass for old log-probabilities is not.
     """
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     config, device = prepared.config, policy.accelerator.device
-    base = AutoModelForCausalLM.from_pretrained(prepared.model_path, dtype=policy._head.weight_VH.dtype)
-    lora = config.model.lora
-    is_16_bit = base.dtype == torch.bfloat16
-    trainer = GRPOTrainer(
-        model=base,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=GRPOConfig(
-            output_dir=str(config.output_dir),
-            use_cpu=device.type == "cpu",
-            bf16=is_16_bit,
-            report_to="none",
-            per_device_train_batch_size=2,
-            num_generations=2,
-            gradient_checkpointing=False,
-            temperature=config.rollout.temperature,
-            max_grad_norm=config.optim.max_grad_norm,
-        ),
-        train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}]),
-        processing_class=AutoTokenizer.from_pretrained(prepared.model_path),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear"),
-    )
+    trainer = _trainer(prepared, policy)
+    is_16_bit = bool(trainer.args.bf16)
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.model.to(device)
     model.train()
@@ -73,6 +51,37 @@ def trl_pass(prepared: Prepared, policy: Any, samples: Sequence[Sample], *, rows
             print(told[0], flush=True)
 
     return run
+
+
+def _trainer(prepared: Any, policy: Any) -> Any:
+    """trl's, with the policy's base, rank and dtype, and otherwise its own defaults."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    config, device = prepared.config, policy.accelerator.device
+    base = AutoModelForCausalLM.from_pretrained(prepared.model_path, dtype=policy.reader.head.weight_VH.dtype)
+    lora = config.model.lora
+    return GRPOTrainer(
+        model=base,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=GRPOConfig(
+            output_dir=str(config.output_dir),
+            use_cpu=device.type == "cpu",
+            bf16=base.dtype == torch.bfloat16,
+            report_to="none",
+            per_device_train_batch_size=2,
+            num_generations=2,
+            gradient_checkpointing=False,
+            temperature=config.rollout.temperature,
+            max_grad_norm=config.optim.max_grad_norm,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}]),
+        processing_class=AutoTokenizer.from_pretrained(prepared.model_path),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear"),
+    )
 
 
 def _inputs(samples: Sequence[Sample], num_trained: int, device: Any) -> dict[str, Any]:

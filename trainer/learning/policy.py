@@ -11,7 +11,7 @@ Each process holds the whole frozen base; sharding it (FSDP, tensor parallel) is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ class Update:
     logprobs: list[list[float] | None]
     """For each sample: what the trainer gave its trainable tokens before the first optimizer step; None where the row
     had no gradient and was not computed."""
+
+
+@dataclass(slots=True)
+class _Done:
+    """What one process has gathered of a step's updates."""
+
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
+    """The metrics of each microbatch."""
+    old: dict[int, Tensor] = field(default_factory=dict)
+    """Log-probabilities from before the step's first update, by the identity of the sample."""
+    norms: list[float] = field(default_factory=list)
+    critic_norms: list[float] = field(default_factory=list)
 
 
 class Policy:
@@ -224,46 +236,44 @@ class Policy:
             for minibatch in minibatches
         ]
         function = self._made(loss)
-        parts: list[dict[str, Tensor]] = []
-        old: dict[int, Tensor] = {}
-        norms: list[float] = []
-        critic_norms: list[float] = []
-        learns = self.critic is None or self.num_steps >= self.critic.config.warmup_steps
+        done = _Done()
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
-                if not any(has_gradient(s, loss) for s in minibatch):
-                    continue
-                scale = gradient_scale(minibatch)
-                for w in works:
-                    metrics: dict[str, Tensor] = {}
-                    if learns:
-                        metrics, old_N = self._accumulate(w, function, temperature, scale)
-                        old |= w.by_row(old_N)
-                    if self.critic is not None:
-                        metrics |= self.critic.accumulate(w, self.reader.hidden, scale)
-                        metrics["num_tokens"] = torch.tensor(float(len(w.weights_N)))
-                    parts.append(metrics)
-                if learns:
-                    norms.append(self._optimizer.step(scale))
-                    self.num_updates += 1
-                if self.critic is not None:
-                    critic_norms.append(self.critic.step(scale))
+                if any(has_gradient(s, loss) for s in minibatch):
+                    self._learn_from(works, function, temperature, gradient_scale(minibatch), done)
         self.num_steps += 1
         if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
             self.keep_as_reference()
-        logprobs = self._of_all_processes(samples, old)
-        local = [{name: value.tolist() for name, value in part.items()} for part in parts]
+        local = [{name: value.tolist() for name, value in part.items()} for part in done.parts]
         means = reduce_metrics(processes.gather(local)) | {
-            "grad_norm": sum(norms) / max(len(norms), 1),
+            "grad_norm": sum(done.norms) / max(len(done.norms), 1),
             "learning_rate": rate,
-            "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(norms)),
+            "skipped_updates": float(self._optim.num_epochs * len(minibatches) - len(done.norms)),
         }
-        if critic_norms:
-            means["critic_grad_norm"] = sum(critic_norms) / len(critic_norms)
-        if self._entropy is not None and norms:
+        if done.critic_norms:
+            means["critic_grad_norm"] = sum(done.critic_norms) / len(done.critic_norms)
+        if self._entropy is not None and done.norms:
             means["entropy_coef"] = self._entropy.applied
             self._entropy.learn(means["entropy"])
-        return Update(metrics=means, logprobs=logprobs)
+        return Update(metrics=means, logprobs=self._of_all_processes(samples, done.old))
+
+    def _learn_from(self, works: Sequence[Work], loss: Loss, temperature: float, scale: float, done: _Done) -> None:
+        """One minibatch's updates, of the policy (unless its critic is still warming up) and of the critic."""
+        learns = self.critic is None or self.num_steps >= self.critic.config.warmup_steps
+        for work in works:
+            metrics: dict[str, Tensor] = {}
+            if learns:
+                metrics, old_N = self._accumulate(work, loss, temperature, scale)
+                done.old |= work.by_row(old_N)
+            if self.critic is not None:
+                metrics |= self.critic.accumulate(work, self.reader.hidden, scale)
+                metrics["num_tokens"] = torch.tensor(float(len(work.weights_N)))
+            done.parts.append(metrics)
+        if learns:
+            done.norms.append(self._optimizer.step(scale))
+            self.num_updates += 1
+        if self.critic is not None:
+            done.critic_norms.append(self.critic.step(scale))
 
     def _made(self, config: LossSettings) -> Loss:
         """Made once: one of the user's own may keep what it learns of earlier updates."""

@@ -39,6 +39,13 @@ class StopReason(StrEnum):
     """The chat template can't render what the model wrote, not even as plain text: serving could not go on either."""
     WORLD_FAULT = "world_fault"
     """A tool server or the engine failed after its retries. Masked out of the loss."""
+    DEADLINE = "deadline"
+    """It was cut off, for the step had waited long enough for it (`overlap.deadline_s`). Masked out of the loss."""
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the episode was lost, through no doing of the model's: it is never graded."""
+        return self in (StopReason.WORLD_FAULT, StopReason.DEADLINE)
 
     @property
     def is_complete(self) -> bool:

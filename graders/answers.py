@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from envs.errors import UserError, nearest
-from envs.types import Episode, StopReason, Task
+from envs.types import Episode, Task
 
 
 def final_answer(episode: Episode) -> str | None:
     """The final answer's text; None when the episode ended without one.
 
-    Raises `ValueError` for an episode that the world broke off: it must be masked, not scored.
+    Raises `ValueError` for an episode that was lost: it must be masked, not scored.
     """
-    if episode.stop_reason is StopReason.WORLD_FAULT:
-        raise ValueError(f"episode {episode.rollout_id} ended in a world fault; mask it instead of grading it")
+    if episode.stop_reason.is_masked:
+        raise ValueError(
+            f"episode {episode.rollout_id} ended in a {episode.stop_reason}; mask it instead of grading it"
+        )
     return episode.answer
 
 

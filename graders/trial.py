@@ -103,8 +103,9 @@ async def grade_all(settings: TrialSettings, rows: Sequence[SampleRow], source: 
 
 
 async def _grade(grader: Grader, row: SampleRow, types: set[str], *, where: str) -> Graded:
-    if row.episode.stop_reason is StopReason.WORLD_FAULT:
-        lost = "the world broke it off"
+    if row.episode.stop_reason.is_masked:
+        is_cut = row.episode.stop_reason is StopReason.DEADLINE
+        lost = "it was cut off at the step's deadline" if is_cut else "the world broke it off"
         return Graded(row=row, grade=None, lost=lost, fault=f"{lost}: {row.episode.error}", latency_s=0.0)
     start = time.perf_counter()
     try:

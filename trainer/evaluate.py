@@ -45,7 +45,8 @@ def evaluate_if_due(s: Session, *, step: int) -> None:
         return
     requests = eval_requests(config, s.prepared.eval_tasks, run_id=s.run.run_id, step=step)
     at_the_ends = {0: Phase.EVALUATING_BEFORE, config.optim.num_steps: Phase.EVALUATING_AFTER}
-    s.progress.phase(at_the_ends.get(step, Phase.EVALUATING), total=len(requests))
-    rollouts = s.collect(Kind.EVAL, step, requests, temperature=config.eval.temperature)
+    phase = at_the_ends.get(step, Phase.EVALUATING)
+    # Nothing is published before it is over, so that all of it is of one version, whatever goes on beside it.
+    rollouts = s.collect(Kind.EVAL, step, requests, temperature=config.eval.temperature, phase=phase)
     s.run.log({"step": step, **prefixed("eval", summarise(rollouts))})
     s.run.vouch_for(step)

@@ -24,10 +24,10 @@ from graders.judges.cache import CachedJudge
 from graders.judges.openai_judge import build_judge
 from graders.penalties import PenaltiesConfig
 from graders.types import Grader, taken_metrics
-from trainer.config import CustomLossConfig, EngineConfig, RunConfig, asks_the_base
+from trainer.config import CustomEngineConfig, CustomLossConfig, EngineConfig, RunConfig, asks_the_base
 from trainer.config.response_format import ResponseFormat, schema_text
 from trainer.engines.base_judge import EngineJudge
-from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, make_engine
+from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, Sleeps, keeps_versions, make_engine
 from trainer.learning.advantages.registry import check_advantage
 from trainer.learning.warmstart import check_company, check_demonstrations
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
@@ -69,6 +69,12 @@ class Prepared:
     chat: Chat
     grammar: Grammar | None
     """Of the answers, where `rollout.response_format` gives them a form."""
+
+    @property
+    def num_versions(self) -> int:
+        """How many policy versions the engine serves at once."""
+        ahead = self.config.overlap.max_staleness
+        return 1 + ahead if ahead and keeps_versions(self.engine) else 1
 
     def metrics(self) -> dict[str, float]:
         """What world, graders, judge and engine counted since the last call."""
@@ -327,6 +333,16 @@ def _checked_engine(config: RunConfig) -> Engine:
             )
     if isinstance(engine, ChecksRun):
         engine.check_run(config)
+    if config.overlap.pin == "episode" and not keeps_versions(engine):
+        raise UserError(
+            "overlap.pin: episode needs an engine that serves former weights beside the newest, as vLLM does with "
+            "engine.publish: lora, and this one does not; leave it out"
+        )
+    if config.overlap.max_staleness and isinstance(config.engine, CustomEngineConfig) and isinstance(engine, Sleeps):
+        raise UserError(
+            "overlap.max_staleness: rollouts go on while the trainer trains, and this engine sleeps then; leave it "
+            "out, or the engine's sleep and wake_up"
+        )
     return engine
 
 

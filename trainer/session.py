@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.base import Sweeps
 from envs.errors import found_late
-from envs.limits.clocks import time_limit
+from envs.limits.loops import Loop, LoopThread
 from trainer import processes
 from trainer.engines.canary import Canary
 from trainer.engines.engine import Engine, EngineStart
@@ -29,7 +29,7 @@ from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
 from trainer.models.machines import hardware, release_memory
 from trainer.prepare import Prepared
-from trainer.rollouts.collect import Collector
+from trainer.rollouts.stream import RolloutStream, release_left_open
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
@@ -45,8 +45,6 @@ StartEngine = Callable[[EngineStart], Awaitable[Engine]]
 
 _CANARY_TOKENS = 448
 _MOST_CANARIES = 8
-_MOST_VERSIONS = 2
-"""Versions that lie on their way to the engine at once: the former is deleted when the new one has been proved."""
 _FILE_OVERHEAD_BYTES = 2**20
 """Headers and the adapter's config."""
 
@@ -59,29 +57,38 @@ class Session:
     run: RunFolder
     accelerator: Accelerator
     progress: Progress
-    loop: asyncio.Runner
+    loop: Loop
     first_step: int
     """The step after which it goes on; 0 in a new run."""
     policy: Policy
     engine: WatchedEngine
     publisher: Publisher
     worker: RolloutWorker
+    stream: RolloutStream
     first_publish_s: float
     """Seconds that the publish took with which the session opened."""
 
     def collect(
-        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float
+        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float, phase: Phase
     ) -> list[Rollout]:
-        """The rollouts of `requests`, in their order, on every process; see `Collector.collect`."""
-        collector = Collector(self.run, self.worker, self.accelerator, self.progress, self.loop)
-        return collector.collect(kind, step, requests, temperature=temperature)
+        """The rollouts of `requests`, in their order, on every process; what was asked for before goes on beside."""
+        self.stream.submit(kind, step, requests, temperature=temperature)
+        return self.stream.take(kind, step, phase)
 
-    def roll_out(self, step: int, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        """A training step's rollouts, after which the engine sleeps until `publish`, where it is to."""
-        self.progress.phase(Phase.ROLLOUTS, total=len(requests))
-        temperature = self.prepared.config.rollout.temperature
-        rollouts = self.collect(Kind.TRAIN, step, requests, temperature=temperature)
-        self.loop.run(self.engine.sleep())
+    def roll_out(self, requests_of: Callable[[int], list[RolloutRequest]], *, step: int) -> list[Rollout]:
+        """A training step's rollouts; those of `overlap.max_staleness` steps more are asked for by then.
+
+        Without such steps the engine sleeps until `publish`, where it is to.
+        """
+        config = self.prepared.config
+        ahead = config.overlap.max_staleness
+        for asked in range(step, min(step + ahead, config.optim.num_steps) + 1):
+            if not self.stream.is_asked(Kind.TRAIN, asked):
+                temperature = config.rollout.temperature
+                self.stream.submit(Kind.TRAIN, asked, requests_of(asked), temperature=temperature)
+        rollouts = self.stream.take(Kind.TRAIN, step, Phase.ROLLOUTS)
+        if not ahead:
+            self.loop.run(self.engine.sleep())
         return rollouts
 
     def update(self, samples: Sequence[Sample]) -> Update:
@@ -107,8 +114,19 @@ class Session:
     def publish(self) -> Metrics:
         """Hand the policy to the engine and prove that it runs it; the proof's figures. Raises `PublishError`."""
         self.progress.phase(Phase.PUBLISHING)
-        self.loop.run(self.engine.wake_up())
+        if not self.prepared.config.overlap.max_staleness:
+            self.loop.run(self.engine.wake_up())
         return self.loop.run(self.publisher.publish())
+
+    def counted(self) -> Metrics:
+        """What was counted since the last call: by world, graders, judge and engine, and who waited for whom."""
+
+        async def taken() -> Metrics:
+            ahead = self.prepared.config.overlap.max_staleness
+            return self.prepared.metrics() | (self.stream.take_metrics() if ahead else {})
+
+        # They count on the loop.
+        return self.loop.run(taken())
 
     @contextlib.contextmanager
     def checkpoint_if_due(self, step: int) -> Iterator[None]:
@@ -145,10 +163,11 @@ def open_run(
         progress = stack.enter_context(
             Progress(run.log_path, config.optim.num_steps, first_step=first_step, show=run.is_main)
         )
-        loop = stack.enter_context(asyncio.Runner())
+        runs_ahead = config.overlap.max_staleness > 0
+        loop: Loop = stack.enter_context(LoopThread()) if runs_ahead else stack.enter_context(asyncio.Runner())
         stack.callback(lambda: loop.run(prepared.aclose()))
         run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
-        loop.run(release_left_open(prepared, run, progress))
+        loop.run(release_left_open(prepared.world, run, progress, timeout_s=config.rollout.settle_timeout_s))
         session = stack.enter_context(
             open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)
         )
@@ -163,7 +182,7 @@ def open_session(
     run: RunFolder,
     accelerator: Accelerator,
     progress: Progress,
-    loop: asyncio.Runner,
+    loop: Loop,
     start_engine: StartEngine | None,
     *,
     first_step: int,
@@ -191,6 +210,11 @@ def open_session(
         loop.run(publisher.probe())
         start = time.perf_counter()
         loop.run(publisher.publish())
+        first_publish_s = time.perf_counter() - start
+        worker = make_worker(prepared, engine, run)
+        deadline_s = prepared.config.overlap.deadline_s
+        stream = RolloutStream(run, worker, accelerator, progress, loop, deadline_s=deadline_s)
+        stack.callback(stream.close)
         yield Session(
             prepared=prepared,
             run=run,
@@ -201,8 +225,9 @@ def open_session(
             policy=policy,
             engine=engine,
             publisher=publisher,
-            worker=make_worker(prepared, engine, run),
-            first_publish_s=time.perf_counter() - start,
+            worker=worker,
+            stream=stream,
+            first_publish_s=first_publish_s,
         )
 
 
@@ -214,16 +239,16 @@ def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
     return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar, critic=critic)
 
 
-async def open_publisher(prepared: Prepared, policy: Policy, engine: Engine, scratch: Path, *, name: str) -> Publisher:
+async def open_publisher(
+    prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str
+) -> Publisher:
     """`name` is that of the environments in which the canary's tasks are solved; no other process may have it then."""
     rows = await canary_ids(prepared, name=name)
     canary = Canary(rows, tolerance=prepared.config.engine.canary_mean_tolerance)
-    return Publisher(policy, engine, canary, scratch)
+    return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=prepared.num_versions)
 
 
-def load_policy(
-    prepared: Prepared, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: asyncio.Runner
-) -> Policy:
+def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: Loop) -> Policy:
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = prepared.config
     progress.phase(Phase.LOADING)
@@ -235,7 +260,8 @@ def load_policy(
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
-        for told in (*run.remarks, *run.rewind(step), *(forgotten(config.loss) if step else ())):
+        rewound = run.rewind(step, ahead=config.overlap.max_staleness)
+        for told in (*run.remarks, *rewound, *(forgotten(config.loss) if step else ())):
             progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")
     else:
@@ -247,7 +273,7 @@ def load_policy(
     return policy
 
 
-def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Progress, loop: asyncio.Runner) -> None:
+def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Progress, loop: Loop) -> None:
     """Imitate the demonstrations. An interrupted warm start is done again from its beginning, to the same adapter."""
     config = prepared.config
     assert config.warmstart is not None
@@ -276,24 +302,11 @@ def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Pr
         policy.keep_as_reference()
 
 
-async def release_left_open(prepared: Prepared, run: RunFolder, progress: Progress) -> None:
-    """Let the world release what rollouts of this run hold that a kill left open."""
-    left_open = run.left_open() if run.is_main else []
-    if left_open and isinstance(prepared.world, Sweeps):
-        progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
-        try:
-            async with time_limit(prepared.config.rollout.settle_timeout_s):
-                await prepared.world.sweep(left_open)
-        except TimeoutError:
-            progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
-    if run.is_main:
-        run.forget_left_open()
-
-
 def open_scratch(prepared: Prepared, policy: Policy) -> Scratch:
     """The folder by which weights reach the engine, with room for this and every other process of the machine."""
     of_version = published_bytes(policy.model, merged=prepared.engine.publishes_merged)
-    of_one_process = _MOST_VERSIONS * of_version + _FILE_OVERHEAD_BYTES
+    # A former one is deleted when the new one has been proved.
+    of_one_process = (prepared.num_versions + 1) * of_version + _FILE_OVERHEAD_BYTES
     return Scratch(need_bytes=of_one_process * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -311,6 +324,7 @@ async def open_engine(
         local_rank=accelerator.local_process_index,
         # Another on every process and after every resume, or they would draw the same noise.
         seed=derive_seed(prepared.config.seed, "engine", accelerator.process_index, first_step) % 2**31,
+        num_versions=prepared.num_versions,
     )
     if prepared.engine.runs_here:
         # It refuses to start where less is free than its share, and a warm start leaves its peak reserved.
@@ -351,6 +365,7 @@ def make_worker(prepared: Prepared, engine: Engine, run: RunFolder) -> RolloutWo
         # Two lines a rollout, of use only where something can be released.
         live=run if isinstance(prepared.world, Sweeps) else None,
         max_num_seqs=prepared.config.engine.max_num_seqs,
+        pins_version=prepared.config.overlap.pin == "episode",
     )
 
 

@@ -13,10 +13,9 @@ from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
 from trainer.prepare import prepare
 from trainer.reachable import PATIENCE_S
-from trainer.rollouts.collect import to_samples, watch_for_no_ops
+from trainer.rollouts.collect import fresh_samples, to_samples, watch_for_no_ops
 from trainer.runs.folder import RunFolder
 from trainer.tasks.curriculum import Curriculum
-from trainer.tasks.load import train_requests
 
 if TYPE_CHECKING:
     from trainer.session import StartEngine
@@ -42,11 +41,11 @@ def train(
         evaluate_if_due(s, step=s.first_step)
         for step in range(s.first_step + 1, config.optim.num_steps + 1):
             clock = Stopwatch()
-            requests = train_requests(config, curriculum.choose(step), run_id=s.run.run_id, step=step)
-            rollouts = s.roll_out(step, requests)
+            rollouts = s.roll_out(curriculum.requests, step=step)
             clock.lap(Lap.ROLLOUTS)
 
             samples, groups = to_samples(rollouts, config, s.policy)
+            samples, ages = fresh_samples(samples, config, version=s.policy.num_updates)
             watch_for_no_ops(rollouts, groups, s.run, s.progress)
             update = s.update(samples)
             clock.lap(Lap.TRAINING)
@@ -59,9 +58,10 @@ def train(
             with s.checkpoint_if_due(step):
                 clock.lap(Lap.CHECKPOINT)
                 metrics = prefixed("train", summarise(rollouts)) | groups | prefixed("loss", update.metrics) | proof
-                metrics |= prepared.metrics() | curriculum.learn(step, rollouts)
+                metrics |= s.counted() | curriculum.learn(step, rollouts) | ages
                 trained = num_trained_tokens(samples, config.loss)
-                metrics |= clock.metrics(rollouts, num_trained_tokens=trained)
+                overlaps = config.overlap.max_staleness > 0
+                metrics |= clock.metrics(rollouts, num_trained_tokens=trained, overlaps=overlaps)
                 s.run.log({"step": step, **metrics})
             s.show(step, metrics)
             evaluate_if_due(s, step=step)

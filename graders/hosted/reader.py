@@ -135,7 +135,7 @@ def _error(entry: Reader) -> ToolErrorKind | None:
 
 def _stop_reason(read: Reader, turns: Sequence[Turn]) -> StopReason:
     text = read.text("stop_reason")
-    gradable = [reason for reason in StopReason if reason is not StopReason.WORLD_FAULT]
+    gradable = [reason for reason in StopReason if not reason.is_masked]
     if text is not None and text not in gradable:
         raise UserError(f"sample.stop_reason: expected one of {', '.join(gradable)}, got {text!r}")
     if text is not None:

@@ -42,6 +42,7 @@ from trainer.config import EngineConfig, RunConfig
 from trainer.engines.arguments import seeds_requests
 from trainer.engines.engine import Completion, Sampler, Sampling
 from trainer.engines.local import VllmEngine
+from trainer.engines.watched import WatchedEngine
 from trainer.learning.warmstart import expert_ledger
 from trainer.prepare import Prepared, prepare
 from trainer.rollouts.worker import RolloutWorker
@@ -90,7 +91,7 @@ class StandInEngine:
         turn = self._token_ids_by_seed[sampling.seed]
         token_ids = turn[: sampling.max_tokens]
         params = sampling_params(self._config, len(token_ids), seed=sampling.seed)
-        output = (await self._engine._request(prompt_ids, params)).outputs[0]
+        output = (await self._engine._request(prompt_ids, params, version=self._engine._version)).outputs[0]
         # The real engine's work on its output, so that it is part of the time.
         logprobs = [entry[t].logprob for t, entry in zip(output.token_ids, output.logprobs, strict=True)]
         return Completion(
@@ -124,7 +125,7 @@ async def generate(
     async def one(calls: Sequence[Call]) -> None:
         for call in calls:
             params = sampling_params(config, call.num_tokens, seed=call.seed, plain=plain)
-            output = await engine._request(call.prompt_ids, params)
+            output = await engine._request(call.prompt_ids, params, version=engine._version)
             assert len(output.outputs[0].token_ids) == call.num_tokens, "vLLM ended a sequence early"
 
     await asyncio.gather(*(one(calls) for calls in episodes))
@@ -189,7 +190,7 @@ async def expert_turns(prepared: Prepared, requests: Sequence[RolloutRequest]) -
 
 
 def publish_adapter(
-    prepared: Prepared, engine: VllmEngine, loop: asyncio.Runner, accelerator: Any, adapter: Path
+    prepared: Prepared, engine: WatchedEngine, loop: asyncio.Runner, accelerator: Any, adapter: Path
 ) -> None:
     """The weights reach the engine as in training, with proof."""
     from trainer.runs.scratch import Scratch
@@ -215,7 +216,8 @@ def measure(
     rollouts: list[list[Rollout]] = []
     with asyncio.Runner() as loop:
         print("starting the engine", flush=True)
-        engine = loop.run(open_engine(prepared, accelerator, None, first_step=0)).engine
+        watched = loop.run(open_engine(prepared, accelerator, None, first_step=0))
+        engine = watched.engine
         assert isinstance(engine, VllmEngine)
         try:
             sampler: Sampler = engine
@@ -223,7 +225,7 @@ def measure(
                 requests_all = [request for requests in steps for request in requests]
                 sampler = StandInEngine(engine, prepared.config, loop.run(expert_turns(prepared, requests_all)))
             else:
-                publish_adapter(prepared, engine, loop, accelerator, adapter)
+                publish_adapter(prepared, watched, loop, accelerator, adapter)
             worker = RolloutWorker(
                 world=prepared.world,
                 grader=prepared.grader,

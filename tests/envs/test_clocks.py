@@ -255,7 +255,7 @@ async def test_no_more_are_at_the_engine_than_it_holds_and_the_earliest_goes_fir
     places, order, there = Places(2), [], set()
 
     async def play(rank: int) -> None:
-        place = Place(places, rank)
+        place = Place(places, (0, rank))
         for turn in range(2):
             await place.take()
             order.append((rank, turn))
@@ -275,7 +275,7 @@ async def test_no_more_are_at_the_engine_than_it_holds_and_the_earliest_goes_fir
 
 async def test_a_place_that_was_given_to_one_who_left_goes_to_the_next():
     places = Places(1)
-    first, second, third = (Place(places, rank) for rank in range(3))
+    first, second, third = (Place(places, (0, rank)) for rank in range(3))
     await first.take()
     waiting = asyncio.create_task(second.take())
     last = asyncio.create_task(third.take())

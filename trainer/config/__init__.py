@@ -18,6 +18,7 @@ from trainer.config.model import Attention as Attention
 from trainer.config.model import LoraConfig as LoraConfig
 from trainer.config.model import ModelConfig as ModelConfig
 from trainer.config.rollouts import Answer as Answer
+from trainer.config.rollouts import OverlapConfig as OverlapConfig
 from trainer.config.rollouts import RolloutConfig as RolloutConfig
 from trainer.config.run import CheckpointConfig as CheckpointConfig
 from trainer.config.run import RunConfig as RunConfig

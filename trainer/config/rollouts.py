@@ -1,4 +1,4 @@
-"""Settings of how episodes are run."""
+"""Settings of how episodes are run, and of how far ahead of the training."""
 
 from __future__ import annotations
 
@@ -63,4 +63,29 @@ class RolloutConfig(Settings):
     ] = None
     world_retries: int = Field(
         2, ge=0, description="fresh attempts at an episode lost to a fault of the world, and at a grading that failed"
+    )
+
+
+class OverlapConfig(Settings):
+    """Rollouts that go on while the trainer trains."""
+
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="rollouts of so many steps are asked for ahead of the one that is trained on, so that no token is "
+        "older than that; 0: rollouts, training and publishing one after the other. Above 0 a run that was interrupted "
+        "has the same groups in the same order, and not the same bytes",
+    )
+    pin: Literal["turn", "episode"] = Field(
+        "turn",
+        description="what ends under the weights that it began with; turn: the next turn takes the newest, so that "
+        "tokens are as fresh as can be, and every engine can do it; episode: all its turns have the same, and what was "
+        "cached of it serves on: for long contexts, with an engine that keeps former weights (vLLM's adapters)",
+    )
+    deadline_s: float | None = Field(
+        None,
+        ge=1,
+        description="rollouts of a step that are not done when the trainer has waited for it so many seconds are cut "
+        "off, masked and counted; null: it waits for all",
     )

@@ -20,7 +20,7 @@ from graders.penalties import PenaltiesConfig, check_penalties
 from trainer.config.engines import AnyEngineConfig, EngineConfig, publishes_merged
 from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
-from trainer.config.rollouts import RolloutConfig
+from trainer.config.rollouts import OverlapConfig, RolloutConfig
 from trainer.config.tasks import CurriculumConfig, DataConfig, EvalConfig
 
 
@@ -64,6 +64,7 @@ class RunConfig(Settings):
     ] = None
     judge: JudgeConfig = Field(JudgeConfig(), description="the model that judging graders ask")
     rollout: RolloutConfig = Field(RolloutConfig(), description="how episodes are run")
+    overlap: OverlapConfig = Field(OverlapConfig(), description="how far rollouts run ahead of the training")
     loss: AnyLossConfig = Field(LossConfig(), description="the policy-gradient loss")
     optim: OptimConfig = Field(OptimConfig(), description="the optimizer")
     warmstart: WarmstartConfig | None = Field(None, description="imitation before the first step; null: none")
@@ -127,6 +128,18 @@ class RunConfig(Settings):
             raise ValueError(
                 f"engine.quantization: {self.engine.quantization} computes in 16 bits; set model.dtype to bfloat16 or "
                 "float16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_has_its_way(self) -> RunConfig:
+        if self.overlap.max_staleness == 0:
+            if self.overlap.pin != "turn":
+                raise ValueError(f"overlap.pin: {self.overlap.pin} has no effect where overlap.max_staleness is 0")
+        elif isinstance(self.engine, EngineConfig) and self.engine.sleep != "none":
+            raise ValueError(
+                f"engine.sleep: {self.engine.sleep} takes the engine away while the trainer trains, and rollouts go on "
+                "meanwhile where overlap.max_staleness is above 0; leave one of the two out"
             )
         return self
 

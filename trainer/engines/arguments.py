@@ -87,7 +87,14 @@ def check_cache(config: RunConfig, engine: EngineConfig, folder: Path) -> None:
 
 
 def engine_arguments(
-    model_path: Path, *, model: ModelConfig, engine: EngineConfig, max_model_len: int, device: str, seed: int = 0
+    model_path: Path,
+    *,
+    model: ModelConfig,
+    engine: EngineConfig,
+    max_model_len: int,
+    device: str,
+    seed: int = 0,
+    num_versions: int = 1,
 ) -> dict[str, Any]:
     """What vLLM's engine is started with, as its `AsyncEngineArgs` name it."""
     from vllm.config import StructuredOutputsConfig
@@ -109,7 +116,7 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "enable_lora": not merged,
         "max_lora_rank": lora_rank_bucket(model.lora.r),
-        "max_loras": 1,
+        "max_loras": num_versions,
         # Log-probabilities of the distribution that was sampled from: the trainer divides by the same temperature.
         "logprobs_mode": "processed_logprobs",
         # The model's own sampling defaults must not change the policy that is trained.
@@ -122,8 +129,9 @@ def engine_arguments(
     }
     if family.is_wrapper:
         arguments["language_model_only"] = True
-    if not merged and family.has_experts:
-        # Or vLLM gives every expert buffers for an adapter, which leaves the experts alone.
+    if not merged and (family.has_experts or num_versions > 1):
+        # Or vLLM gives every expert buffers for an adapter, which leaves the experts alone. And it gives the head an
+        # adapter's place, whose kernels fail on prompt log-probabilities, the proof's, beside other requests.
         arguments["lora_target_modules"] = sorted({name.rpartition(".")[2] for name in family.targets})
     if device != "cpu":
         # As a server has it: agents read more than they write. An AsyncLLM made in process would get 2,048.

@@ -61,6 +61,7 @@ class CustomEngine:
         with looked_at(self._where):
             self._check_members()
             self.runs_here, self.publishes_merged = (self._fact(name) for name in _FACTS)
+            self.keeps_versions = hasattr(self._engine, "keeps_versions") and self._fact("keeps_versions")
             has = {name for name in _OPTIONAL if getattr(self._engine, name, None) is not None}
         if "sleep" in has:
             self.sleep, self.wake_up = self._sleep, self._wake_up
@@ -198,10 +199,11 @@ class CustomEngine:
         if (answer.constrained_from is not None) != (sampling.schema is not None):
             expected = "constrained_from where the request has a schema, and only there"
             raise self._wrong("generate", expected, f"{answer.constrained_from}")
-        if not since <= answer.policy_version <= self._version:
+        first, last = (since, self._version) if sampling.version is None else (sampling.version, sampling.version)
+        if not first <= answer.policy_version <= last:
             raise PublishError(
                 f"{self._where}: generate() gives tokens of {version_name(answer.policy_version)} after "
-                f"{version_name(self._version)} was published"
+                f"{version_name(last)} was published"
             )
         return Completion(
             token_ids=token_ids,

@@ -46,6 +46,8 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    version: int | None = None
+    """The policy version to sample under, asked of an engine that `KeepsVersions`; None: the newest."""
     schema: str | None = None
     """A JSON schema that the text after the reasoning fits: all other tokens are masked before the softmax, in
     sampling and in the log-probabilities."""
@@ -70,6 +72,9 @@ class EngineStart:
     """Of this process on its machine."""
     seed: int = 0
     """For draws that no request's seed decides: another for each process and each time that a run goes on."""
+    num_versions: int = 1
+    """How many policy versions turns are sampled under at once: the newest, and those before that are still asked for
+    where rollouts run ahead of the training. Of account to an engine that `KeepsVersions`."""
 
 
 class Sampler(Protocol):
@@ -84,7 +89,8 @@ class Engine(Sampler, Protocol):
     """Serves one policy version at a time to any number of concurrent requests.
 
     Made before the run, where that costs nothing, and started when the policy is loaded. What it may have besides
-    stands below (`Sleeps`, `KeepsBase`, `ChecksRun`, `ChecksModel`) and in `envs.base` (`Counts`, `Closes`).
+    stands below (`Sleeps`, `KeepsVersions`, `KeepsBase`, `ChecksRun`, `ChecksModel`) and in `envs.base` (`Counts`,
+    `Closes`).
     """
 
     @property
@@ -111,7 +117,8 @@ class Engine(Sampler, Protocol):
     async def publish(self, weights: Path, version: int) -> None:
         """Serve the weights in this folder from now on; it is deleted once a later version is served.
 
-        No request is running. The first is `PROBE_VERSION`, which no turn is sampled with. Raises `PublishError`.
+        No request is running, unless it `KeepsVersions`: rollouts that run ahead wait between two turns. The first is
+        `PROBE_VERSION`, which no turn is sampled with. Raises `PublishError`.
         """
         ...
 
@@ -131,6 +138,25 @@ class Sleeps(Protocol):
     async def wake_up(self) -> None:
         """Called after the update, before anything else is asked."""
         ...
+
+
+@runtime_checkable
+class KeepsVersions(Protocol):
+    """An engine that may go on serving the versions before the newest."""
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether it does. Known before the start.
+
+        It is then given new weights while turns are sampled, each of which ends under the version with which it began,
+        and serves the `EngineStart.num_versions` newest, which `Sampling.version` may name.
+        """
+        ...
+
+
+def keeps_versions(engine: object) -> bool:
+    """Whether an engine, or what stands before it, serves former versions beside the newest."""
+    return isinstance(engine, KeepsVersions) and engine.keeps_versions
 
 
 @runtime_checkable

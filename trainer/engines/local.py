@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ class VllmEngine:
         self._merged: bool | None = None
         self._version = 0
         self._lora: Any = None
+        self._loras: dict[int, Any] = {}
+        """By version, the newest last."""
+        self._num_versions = 1
         self._request_ids = itertools.count()
-        self._live_requests = 0
+        self._live_requests = Counter[str]()
+        """By what they are sampled with."""
         # Of the start.
         self._llm: Any = None
         self._model = ModelConfig()
@@ -67,6 +72,10 @@ class VllmEngine:
     def publishes_merged(self) -> bool:
         return publishes_merged(self._config, on_cpu=not has_gpu()) if self._merged is None else self._merged
 
+    @property
+    def keeps_versions(self) -> bool:
+        return not self.publishes_merged
+
     async def start(self, given: EngineStart) -> None:
         """Start the engine's processes and load the base model."""
         on_cpu = given.device == "cpu"
@@ -83,9 +92,11 @@ class VllmEngine:
                 max_model_len=given.max_model_len,
                 device=given.device,
                 seed=given.seed,
+                num_versions=given.num_versions,
             )
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         self._merged = not arguments["enable_lora"]
+        self._num_versions = given.num_versions
         self._model = given.model
         self._seeded = seeds_requests(self._config, on_cpu=on_cpu)
         self._stop_token_ids = list(given.stop_token_ids)
@@ -104,8 +115,8 @@ class VllmEngine:
             detokenize=False,
             structured_outputs=StructuredOutputsParams(json=sampling.schema) if sampling.schema else None,
         )
-        version = self._version
-        output = (await self._request(prompt_ids, params)).outputs[0]
+        version = self._version if sampling.version is None else sampling.version
+        output = (await self._request(prompt_ids, params, version=version)).outputs[0]
         token_ids = list(output.token_ids)
         return Completion(
             token_ids=token_ids,
@@ -136,7 +147,7 @@ class VllmEngine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        output = await self._request(token_ids, params)
+        output = await self._request(token_ids, params, version=self._version)
         return [entry[t].logprob for t, entry in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)]
 
     async def generate_base(
@@ -173,40 +184,47 @@ class VllmEngine:
             detokenize=False,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=dict(schema)),
         )
-        output = await self._request(prompt_ids, params, base=True)
+        output = await self._request(prompt_ids, params, version=None)
         return list(output.outputs[0].token_ids)
 
     async def publish(self, weights: Path, version: int) -> None:
-        if self._live_requests:
-            raise PublishError(f"publish of {version_name(version)} while {self._live_requests} requests are running")
+        keeps = not self._merged and self._num_versions > 1
+        # The oldest makes room, and nobody may need it any more; where one is served alone that is whatever runs.
+        oldest = [version_name(v) for v in list(self._loras)[: max(0, len(self._loras) + 1 - self._num_versions)]]
+        live = sum(self._live_requests[name] for name in oldest) if keeps else self._live_requests.total()
+        if live:
+            raise PublishError(f"publish of {version_name(version)} while {live} requests are running")
         if self._merged:
             await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights)})
         else:
-            from vllm.lora.request import LoRARequest
-            from vllm.v1.engine.exceptions import EngineDeadError
-
-            former, self._lora = (
-                self._lora,
-                LoRARequest(version_name(version), version - PROBE_VERSION + 1, str(weights)),
-            )
-            if former is not None:
-                await self._llm.remove_lora(former.lora_int_id)
-            try:
-                loaded = await self._llm.add_lora(self._lora)
-            except EngineDeadError:
-                raise
-            except Exception as e:  # vLLM's process says in a plain one what it could not load
-                raise PublishError(f"vLLM did not load the adapter {version_name(version)}: {e}") from e
-            if not loaded:
-                raise PublishError(f"vLLM did not load the adapter {version_name(version)} from {weights}")
-        if not await self._llm.reset_prefix_cache():
+            await self._load_adapter(weights, version)
+        # Names and salts keep versions apart already; the cache of one that is still served is of use.
+        if not keeps and not await self._llm.reset_prefix_cache():
             raise PublishError(f"vLLM kept its prefix cache when {version_name(version)} was published")
         self._version = version
+
+    async def _load_adapter(self, weights: Path, version: int) -> None:
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while len(self._loras) >= self._num_versions:
+            oldest = next(iter(self._loras))
+            await self._llm.remove_lora(self._loras.pop(oldest).lora_int_id)
+        self._lora = LoRARequest(version_name(version), version - PROBE_VERSION + 1, str(weights))
+        self._loras[version] = self._lora
+        try:
+            loaded = await self._llm.add_lora(self._lora)
+        except EngineDeadError:
+            raise
+        except Exception as e:  # vLLM's process says in a plain one what it could not load
+            raise PublishError(f"vLLM did not load the adapter {version_name(version)}: {e}") from e
+        if not loaded:
+            raise PublishError(f"vLLM did not load the adapter {version_name(version)} from {weights}")
 
     async def sleep(self) -> None:
         if self._config.sleep == "none":
             return
-        assert not self._live_requests, f"asleep while {self._live_requests} requests are running"
+        assert not self._live_requests.total(), f"asleep while {self._live_requests.total()} requests are running"
         if self._config.sleep == "weights":
             # Weights and the adapter's buffers go to the machine's memory, the cache is dropped.
             await self._llm.sleep(level=1)
@@ -221,24 +239,26 @@ class VllmEngine:
             # By name: vLLM would map anew what never went to sleep.
             await self._llm.wake_up(["kv_cache"] if self._config.sleep == "kv" else ["weights", "kv_cache"])
 
-    async def _request(self, prompt_ids: Sequence[int], params: Any, *, base: bool = False) -> Any:
+    async def _request(self, prompt_ids: Sequence[int], params: Any, *, version: int | None) -> Any:
+        """Under a policy version that is served; None: the base model."""
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": "base" if base else version_name(self._version)}
-        self._live_requests += 1
+        name = "base" if version is None else version_name(version)
+        prompt = {"prompt_token_ids": list(prompt_ids), "cache_salt": name}
+        self._live_requests[name] += 1
         try:
-            adapter = None if base else self._lora
+            adapter = None if version is None else self._lora if version == self._version else self._loras[version]
             number = str(next(self._request_ids))
-            how = self._reasoning(base=base) if params.structured_outputs else {}
+            how = self._reasoning(base=version is None) if params.structured_outputs else {}
             stream = self._llm.generate(prompt, params, number, lora_request=adapter, **how)
             (output,) = [output async for output in stream]
             return output
         except EngineGenerateError as e:
             raise WorldError(f"vLLM failed a request: {e}") from e
         finally:
-            self._live_requests -= 1
+            self._live_requests[name] -= 1
 
     def shutdown(self) -> None:
         """End the engine's processes. May be called twice."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import shutil
+import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from envs.errors import PublishError
 from trainer.engines.canary import Canary, Scores
 from trainer.engines.engine import PROBE_VERSION, Engine, version_name
 from trainer.learning import adapter as lora
 from trainer.learning.policy import Policy
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _PROBE_MOVE = 3.0
 """By how much each kind of layer moves the canary's log-probabilities under the probe (root mean square), in units of
@@ -26,7 +35,21 @@ _PROBE_SIZE = 0.05
 class Publisher:
     """Hands each policy version to one engine, by way of the folder `scratch`."""
 
-    def __init__(self, policy: Policy, engine: Engine, canary: Canary, scratch: Path) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        canary: Canary,
+        scratch: Path,
+        *,
+        hold: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
+        num_versions: int = 1,
+    ) -> None:
+        """`hold`: in it no turn begins, so that none is sampled with what has not been proved yet. `num_versions`: so
+        many of the newest lie in `scratch` after a publish.
+        """
+        self._hold = hold
+        self._num_versions = num_versions
         self._policy = policy
         self._engine = engine
         self._canary = canary
@@ -48,7 +71,8 @@ class Publisher:
         own = lora.adapter_state(model)
         try:
             moves = self._load_probe()
-            trainer = await self._hand_over(PROBE_VERSION)
+            folder, trainer = await self._saved(PROBE_VERSION)
+            await self._engine.publish(folder, PROBE_VERSION)
             return await self._canary.prove_parts(self._engine, trainer, moves)
         except PublishError as e:
             raise PublishError(f"{type(model.get_base_model()).__name__}: {e}") from e
@@ -79,23 +103,29 @@ class Publisher:
     async def publish(self) -> dict[str, float]:
         """Make the engine serve the policy as it is now, and prove it. Raises `PublishError`."""
         version = self._policy.num_updates
-        trainer = await self._hand_over(version)
-        metrics = await self._canary.prove(self._engine, trainer, version=version)
-        for old in self._scratch.glob("policy-v*"):
-            if old.name != version_name(version):
-                shutil.rmtree(old)
+        folder, trainer = await self._saved(version)
+        async with self._hold():
+            await self._engine.publish(folder, version)
+            metrics = await self._canary.prove(self._engine, trainer, version=version)
+        by_version = {int(old.name.removeprefix("policy-v")): old for old in self._scratch.glob("policy-v*")}
+        for old in sorted(by_version)[: -self._num_versions]:
+            shutil.rmtree(by_version[old])
         return metrics
 
-    async def _hand_over(self, version: int) -> Scores:
-        """Make the engine serve the adapter as it is now; what the trainer says under it."""
+    async def _saved(self, version: int) -> tuple[Path, Scores]:
+        """The weights as they are now, for the engine to load, and what the trainer says under them."""
         folder = self._scratch / version_name(version)
-        if self._engine.publishes_merged:
-            self._policy.save_merged(folder)
-        else:
-            self._policy.save_adapter(folder)
-        await self._engine.publish(folder, version)
-        return self._scores(adapter=True)
+        merged = self._engine.publishes_merged
+        await _beside(self._policy.save_merged if merged else self._policy.save_adapter, folder)
+        return folder, await _beside(self._scores, adapter=True)
 
     def _scores(self, *, adapter: bool) -> Scores:
         rows = self._policy.score(self._canary.token_ids, adapter=adapter)
         return [x for row in rows for x in row.tolist()]
+
+
+async def _beside(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Where the loop has a thread of its own, rollouts go on in it meanwhile."""
+    if threading.current_thread() is threading.main_thread():
+        return function(*args, **kwargs)
+    return await asyncio.to_thread(function, *args, **kwargs)

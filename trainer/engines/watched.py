@@ -1,17 +1,20 @@
-"""An engine that hangs ends the run: while it is asked for something, it has to answer something.
+"""What stands before the engine: an end to every wait for it, and a gate at which turns wait for new weights.
 
-What waits for the engine is on no episode's clock, so nothing else would end the wait.
+An engine that hangs ends the run: while it is asked for something, it has to answer something. What waits for the
+engine is on no episode's clock, so nothing else would end the wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from envs.errors import EngineHungError
 from envs.limits.clocks import Clock, time_limit
-from trainer.engines.engine import Completion, Engine, EngineStart, KeepsBase, Sampling, Sleeps
+from trainer.engines.engine import Completion, Engine, EngineStart, KeepsBase, Sampling, Sleeps, keeps_versions
 
 _T = TypeVar("_T")
 
@@ -29,6 +32,10 @@ class WatchedEngine:
         self.engine = engine
         self._limit_s = limit_s
         self._open: set[Clock] = set()
+        self._may_begin = asyncio.Event()
+        self._may_begin.set()
+        self._have_ended = asyncio.Event()
+        self._num_turns = 0
 
     @property
     def runs_here(self) -> bool:
@@ -42,7 +49,7 @@ class WatchedEngine:
         await self.engine.start(given)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        return await self._answered("a turn", self.engine.generate(prompt_ids, sampling))
+        return await self._at_the_gate("a turn", lambda: self.engine.generate(prompt_ids, sampling))
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         return await self._answered("log-probabilities", self.engine.score(token_ids))
@@ -62,11 +69,35 @@ class WatchedEngine:
     async def generate_base(self, prompt_ids: Sequence[int], **how: Any) -> list[int]:
         """As `KeepsBase` has it; only where the engine is one."""
         assert isinstance(self.engine, KeepsBase)
-        answer = self.engine.generate_base(prompt_ids, **how)
-        return await self._answered("the base model's words", answer)
+        engine = self.engine
+        return await self._at_the_gate("the base model's words", lambda: engine.generate_base(prompt_ids, **how))
 
     def shutdown(self) -> None:
         self.engine.shutdown()
+
+    @contextlib.asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """No turn begins in the body. Those under way end before it, or go on where the engine keeps their version.
+
+        After an error in the body they are held for good: which weights they would be sampled with is not known.
+        """
+        self._may_begin.clear()
+        while self._num_turns and not keeps_versions(self.engine):
+            self._have_ended.clear()
+            await self._have_ended.wait()
+        yield
+        self._may_begin.set()
+
+    async def _at_the_gate(self, what: str, ask: Callable[[], Awaitable[_T]]) -> _T:
+        while not self._may_begin.is_set():
+            await self._may_begin.wait()
+        self._num_turns += 1
+        try:
+            return await self._answered(what, ask())
+        finally:
+            self._num_turns -= 1
+            if not self._num_turns:
+                self._have_ended.set()
 
     async def _answered(self, what: str, answer: Awaitable[_T]) -> _T:
         try:

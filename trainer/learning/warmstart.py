@@ -5,13 +5,13 @@ For models that write no valid tool call by themselves, so that no reward would 
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import random
 from collections.abc import Sequence
 
 from envs.base import ExpertTurn, World
 from envs.errors import UserError
+from envs.limits.loops import Loop
 from envs.types import Task
 from envs.users import ScriptUsers, Users
 from trainer import processes
@@ -122,7 +122,7 @@ def expert_ledgers(
     *,
     world: World,
     chat: Chat,
-    loop: asyncio.Runner,
+    loop: Loop,
     run_id: str,
     demonstrations: Sequence[Demonstration] = (),
     users: Users | None = None,

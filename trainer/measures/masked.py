@@ -19,12 +19,15 @@ class Masked(StrEnum):
     """The episode ended and its grading failed: a judge, an endpoint or a sandbox."""
     NO_REWARD = "no_reward"
     """Every reward function gave None."""
+    DEADLINE = "deadline"
+    """The step had waited for it as long as `overlap.deadline_s` says."""
 
 
 WHY_MASKED: Mapping[str, str] = {
     Masked.WORLD: "lost to faults of the world",
     Masked.GRADER: "not graded, for the grader failed",
     Masked.NO_REWARD: "given None by every reward function",
+    Masked.DEADLINE: "cut off at the step's deadline",
 }
 """In words that go on from "N rollouts (were)"."""
 
@@ -35,6 +38,8 @@ def masked_by(rollout: Rollout) -> Masked | None:
         return None
     if rollout.episode.stop_reason is StopReason.WORLD_FAULT:
         return Masked.WORLD
+    if rollout.episode.stop_reason is StopReason.DEADLINE:
+        return Masked.DEADLINE
     return Masked.NO_REWARD if rollout.is_unscored else Masked.GRADER
 
 

@@ -30,6 +30,11 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("groups/kl_in_reward", "divergence from the reference a token, where it is taken off the reward"),
         ("curriculum/tied_share", "share of the tasks seen so far that taught nothing when last seen"),
     ),
+    "of rollouts that run ahead of the training (`overlap.max_staleness` above 0)": (
+        ("staleness/mean", "updates that the policy has seen since it sampled a trained token"),
+        ("staleness/max", "the most"),
+        ("staleness/dropped", "rollouts not learned from, as a token was older than `overlap.max_staleness` steps"),
+    ),
     "of the update, per trainable token where nothing else is said": (
         ("loss/num_tokens", "trainable tokens that took part"),
         ("loss/ratio", "policy to old policy"),
@@ -69,7 +74,12 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
     "of the time": (
         ("time/LAP_s", "wall-clock seconds of a part of the step"),
         ("time/other_share", "share of the step outside rollouts and training"),
-        ("throughput/sampled_tokens_per_s", "generated tokens per second of rollouts"),
+        ("time/waiting_for_rollouts_s", "with overlap: seconds that the trainer waited for the step's rollouts"),
+        (
+            "time/waiting_for_trainer_s",
+            "with overlap: seconds in which nothing that was asked for was left to roll out",
+        ),
+        ("throughput/sampled_tokens_per_s", "generated tokens per second of rollouts; with overlap, of the step"),
         ("throughput/trained_tokens_per_s", "tokens of rows with an advantage per second of training"),
     ),
     "of servers and of the user's code, where there are any": (

@@ -31,14 +31,18 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, rollouts: Sequence[Rollout], *, num_trained_tokens: int) -> Metrics:
-        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second."""
+    def metrics(self, rollouts: Sequence[Rollout], *, num_trained_tokens: int, overlaps: bool = False) -> Metrics:
+        """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
+
+        `overlaps`: rollouts go on during all of a step, so that all of it is their time.
+        """
         num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s[Lap.ROLLOUTS] + self._laps_s[Lap.TRAINING]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {
             "time/step_s": step_s,
             "time/other_share": 1 - work_s / step_s,
-            "throughput/sampled_tokens_per_s": num_sampled_tokens / self._laps_s[Lap.ROLLOUTS],
+            "throughput/sampled_tokens_per_s": num_sampled_tokens
+            / (step_s if overlaps else self._laps_s[Lap.ROLLOUTS]),
             "throughput/trained_tokens_per_s": num_trained_tokens / self._laps_s[Lap.TRAINING],
         }

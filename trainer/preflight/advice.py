@@ -174,6 +174,7 @@ _MEND_MASKED = {
     Masked.WORLD: "Mend the server.",
     Masked.GRADER: "Mend the judge, endpoint or sandbox.",
     Masked.NO_REWARD: "Let one function give a number, or leave such tasks out.",
+    Masked.DEADLINE: "Raise overlap.deadline_s, or look for a slow tool.",
 }
 
 

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from envs.limits.clocks import stopped_clocks
 
+Rank = tuple[int, int]
+"""The step, and the number in it: steps that are asked ahead wait for those that are trained on before."""
+
 
 class Places:
     """The engine's places. An episode holds one from its admission on, but not while it waits for tools or a user.
@@ -21,10 +24,10 @@ class Places:
     def __init__(self, num_places: int | None) -> None:
         """None: any number."""
         self._num_free = num_places
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
         self._numbers: Iterator[int] = itertools.count()
 
-    async def take(self, rank: int) -> None:
+    async def take(self, rank: Rank) -> None:
         """Wait for one, on nobody's clock; of those who wait the lowest rank is next."""
         if self._num_free is None:
             return
@@ -55,7 +58,7 @@ class Places:
 class Place:
     """One episode's claim to a place."""
 
-    def __init__(self, places: Places, rank: int) -> None:
+    def __init__(self, places: Places, rank: Rank) -> None:
         self._places = places
         self._rank = rank
         self._is_held = False

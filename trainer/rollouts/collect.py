@@ -1,12 +1,11 @@
-"""A step's rollouts over all processes, written to disk as they finish, and the samples made of them."""
+"""What is made of a step's rollouts: its samples, and what has to be said of it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
@@ -17,60 +16,13 @@ from trainer.learning.advantages.attempts import attempt_of, with_costs
 from trainer.learning.advantages.gae import with_critics_advantages
 from trainer.learning.samples import Sample, rollout_samples
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
-from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.tasks.difficulty import stats_of
-from trainer.types import Kind, Metrics, Rollout, RolloutRequest
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from trainer.types import Metrics, Rollout
 
 _MOST_TIED_STEPS = 3
 """So many steps in a row in which no group had variance are no accident."""
-
-
-class Collector:
-    """Splits requests over the processes, each with its own engine, and brings all rollouts to every process."""
-
-    def __init__(
-        self,
-        run: RunFolder,
-        worker: RolloutWorker,
-        accelerator: Accelerator,
-        progress: Progress,
-        loop: asyncio.Runner,
-    ) -> None:
-        self._run = run
-        self._worker = worker
-        self._accelerator = accelerator
-        self._progress = progress
-        self._loop = loop
-
-    def collect(
-        self, kind: Kind, step: int, requests: Sequence[RolloutRequest], *, temperature: float
-    ) -> list[Rollout]:
-        """All rollouts of the requests, in their order, on every process.
-
-        Each rollout is written to the folder of its `kind` when it finishes. What an interrupted run has already
-        written there for this step is read and not rolled out again.
-        """
-        rank, world_size = self._accelerator.process_index, self._accelerator.num_processes
-        mine = requests[rank::world_size]
-        finished = self._run.finished_rollouts(kind, step)
-        missing = [r for r in mine if r.rollout_id not in finished]
-        self._progress.advance(len(mine) - len(missing))
-
-        def keep(rollout: Rollout) -> None:
-            self._run.keep_rollout(kind, step, rollout)
-            self._progress.advance(1, tokens=rollout.episode.num_tokens)
-
-        new = self._loop.run(self._worker.run(missing, temperature=temperature, on_rollout=keep))
-        finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
-        everyone = dict(processes.gather([(r.rollout_id, finished[r.rollout_id]) for r in mine]))
-        rollouts = [everyone[r.rollout_id] for r in requests]
-        warn_of_unclosed(rollouts, self._progress)
-        return rollouts
 
 
 class Measures(Protocol):
@@ -139,6 +91,20 @@ def _charged(
     flat = [x for of_tokens in divergences for x in of_tokens]
     charged = [with_costs(attempt, cost) for attempt, cost in zip(attempts, costs, strict=True)]
     return charged, {"groups/kl_in_reward": fmean(flat)} if flat else {}
+
+
+def fresh_samples(samples: Sequence[Sample], config: RunConfig, *, version: int) -> tuple[list[Sample], Metrics]:
+    """Without rollouts that have a token older than `overlap.max_staleness` steps, where that is above 0.
+
+    `version` is that of the policy which learns from them. Returns the others, and figures of how old they are.
+    """
+    if config.overlap.max_staleness == 0:
+        return list(samples), {}
+    oldest = version - config.overlap.max_staleness * config.optim.num_epochs * config.optim.minibatches
+    stale = {s.rollout_id for s in samples if min(s.trained(s.versions), default=oldest) < oldest}
+    fresh = [s for s in samples if s.rollout_id not in stale]
+    ages = [version - v for s in fresh for v in s.trained(s.versions)] or [0]
+    return fresh, {"staleness/mean": fmean(ages), "staleness/max": max(ages), "staleness/dropped": len(stale)}
 
 
 def warn_of_unclosed(rollouts: Sequence[Rollout], progress: Progress) -> None:

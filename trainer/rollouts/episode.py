@@ -31,13 +31,22 @@ class Player:
     """Plays episodes of one world on one engine. Holds nothing of any single one: that is `Live`."""
 
     def __init__(
-        self, *, world: World, chat: Chat, engine: Sampler, config: RolloutConfig, users: Users | None = None
+        self,
+        *,
+        world: World,
+        chat: Chat,
+        engine: Sampler,
+        config: RolloutConfig,
+        users: Users | None = None,
+        pins_version: bool = False,
     ) -> None:
+        """`pins_version`: all turns of an episode are asked for under the policy version of its first."""
         self._world = world
         self._chat = chat
         self._engine = engine
         self._config = config
         self._users = users
+        self._pins_version = pins_version
         self._calls = ToolCalls(chat, config)
 
     async def play(self, live: Live, temperature: float) -> tuple[StopReason, str]:
@@ -120,6 +129,7 @@ class Player:
             top_p=self._config.top_p,
             seed=derive_seed(live.request.seed, number),
             schema=schema_text(self._config.response_format),
+            version=live.version if self._pins_version else None,
         )
         ledger = live.ledgers[-1]
         await live.place.take()
@@ -128,6 +138,7 @@ class Player:
             completion = await self._engine.generate(ledger.prompt_ids, sampling)
         generation_s = time.perf_counter() - start
         token_ids, version = completion.token_ids, completion.policy_version
+        live.version = version if live.version is None else live.version
         ledger.append_sampled(
             token_ids, completion.logprobs, version, turn=number, constrained_from=completion.constrained_from
         )

@@ -42,6 +42,8 @@ class Live:
     tools: dict[str, Tool] = field(default_factory=dict)
     """What the model is offered of them."""
     schemas: list[dict[str, Any]] = field(default_factory=list)
+    version: int | None = None
+    """The policy version of its first turn."""
     num_tool_calls: int = 0
     num_replies: int = 0
     num_drifted_turns: int = 0

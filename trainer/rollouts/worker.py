@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from envs.base import Env, World
@@ -39,6 +39,22 @@ class LiveRollouts(Protocol):
     def closed(self, rollout_id: str) -> None: ...
 
 
+@dataclass(slots=True)
+class Flight:
+    """The rollouts of one `run` while they are under way."""
+
+    step: int = 0
+    """Those of earlier steps come first."""
+    tasks: list[asyncio.Task[Rollout]] = field(default_factory=list)
+    is_cut: bool = False
+
+    def cut(self) -> None:
+        """End those that are not done, as far as they have come."""
+        self.is_cut = True
+        for task in self.tasks:
+            task.cancel()
+
+
 class RolloutWorker:
     """Runs episodes of one world on one engine. Holds nothing of any single episode."""
 
@@ -54,13 +70,16 @@ class RolloutWorker:
         watch_grader: Grader | None = None,
         live: LiveRollouts | None = None,
         max_num_seqs: int | None = None,
+        pins_version: bool = False,
     ) -> None:
-        """`max_num_seqs`: how many turns the engine decodes at once; None: any number."""
+        """`max_num_seqs`: how many turns the engine decodes at once; None: any number. `pins_version`: as `Player`."""
         self._grading = Grading(grader, watch_grader, timeout_s=config.settle_timeout_s, retries=config.world_retries)
         self._live = live
-        self._max_num_seqs = max_num_seqs
+        self._places = Places(max_num_seqs)
         self._config = config
-        self._player = Player(world=world, chat=chat, engine=engine, config=config, users=users)
+        self._player = Player(
+            world=world, chat=chat, engine=engine, config=config, users=users, pins_version=pins_version
+        )
 
     async def run(
         self,
@@ -68,25 +87,37 @@ class RolloutWorker:
         *,
         temperature: float,
         on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+        flight: Flight | None = None,
     ) -> list[Rollout]:
         """All rollouts, as the engine has room for them; the result is in the order of the requests.
 
-        `on_rollout` is called as each one finishes. An error that is neither the model's nor the world's cancels the
-        others, closes their environments and is raised.
+        `on_rollout` is called as each one finishes; `flight` is a new one, by which they can be cut off. An error that
+        is neither the model's nor the world's cancels the others, closes their environments and is raised. Several may
+        go on at once.
         """
         let_loop_end()
-        places = Places(self._max_num_seqs)
+        flight = flight or Flight()
 
         async def one(number: int, request: RolloutRequest) -> Rollout:
-            rollout = await self._with_retries(request, temperature, Place(places, number))
+            attempts: list[Live] = []
+            try:
+                place = Place(self._places, (flight.step, number))
+                rollout = await self._with_retries(request, temperature, place, attempts)
+            except asyncio.CancelledError:
+                if not flight.is_cut:
+                    raise
+                rollout = _cut_off(request, attempts)
             on_rollout(rollout)
             return rollout
 
         async with first_error(), asyncio.TaskGroup() as group:
-            running = [group.create_task(one(i, r)) for i, r in enumerate(requests)]
-        return [t.result() for t in running]
+            flight.tasks += [group.create_task(one(i, r)) for i, r in enumerate(requests)]
+        return [t.result() for t in flight.tasks]
 
-    async def _with_retries(self, request: RolloutRequest, temperature: float, place: Place) -> Rollout:
+    async def _with_retries(
+        self, request: RolloutRequest, temperature: float, place: Place, attempts: list[Live]
+    ) -> Rollout:
+        """`attempts` holds what there is of each, the newest last."""
         unclosed: tuple[str, ...] = ()
         for attempt in range(1 + self._config.world_retries):
             rollout_id = request.rollout_id if attempt == 0 else f"{request.rollout_id}-retry{attempt}"
@@ -94,6 +125,7 @@ class RolloutWorker:
                 # Admitted: what comes before is no part of the episode.
                 await place.take()
                 live = Live(request=request, rollout_id=rollout_id, place=place, messages=list(request.task.messages))
+                attempts.append(live)
                 rollout = await self._attempt(live, temperature)
             finally:
                 place.leave()
@@ -164,3 +196,19 @@ class RolloutWorker:
                 return f"close: not done within {limit_s:g} s"
             return f"close: {type(e).__name__}: {hidden_in(str(e))}".removesuffix(": ")
         return ""
+
+
+def _cut_off(request: RolloutRequest, attempts: Sequence[Live]) -> Rollout:
+    """What there is of it; nothing but the prompt where it was not admitted."""
+    live = attempts[-1] if attempts else None
+    ledgers = tuple(live.ledgers) if live else ()
+    episode = Episode(
+        rollout_id=live.rollout_id if live else request.rollout_id,
+        task_id=request.task.task_id,
+        messages=tuple(live.messages if live else request.task.messages),
+        turns=tuple(live.turns) if live else (),
+        stop_reason=StopReason.DEADLINE,
+        error="not done when the step had waited overlap.deadline_s for it",
+        completion_ids=completion_ids(ledgers),
+    )
+    return Rollout(episode=episode, task=request.task, ledgers=ledgers, grade=None, num_attempts=max(1, len(attempts)))

@@ -316,8 +316,10 @@ class RunFolder:
         if self.is_main and newest is not None and newest[0] == step:
             renew_manifest(newest[1], self.path)
 
-    def rewind(self, step: int) -> list[str]:
+    def rewind(self, step: int, *, ahead: int = 0) -> list[str]:
         """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight.
+
+        Of so many steps more where rollouts run `ahead`.
 
         Later evaluations go too: they are of a policy that will be trained anew. So do rollouts in flight that are
         damaged. Returns what the user has to be told.
@@ -338,11 +340,15 @@ class RunFolder:
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
         intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)
-        for kind, last in ((Kind.TRAIN, step + 1), (Kind.EVAL, step), ("tokens", step)):
+        for kind, first, last in (
+            (Kind.TRAIN, step + 1, step + 1 + ahead),
+            (Kind.EVAL, step, step),
+            ("tokens", step + 1, step),
+        ):
             for path in sorted(step_files(self.path / kind)):
                 if int(path.name[5:].partition(".")[0]) > last:
                     clear(path)
-            for path in [] if kind == "tokens" else sorted(step_files(self.path / kind, last)):
+            for path in [file for n in range(first, last + 1) for file in sorted(step_files(self.path / kind, n))]:
                 if num_damaged := drop_damaged(path, intact=intact):
                     is_over = kind == Kind.EVAL and is_evaluated
                     then = "what the metrics say of them stays" if is_over else "their rollouts are made again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 from envs.errors import UserError
@@ -10,8 +11,8 @@ from envs.types import Task
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.runs.folder import RunFolder
 from trainer.tasks.difficulty import Rule, Visit, Visits, choose_tasks, preflight_visits, tied_share, with_visits
-from trainer.tasks.load import tasks_of_step
-from trainer.types import Rollout
+from trainer.tasks.load import tasks_of_step, train_requests
+from trainer.types import Rollout, RolloutRequest
 
 
 def load_preflight(config: CurriculumConfig | None) -> dict[str, list[Visit]]:
@@ -29,7 +30,11 @@ def load_preflight(config: CurriculumConfig | None) -> dict[str, list[Visit]]:
 
 
 class Curriculum:
-    """Chooses each step's tasks. Its memory is the run folder's `visits.jsonl`, so that resuming is exact."""
+    """Chooses each step's tasks. Its memory is the run folder's `visits.jsonl`, so that resuming is exact.
+
+    A step that may be asked for `overlap.max_staleness` steps ahead is chosen by what had been learned by then, however
+    late it is asked for: else a run that goes on would choose otherwise.
+    """
 
     def __init__(
         self, config: RunConfig, tasks: Sequence[Task], run: RunFolder, preflight: Mapping[str, Sequence[Visit]]
@@ -39,10 +44,18 @@ class Curriculum:
         self._run = run
         self._rule: Rule | None = None
         self._visits: Visits = preflight
+        self._earlier: Visits = preflight
+        """What the step that was chosen last may know of."""
+        self._not_yet: deque[tuple[int, Mapping[str, Sequence[float | None]]]] = deque()
+        """The others, by step."""
         if config.curriculum is not None:
             self._rule = Rule(floor=config.curriculum.floor, min_rollouts=config.curriculum.min_rollouts)
             for step, rewards in run.visits():
-                self._visits = with_visits(self._visits, step=step, rewards=rewards)
+                self._take_in(step, rewards)
+
+    def requests(self, step: int) -> list[RolloutRequest]:
+        """What a training step asks for, group after group; steps are asked for in their order."""
+        return train_requests(self._config, self.choose(step), run_id=self._run.run_id, step=step)
 
     def choose(self, step: int) -> list[Task]:
         """The tasks of a training step, the first of which is 1."""
@@ -56,7 +69,10 @@ class Curriculum:
                 stratify_by=self._config.rollout.stratify_by,
             )
         by_id = {task.task_id: task for task in self._tasks}
-        chosen = choose_tasks(list(by_id), self._visits, seed=seed, step=step, num_tasks=num_tasks, rule=self._rule)
+        while self._not_yet and self._not_yet[0][0] < step - self._config.overlap.max_staleness:
+            learned, rewards = self._not_yet.popleft()
+            self._earlier = with_visits(self._earlier, step=learned, rewards=rewards)
+        chosen = choose_tasks(list(by_id), self._earlier, seed=seed, step=step, num_tasks=num_tasks, rule=self._rule)
         return [by_id[task_id] for task_id in chosen]
 
     def learn(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -66,7 +82,11 @@ class Curriculum:
         rewards: dict[str, list[float | None]] = {}
         for rollout in rollouts:
             rewards.setdefault(rollout.task.task_id, []).append(rollout.reward)
-        self._visits = with_visits(self._visits, step=step, rewards=rewards)
+        self._take_in(step, rewards)
         self._run.note_visits(step, rewards)
         ids = [task.task_id for task in self._tasks]
         return {"curriculum/tied_share": tied_share(ids, self._visits, self._rule)}
+
+    def _take_in(self, step: int, rewards: Mapping[str, Sequence[float | None]]) -> None:
+        self._visits = with_visits(self._visits, step=step, rewards=rewards)
+        self._not_yet.append((step, rewards))

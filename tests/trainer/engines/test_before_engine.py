@@ -147,6 +147,7 @@ def test_on_gpus_one_engine_of_a_machine_fills_the_compile_cache_before_the_othe
         config=config,
         model_path=tiny_model,
         chat=SimpleNamespace(stop_token_ids={2}),
+        num_versions=1,
         engine=make_engine(config.engine),
         asks_engine=(),
     )

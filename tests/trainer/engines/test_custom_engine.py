@@ -146,6 +146,7 @@ def test_one_that_does_not_start_is_shut_down(
         model_path=tiny_model,
         chat=SimpleNamespace(stop_token_ids={2}),
         engine=make_engine(config.engine),
+        num_versions=1,
     )
     accelerator = SimpleNamespace(device=SimpleNamespace(type="cpu"), local_process_index=0, process_index=0)
     with pytest.raises(ValueError, match=f"no model {tiny_model.name}") as raised:

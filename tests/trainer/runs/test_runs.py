@@ -25,7 +25,7 @@ from graders.hosted.view import item_of
 from graders.types import Grade, GraderErrorKind
 from trainer import processes
 from trainer.config import RunConfig
-from trainer.rollouts.collect import Collector
+from trainer.rollouts.stream import RolloutStream
 from trainer.runs.about import files_named
 from trainer.runs.files import append_line, read_lines
 from trainer.runs.folder import RunFolder
@@ -33,7 +33,7 @@ from trainer.runs.lock import RunLock
 from trainer.runs.manifest import adapter_of
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_from_json, rollout_to_json
-from trainer.types import Kind, Ledger, Rollout, RolloutRequest
+from trainer.types import Kind, Ledger, Phase, Rollout, RolloutRequest
 
 TEXT = st.text(max_size=12)
 FLOATS = st.floats(-50, 0)
@@ -172,7 +172,7 @@ def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number
         file.write('{"episode": ')
     for rank in range(num_processes):
         with asyncio.Runner() as loop:
-            collector = Collector(
+            stream = RolloutStream(
                 RunFolder.open(config, rank=rank),
                 NoWorker(),
                 SimpleNamespace(process_index=rank, num_processes=num_processes),
@@ -181,7 +181,8 @@ def test_what_two_processes_rolled_out_is_not_rolled_out_again_by_another_number
             )
             # Only this process's share comes back: there is no other to gather from.
             with contextlib.suppress(KeyError):
-                collector.collect(Kind.TRAIN, 1, requests, temperature=1.0)
+                stream.submit(Kind.TRAIN, 1, requests, temperature=1.0)
+                stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
     after = {p.name: p.read_text() for p in (run.path / "rollouts").iterdir() if p.stat().st_size}
     assert after == before | ({} if num_processes > 1 else {path.name: before[path.name] + '{"episode": '})
 

@@ -11,7 +11,7 @@ import pytest
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task
 from graders.types import Grade
-from trainer.config import CurriculumConfig, RunConfig
+from trainer.config import CurriculumConfig, OverlapConfig, RunConfig
 from trainer.runs.folder import RunFolder
 from trainer.tasks.curriculum import Curriculum, load_preflight
 from trainer.tasks.load import tasks_of_step
@@ -96,6 +96,22 @@ def test_a_resumed_run_goes_on_with_the_same_tasks(tmp_path):
         assert resumed.choose(step) == visited[step - 1]
         resumed.learn(step, rollouts_of(visited[step - 1]))
     assert (tmp_path / "cut/visits.jsonl").read_text() == (tmp_path / "whole/visits.jsonl").read_text()
+
+
+def test_a_run_that_asks_ahead_chooses_the_same_tasks_however_much_it_knows_by_then(tmp_path):
+    config = make_config(floor=0.25)
+    config = config.model_copy(update={"overlap": OverlapConfig(max_staleness=2)})
+    whole = Curriculum(config, TASKS, open_run(tmp_path), {})
+    visited = {step: whole.choose(step) for step in (1, 2)}
+    for step in range(1, 13):
+        visited[step + 2] = whole.choose(step + 2)
+        whole.learn(step, rollouts_of(visited[step]))
+    # Killed after step 9: at the first step that it asks for now all nine have been learned.
+    open_run(tmp_path).rewind(9)
+    resumed = Curriculum(config, TASKS, open_run(tmp_path), {})
+    assert [resumed.choose(step) for step in (10, 11, 12)] == [visited[step] for step in (10, 11, 12)]
+    at_once = Curriculum(make_config(floor=0.25), TASKS, open_run(tmp_path), {})
+    assert [at_once.choose(step) for step in (10, 11, 12)] != [visited[step] for step in (10, 11, 12)]
 
 
 def test_what_a_preflight_has_shown_counts_from_the_first_step(tmp_path):

@@ -215,9 +215,9 @@ def test_a_line_of_rollouts_that_reads_well_but_was_changed_is_rolled_out_again_
     folder = ran.restore("killed")
     path = folder / "rollouts" / "step-000003.jsonl"
     first, *rest = path.read_text().splitlines(keepends=True)
-    at = first.index('"reward": ') + len('"reward": ')
-    path.write_text(first[:at] + "9" + first[at:] + "".join(rest))
-    assert json.loads(path.read_text().splitlines()[0])["grade"]["reward"] != json.loads(first)["grade"]["reward"]
+    changed = json.loads(first)
+    changed["grade"]["reward"] += 9
+    path.write_text(json.dumps(changed) + "\n" + "".join(rest))
     assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
     assert "step-000003.jsonl: 1 damaged lines are left out" in (folder / "run.log").read_text()
 

@@ -30,6 +30,16 @@ from trainer.train import train
 
 NUM_STEPS = 8
 NUM_KILLS = 5
+MINE = """
+class Mine:
+    runs_here = publishes_merged = False
+    async def start(self, given): ...
+    async def generate(self, prompt_ids, sampling): ...
+    async def score(self, token_ids): ...
+    async def publish(self, weights, version): ...
+    def shutdown(self): ...
+    {has}
+"""
 
 
 def overlapping(folder: Path, model: Path, **sections: dict[str, object]) -> dict[str, Any]:
@@ -152,6 +162,28 @@ def test_pinned_episodes_need_an_engine_that_keeps_former_weights(tiny_model: Pa
         engine={"publish": "merged"},
     )
     with pytest.raises(UserError, match=r"overlap.pin: episode needs an engine that serves former weights"):
+        train(RunConfig.model_validate(config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ("def sleep(self): ...\n    def wake_up(self): ...", r"overlap.max_staleness: .* this engine sleeps then"),
+        ("keeps_versions = 1", r"engine.target .*: keeps_versions: expected true or false, got 1"),
+    ],
+)
+def test_an_engine_of_ones_own_that_cannot_is_refused_before_anything_is_loaded(
+    tmp_path: Path, has: str, expected: str
+) -> None:
+    (tmp_path / "mine.py").write_text(MINE.format(has=has))
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "grader": {"type": "numeric"},
+        "overlap": {"max_staleness": 1},
+        "engine": {"type": "custom", "target": f"{tmp_path}/mine.py:Mine"},
+    }
+    with pytest.raises(UserError, match=expected):
         train(RunConfig.model_validate(config))
     assert not (tmp_path / "run").exists()
 

@@ -397,7 +397,7 @@ async def test_a_number_that_no_gradient_could_hold_is_the_graders_fault_and_nam
     graded = await Grading(Odd(), None, timeout_s=30, retries=0).grade(TASK, EPISODE)
     assert graded.grade is None
     shown = "a whole number of 13288 bits" if isinstance(odd, int) else f"{odd:g}"
-    assert graded.error == f"grader: reward is {shown}; expected a number from -1e+12 to 1e+12"
+    assert graded.error == f"grader: price: reward is {shown} for task 't'; expected a number from -1e+12 to 1e+12"
 
 
 async def test_a_bug_in_a_grader_is_not_taken_for_a_fault():

@@ -12,9 +12,8 @@ def final_answer(episode: Episode) -> str | None:
     Raises `ValueError` for an episode that was lost: it must be masked, not scored.
     """
     if episode.stop_reason.is_masked:
-        raise ValueError(
-            f"episode {episode.rollout_id} ended in a {episode.stop_reason}; mask it instead of grading it"
-        )
+        how = episode.stop_reason.replace("_", " ")
+        raise ValueError(f"episode {episode.rollout_id} ended in a {how}; mask it instead of grading it")
     return episode.answer
 
 

@@ -292,7 +292,8 @@ def a_publisher(tiny_model: Path, engine: type[ScriptedEngine], scratch: Path) -
 
     config = ModelConfig(dtype="float32", lora=LoraConfig(r=4, alpha=8))
     policy = Policy(tiny_model, config, OptimConfig(), Accelerator(cpu=True), 0)
-    started = engine(tiny_model, script=lambda prompt, seed: "", stop_token_ids=[2])
+    started = engine(lambda prompt, seed: "")
+    started.load(tiny_model, [2])
     return Publisher(policy, started, Canary(CANARY, tolerance=0.15), scratch)
 
 

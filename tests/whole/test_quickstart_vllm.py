@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -28,11 +29,11 @@ SMALL = [
     # A kind of layer in each half of a block: each is probed, which takes some seconds.
     "model.lora.target_modules=[q_proj,down_proj]",
     "warmstart={num_steps: 1, episodes_per_step: 2}",
-    "optim.num_steps=2",
+    "optim.num_steps=1",
     "rollout.tasks_per_step=2",
     "rollout.group_size=2",
     "rollout.max_turns=3",
-    "rollout.max_turn_tokens=32",
+    "rollout.max_turn_tokens=16",
     "eval={num_tasks: 2, samples_per_task: 1}",
     "engine.kv_cache_gib=1",
 ]
@@ -112,9 +113,19 @@ def test_an_interrupted_run_is_resumed_to_the_end_by_the_same_command(
     for shown in ("mean reward", "tool calls per rollout", "latency per episode", "report.html", "serve it with"):
         assert shown in result.stdout
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == [0, 1, 2, 2]
+    assert [r["step"] for r in records] == [0, 1, 1]
     assert all("canary/mismatch" in r for r in records if "train/rollouts" in r)
     assert len((run_folder / "evals/step-000000.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_rehearsal_on_a_gpu_reads_what_a_run_took(
+    run_folder: Path, result: subprocess.CompletedProcess[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    figures = importlib.import_module("rehearse_gpu").run_figures(run_folder)
+    assert figures["steps"] == 1 and figures["time/publish_s, median of the steps"] > 0
+    assert 0 < figures["canary/mismatch, nats, largest"] < 0.15
+    assert figures["throughput/sampled_tokens_per_s, median of the steps"] > 0
 
 
 def in_a_container(argv: list[str], shared_memory: str) -> subprocess.CompletedProcess[str]:
@@ -137,7 +148,7 @@ def test_a_container_of_64_mb_is_told_before_anything_is_loaded(tmp_path: Path) 
 
 def test_the_terminal_shows_progress_and_no_library_output(result: subprocess.CompletedProcess[str]) -> None:
     lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert any(line.startswith("step 2/2") for line in lines)
+    assert any(line.startswith("step 1/1") for line in lines)
     assert len(lines) < 20, result.stderr
 
 
@@ -150,7 +161,7 @@ def server(run_folder: Path, result: subprocess.CompletedProcess[str]) -> Iterat
 
 
 def test_the_exported_adapter_is_served_by_the_printed_command(run_folder: Path, server: str) -> None:
-    rollout = json.loads((run_folder / "evals/step-000002.jsonl").read_text().splitlines()[0])
+    rollout = json.loads((run_folder / "evals/step-000001.jsonl").read_text().splitlines()[0])
     body = {
         "model": "policy",
         "messages": [{"role": m["role"], "content": m["content"]} for m in rollout["task"]["messages"]],

@@ -81,7 +81,7 @@ class PooledEnv:
 
 
 class Pooled:
-    """The world of `test_one_loop:Pooled`."""
+    """The world of `tests.whole.test_one_loop:Pooled`."""
 
     def __init__(self) -> None:
         self.pool = Pool()
@@ -116,7 +116,7 @@ def config(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
     settings = scripted_config(tmp_path / "run", tiny_model, warmstart=warmstart, optim={"num_steps": 1})
     POOLS.clear()
-    return settings | {"world": {"type": "custom", "target": "test_one_loop:Pooled"}, "grader": grader}
+    return settings | {"world": {"type": "custom", "target": "tests.whole.test_one_loop:Pooled"}, "grader": grader}
 
 
 def test_experts_the_canary_rollouts_and_the_worlds_end_share_one_event_loop(config: dict[str, Any]) -> None:

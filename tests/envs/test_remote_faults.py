@@ -231,6 +231,8 @@ async def test_a_run_survives(chat, right, table, fault):
     assert played.metrics["http/close_failures"] or played.ids("open") <= played.ids("close")
 
 
+# The server that goes for good leaves connections to the garbage collector, where it is slow to take them.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FATAL)
 async def test_a_run_ends_and_counts_what_it_lost(chat, right, table, fault):
     played = await play(chat, FATAL[fault]())

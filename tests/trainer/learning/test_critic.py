@@ -41,13 +41,7 @@ from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample, rollout_samples
 from trainer.types import Ledger, Rollout
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

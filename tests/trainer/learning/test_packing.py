@@ -23,13 +23,7 @@ from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample, sample_of
 from trainer.types import Ledger
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

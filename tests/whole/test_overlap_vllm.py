@@ -23,7 +23,13 @@ NUM_STEPS = 3
 
 
 @pytest.mark.parametrize(
-    ("publish", "pin", "ahead"), [("lora", "turn", 1), ("lora", "episode", 2), ("merged", "turn", 1)]
+    ("publish", "pin", "ahead"),
+    [
+        ("lora", "turn", 1),
+        # As slow as the others, whose ground it shares: with `make test-learning`.
+        pytest.param("lora", "episode", 2, marks=pytest.mark.learning),
+        ("merged", "turn", 1),
+    ],
 )
 def test_every_publish_is_proved_while_episodes_are_under_way(
     taught_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: str, pin: str, ahead: int

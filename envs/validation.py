@@ -69,7 +69,9 @@ def _expected(details: ErrorDetails) -> str:
 def _of_types(details: ErrorDetails, held: Any) -> str:
     """Which `type` a section of several kinds may have."""
     known = [tag for member in _sections_in(held) if (tag := _tag(member))]
-    expected = details["ctx"].get("expected_tags") or ", ".join(map(repr, known))
+    tags = details["ctx"].get("expected_tags") or ", ".join(map(repr, known))
+    # What stands in brackets is no section, as in a location.
+    expected = ", ".join(tag for tag in tags.split(", ") if "[" not in tag)
     if details["type"] == "union_tag_not_found":
         return f"required, one of {expected}"
     tag = str(details["ctx"].get("tag"))

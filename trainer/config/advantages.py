@@ -154,17 +154,20 @@ ADVANTAGE_SETTINGS: dict[str, type[AdvantageSettings]] = {
 }
 """By the `type` that a config names."""
 
+BY_EPISODE = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gdpo"})
+"""Give all turns of a rollout one advantage: of what a turn has earned by itself the sum alone counts."""
+
 
 def _tag_of(value: Any) -> Any:
     if isinstance(value, dict):
         return value.get("type")
-    return value.type if isinstance(value, AdvantageSettings) else "name"
+    return value.type if isinstance(value, AdvantageSettings) else "[name]"
 
 
 if TYPE_CHECKING:
     Advantage = AdvantageName | AdvantageSettings
 else:
-    _tagged = [Annotated[AdvantageName, Tag("name")]]
+    _tagged = [Annotated[AdvantageName, Tag("[name]")]]
     _tagged += [Annotated[one, Tag(name)] for name, one in ADVANTAGE_SETTINGS.items()]
     Advantage = Annotated[functools.reduce(operator.or_, _tagged), Discriminator(_tag_of)]
 

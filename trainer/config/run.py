@@ -17,6 +17,7 @@ from envs.users import user_of
 from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
 from graders.penalties import PenaltiesConfig, check_penalties
+from trainer.config.advantages import BY_EPISODE, advantage_settings
 from trainer.config.engines import AnyEngineConfig, EngineConfig, publishes_merged
 from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
@@ -99,6 +100,17 @@ class RunConfig(Settings):
     def _a_group_has_something_to_compare(self) -> RunConfig:
         if self.rollout.group_size == 1 and self.loss.gae is None:
             raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_by_turn_reach_a_turn(self) -> RunConfig:
+        name = advantage_settings(self.loss.advantage).type
+        for key, penalty in self.penalties:
+            if name in BY_EPISODE and penalty is not None and penalty.by_turn:
+                raise ValueError(
+                    f"penalties.{key}.by_turn: has no effect with loss.advantage {name}, which gives all turns of a "
+                    "rollout the same; leave it out, or choose mt_grpo, gigpo or turn_discounted"
+                )
         return self
 
     @model_validator(mode="after")

@@ -146,6 +146,9 @@ def test_later_overrides_win_and_the_rest_stays(tmp_path):
     assert config.optim.num_steps == 7 and config.optim.weight_decay == 0.1
 
 
+BY_TURN = {"slope": 0.1, "floor": -0.2, "by_turn": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -166,11 +169,21 @@ def test_later_overrides_win_and_the_rest_stays(tmp_path):
         ({"trackers": ["tensorbord"]}, "trackers.0: Input should be 'tensorboard', 'wandb' or 'trackio'"),
         ({"rollout": {"max_turn_tokens": 64, "max_episode_tokens": 64}}, "\n  rollout.max_turn_tokens must be"),
         ({"data": {"train": "a.jsonl"}}, "data.eval: required, but not given"),
+        ({"loss": {"advantage": {"type": "rlo"}}}, "loss.advantage.type: expected one of 'grpo', 'dr_grpo', 'rloo', "),
+        ({"loss": {"advantage": {"type": "rlo"}}}, "'gae', 'custom' (got 'rlo'); did you mean 'rloo'?"),
+        ({"loss": {"advantage": "rlo"}}, "loss.advantage: Input should be 'grpo', "),
+        ({"penalties": {"tool_calls": BY_TURN}}, "penalties.tool_calls.by_turn: has no effect with loss.advantage g"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_key(changes, expected):
     message = refusal(**changes)
     assert message.startswith("config c.yaml: ") and expected in message
+
+
+@pytest.mark.parametrize("advantage", ["reinforce_pp", "mt_grpo", "gigpo", "turn_discounted", "gae"])
+def test_penalties_by_turn_go_with_advantages_by_turn(advantage):
+    sections = {"penalties": {"tool_calls": BY_TURN}, "loss": {"advantage": advantage}}
+    assert validate_config(MINIMAL | sections, source="").penalties.tool_calls.by_turn
 
 
 def test_penalties_that_could_turn_a_judgement_are_an_error_of_the_config():

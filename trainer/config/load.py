@@ -14,7 +14,7 @@ from graders.build import check_grader
 from trainer.config.run import RunConfig
 
 _BASE = "base"
-_WITHOUT_TYPE = {"loss": "clipped", "world": "remote"}
+_WITHOUT_TYPE = {"loss": "clipped", "world": "remote", "engine": "local"}
 """Of which type a section is that names none."""
 
 
@@ -64,14 +64,18 @@ def _on_its_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], l
     return below | sections, [path, *files]
 
 
+_VALUES = {"kwargs", "weights", "response_format", "chat_template_kwargs", "question_mix", "headers", "env", "bind"}
+"""Mappings that are one value: half of one and half of another would be what nobody wrote."""
+
+
 def _merged(below: Any, above: Any, section: str = "") -> Any:
     """Mappings key by key; everything else, and a mapping of another `type`, takes the place of what was there."""
-    if not isinstance(below, dict) or not isinstance(above, dict):
+    if not isinstance(below, dict) or not isinstance(above, dict) or section in _VALUES:
         return above
     types = [one.get("type", _WITHOUT_TYPE.get(section)) for one in (below, above)]
     if "type" in above and types[0] != types[1]:
         return above
-    return below | {key: _merged(below[key], value) if key in below else value for key, value in above.items()}
+    return below | {key: _merged(below[key], value, key) if key in below else value for key, value in above.items()}
 
 
 def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:

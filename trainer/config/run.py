@@ -97,6 +97,15 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_policy_learns_too(self) -> RunConfig:
+        if self.loss.gae is not None and 0 < self.optim.num_steps <= self.loss.gae.critic.warmup_steps:
+            raise ValueError(
+                f"loss.advantage.critic.warmup_steps: {self.loss.gae.critic.warmup_steps} of optim.num_steps = "
+                f"{self.optim.num_steps} train the critic alone, so that the policy would never learn; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_group_has_something_to_compare(self) -> RunConfig:
         if self.rollout.group_size == 1 and self.loss.gae is None:
             raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")

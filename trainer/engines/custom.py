@@ -41,6 +41,9 @@ _BY_NAME = {
 _MOST_LOGPROB = 1e-3
 """Rounding gives no more, and whoever gives probabilities gives more."""
 
+_MOST_TOKENS = 2**31
+"""No vocabulary is as large."""
+
 
 class CustomEngine:
     """What the target gives, its answers checked. Raises `UserError` where that is no engine, `FoundLate` in the run.
@@ -155,7 +158,10 @@ class CustomEngine:
 
     def shutdown(self) -> None:
         with self._told("shutdown"):
-            self._engine.shutdown()
+            left = self._engine.shutdown()
+            if inspect.iscoroutine(left):
+                left.close()
+                raise UserError(f"{self._where}: shutdown: expected a plain method; nothing waits for it at the end")
 
     async def _aclose(self) -> None:
         await self._asked("aclose")
@@ -199,6 +205,11 @@ class CustomEngine:
         if (answer.constrained_from is not None) != (sampling.schema is not None):
             expected = "constrained_from where the request has a schema, and only there"
             raise self._wrong("generate", expected, f"{answer.constrained_from}")
+        begin = answer.constrained_from
+        if begin is not None and not (isinstance(begin, int) and 0 <= begin <= len(token_ids)):
+            raise self._wrong("generate", f"constrained_from from 0 to {len(token_ids)}", f"{begin!r}")
+        if not isinstance(answer.policy_version, int) or isinstance(answer.policy_version, bool):
+            raise self._wrong("generate", "policy_version as a whole number", f"{answer.policy_version!r}")
         first, last = (since, self._version) if sampling.version is None else (sampling.version, sampling.version)
         if not first <= answer.policy_version <= last:
             raise PublishError(
@@ -218,6 +229,8 @@ class CustomEngine:
             token_ids = [operator.index(token_id) for token_id in answer]
         except TypeError:
             raise self._wrong(member, "a list of token ids", f"{answer!r:.80}") from None
+        if not all(0 <= token_id < _MOST_TOKENS for token_id in token_ids):
+            raise self._wrong(member, "ids of the model's tokens", f"{token_ids!r:.80}")
         if not 1 <= len(token_ids) <= max_tokens:
             raise self._wrong(member, f"1 to {max_tokens} tokens (max_tokens)", f"{len(token_ids)}")
         return token_ids

@@ -148,7 +148,11 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
             "no rollout of this step made a tool call that parsed; check model.tool_parser and the chat template, "
             "or add a warmstart section"
         )
-    if groups.get("groups/tied_share", 0.0) < 1:
+    if "groups/tied_share" not in groups:
+        if len({r.reward for r in rollouts if r.reward is not None}) == 1:
+            progress.warn("all rewards of this step are the same: only the critic learned of it")
+        return
+    if groups["groups/tied_share"] < 1:
         return
     progress.warn("no group of this step had rewards that vary: nothing was learned from it")
     # Only its writer knows for sure what stands in a file that nodes share, and all have to decide alike.

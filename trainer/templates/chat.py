@@ -27,7 +27,15 @@ from envs.types import NOT_RUN, Message
 from trainer.templates.call_signs import opening_tag, tag_after
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
 from trainer.templates.ends import PROBE_RESULT, End, find_ends
-from trainer.templates.fallback import ANSWER, FALLBACK_TEMPLATE, PROBE, PROBE_CALL, PROBE_TOOL, choose_template
+from trainer.templates.fallback import (
+    ANSWER,
+    FALLBACK_TEMPLATE,
+    PROBE,
+    PROBE_CALL,
+    PROBE_TOOL,
+    choose_template,
+    is_shipped,
+)
 from trainer.templates.grammar import Grammar
 from trainer.templates.local import added_by, is_local
 from trainer.templates.special_tokens import SpecialTokens, stop_token_ids
@@ -289,12 +297,14 @@ class Chat:
 
     @functools.cached_property
     def _is_local(self) -> bool:
-        return self._lists_tools_apart or is_local(self._render, [PROBE_TOOL])
+        """Only of templates that are shipped: probes can't know what one of a user's looks at."""
+        template = self._renderer.template or self._tokenizer.chat_template
+        return isinstance(template, str) and is_shipped(template) and is_local(self._render, [PROBE_TOOL])
 
     @functools.cached_property
     def _lists_tools_apart(self) -> bool:
         """Whether what is added reads the same without any tools, which then need not be listed."""
-        return is_local(self._render, ())
+        return self._renderer.template == FALLBACK_TEMPLATE.read_text() and is_local(self._render, ())
 
     def _rendered_on(
         self,
@@ -307,7 +317,7 @@ class Chat:
         generate: bool,
     ) -> str:
         """The whole conversation, of which `prompt` is what `before` was rendered to."""
-        # Now and then all of it is rendered, less often the longer it is: a template that fooled its proof would fork.
+        # Now and then all of it is rendered, less often the longer it is: were the proof fooled, the row would fork.
         if self._is_local and len(before) // 2 not in _RENDERED_WHOLE:
             listed = () if self._lists_tools_apart else tools
             added = added_by(self._render, turn, answers, listed, generate=generate)

@@ -7,6 +7,8 @@ writes tools, calls and results into plain messages and lets the model's own tem
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -118,6 +120,18 @@ def _has_system_role(renderer: Renderer) -> bool:
         return PROBE in renderer.render([Message(role="system", content=PROBE), HELLO], None, generate=True)
     except TemplateRefused:
         return False
+
+
+def is_shipped(template: str) -> bool:
+    """Whether it is ours, or one of those that the installed trl has, letter for letter."""
+    return template.strip() in _shipped()
+
+
+@functools.cache
+def _shipped() -> frozenset[str]:
+    spec = importlib.util.find_spec("trl")
+    theirs = [] if spec is None or spec.origin is None else Path(spec.origin).parent.glob("chat_templates/*.jinja")
+    return frozenset(path.read_text().strip() for path in (FALLBACK_TEMPLATE, *theirs))
 
 
 def _training_template(tokenizer: Any) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from envs.errors import UserError
-from trainer.config.advantages import ADVANTAGE_SETTINGS, advantage_settings
+from trainer.config.advantages import ADVANTAGE_SETTINGS, CustomAdvantageConfig, advantage_settings
 from trainer.learning.advantages import Attempt, estimator_of, group_advantages
 from trainer.learning.advantages.attempts import with_costs
 from trainer.learning.advantages.registry import ESTIMATORS, check_advantage
@@ -344,3 +344,22 @@ def test_a_users_own_estimator_gives_a_number_a_rollout_or_one_a_turn(tmp_path):
 def test_one_that_does_not_work_is_refused_at_its_trial(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
         check_advantage(custom(tmp_path, name))
+
+
+def test_ones_own_estimator_is_made_once_and_can_not_shuffle_its_groups(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "class Counts:\n"
+        "    num_steps = 0\n"
+        "    def __call__(self, groups):\n"
+        "        self.num_steps += 1\n"
+        "        return [[float(self.num_steps)] * len(group) for group in groups]\n"
+        "def sorts(groups):\n"
+        "    groups[0].sort(key=lambda attempt: attempt.reward)\n"
+    )
+    counts = CustomAdvantageConfig(type="custom", target=f"{file}:Counts")
+    groups = [[attempt(1.0), attempt(0.0)]]
+    assert [estimator_of(counts)(groups)[0][0][0] for _ in range(3)] == [1.0, 2.0, 3.0]
+    with pytest.raises(AttributeError) as error:
+        estimator_of(CustomAdvantageConfig(type="custom", target=f"{file}:sorts"))(groups)
+    assert "own.py:sorts" in "".join(error.value.__notes__)

@@ -11,6 +11,8 @@ from envs.types import Message, ToolCall
 from tests.support.template_families import FAMILIES, family_chat
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.templates.chat import Chat, TemplateRefused
+from trainer.templates.fallback import PROBE_TOOL
+from trainer.templates.local import is_local
 
 TOOLS = [
     {
@@ -80,24 +82,39 @@ def test_what_is_added_is_what_the_whole_conversation_reads(name: str, smollm2: 
 
 @pytest.mark.parametrize("why", NOT_LOCAL)
 def test_a_template_that_looks_at_what_stands_before_is_rendered_whole(why: str, smollm2: Path, tmp_path: Path) -> None:
-    assert toy(smollm2, tmp_path, TOY_TEMPLATE)._is_local
-    assert not toy(smollm2, tmp_path, NOT_LOCAL[why])._is_local
+    assert is_local(toy(smollm2, tmp_path, TOY_TEMPLATE)._render, [PROBE_TOOL])
+    assert not is_local(toy(smollm2, tmp_path, NOT_LOCAL[why])._render, [PROBE_TOOL])
 
 
-def test_a_template_that_fools_the_proof_forks_where_all_is_rendered(smollm2: Path, tmp_path: Path) -> None:
-    late = TOY_TEMPLATE.replace("{{ m.role }}", "{{ m.role }}{{ ' late' if messages | length > 26 }}")
-    chat = toy(smollm2, tmp_path, late)
-    assert chat._is_local
-    messages = [Message(role="system", content="Be brief."), Message(role="user", content="How much?")]
-    text, forks = chat.begin(messages, TOOLS).text, []
+FOOLING = {
+    "long results are cut later": TOY_TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content if loop.revindex < 5 or m.content | length < 100 else '[cut]' }}"
+    ),
+    "much of it is left out": TOY_TEMPLATE.replace("for m in messages", "for m in messages[:1] + messages[1:][-24:]"),
+    "a word of the system message": TOY_TEMPLATE.replace(
+        "{{ m.role }}", "{{ m.role }}{{ ' careful' if 'secret' in messages[0].content and m.role == 'tool' }}"
+    ),
+    "a tool's name": TOY_TEMPLATE.replace(
+        "{{ m.role }}", "{{ m.role }}{{ ' hit' if tools and tools[0].function.name == 'search' and m.role == 'tool' }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("why", FOOLING)
+def test_a_template_of_a_users_own_is_rendered_whole_whatever_the_probes_say(
+    why: str, smollm2: Path, tmp_path: Path
+) -> None:
+    chat = toy(smollm2, tmp_path, FOOLING[why])
+    assert is_local(chat._render, [PROBE_TOOL]), "the probes do not see it"
+    messages = [Message(role="system", content="It is a secret."), Message(role="user", content="How much?")]
+    text = chat.begin(messages, TOOLS).text
     for number in range(20):
-        turn, answers = random_turn(random.Random(1), number)
-        turn = Message(role="assistant", tool_calls=turn.tool_calls)
-        sampled = chat.encode_assistant(messages, turn, TOOLS) if len(messages) < 20 else chat._encode("x")
-        more = chat.extend(messages, turn, answers, TOOLS, sampled, prompt=text)
-        text, messages = more.text, [*messages, turn, *answers]
-        forks += [len(messages)] if more.forked else []
-    assert len(forks) == 1 and text.startswith(chat.prompt_text(messages, TOOLS)[:60])
+        calls = (ToolCall(call_id=f"call{number:05d}", name="search", arguments='{"query": "a"}'),)
+        turn = Message(role="assistant", tool_calls=calls)
+        answers = [Message(role="tool", content="long " * 40, call_id=calls[0].call_id, name="search")]
+        text = chat.extend(messages, turn, answers, TOOLS, chat._encode("x"), prompt=text).text
+        messages += [turn, *answers]
+        assert text == chat.prompt_text(messages, TOOLS)
 
 
 def test_texts_are_encoded_and_rendered_as_transformers_does(smollm2: Path) -> None:

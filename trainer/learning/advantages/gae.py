@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from envs.types import StopReason
 from trainer.config.advantages import GaeConfig
-from trainer.learning.advantages.base import Attempt
+from trainer.learning.advantages.base import STD_EPS, Attempt
 from trainer.learning.samples import Sample
-from trainer.types import Rollout
+from trainer.types import UNTRAINABLE_VERSION, Ledger, Rollout
 
 
 def gae(
@@ -49,13 +49,16 @@ def token_rewards(attempt: Attempt, turns_N: Sequence[int]) -> list[float]:
 
 
 def whitened(advantages: Sequence[Sequence[float]]) -> list[list[float]]:
-    """(A - mean) / (std + 1e-8) over all tokens of the step; std with Bessel's correction. PPO's usual batch."""
+    """(A - mean) / (std + 1e-4) over all tokens of the step; std with Bessel's correction.
+
+    PPO's usual batch; 1e-4, so that the noise of a critic that is right is not blown up to what would be learned.
+    """
     flat = list(itertools.chain.from_iterable(advantages))
     if len(flat) < 2:
         return [list(of) for of in advantages]
     mean = math.fsum(flat) / len(flat)
     std = math.sqrt(math.fsum((x - mean) ** 2 for x in flat) / (len(flat) - 1))
-    return [[(x - mean) / (std + 1e-8) for x in of] for of in advantages]
+    return [[(x - mean) / (std + STD_EPS) for x in of] for of in advantages]
 
 
 _ENDED_BY_A_LIMIT = {
@@ -84,7 +87,7 @@ def with_critics_advantages(
     """
     asked = [sample for of in rows for sample in of]
     ends = [i for i, of in enumerate(rows) if of and config.bootstrap and _was_cut(rollouts[i])]
-    answers = values_of([*asked, *(_after(rows[i][-1]) for i in ends)])
+    answers = values_of([*asked, *(_after(rollouts[i].ledgers[-1], rows[i][-1]) for i in ends)])
     values = iter(answers[: len(asked)])
     last_value = {i: of[-1] for i, of in zip(ends, answers[len(asked) :], strict=True)}
     figures: list[tuple[Sample, list[float]]] = []
@@ -115,15 +118,19 @@ def _was_cut(rollout: Rollout) -> bool:
     return rollout.episode.stop_reason in _ENDED_BY_A_LIMIT
 
 
-def _after(row: Sample) -> Sample:
-    """The row and one more token, whichever, before which the state is that in which the row ends."""
+def _after(ledger: Ledger, row: Sample) -> Sample:
+    """The state in which a rollout was cut: its last ledger, which may hold what followed the last turn, and one more
+    token, whichever, before which the value is read. `row` is any of the rollout's.
+    """
+    token_ids = tuple(ledger.prompt_ids)
+    nothing = (0.0,) * (len(token_ids) + 1)
     return replace(
         row,
-        token_ids=(*row.token_ids, row.token_ids[-1]),
-        trainable=(*row.trainable, True),
-        logprobs=(*row.logprobs, 0.0),
-        versions=(*row.versions, row.versions[-1]),
-        advantages=(*row.advantages, 0.0),
+        token_ids=(*token_ids, token_ids[-1]),
+        trainable=(*[False] * len(token_ids), True),
+        logprobs=nothing,
+        versions=(*[UNTRAINABLE_VERSION] * len(token_ids), 0),
+        advantages=nothing,
         constrained=(),
     )
 

@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from envs.errors import UserError
-from envs.user_code import load_target, looked_at, make
+from envs.user_code import load_target, looked_at, make, raised_by
 from trainer.config.advantages import (
     AdvantageName,
     AdvantageSettings,
@@ -33,12 +33,21 @@ ESTIMATORS = {
 """Where each stands below this folder; called with the step's groups and its settings."""
 
 
+_MADE: dict[str, Estimator] = {}
+"""The user's own that is at work, by its settings."""
+
+
 def estimator_of(advantage: AdvantageName | AdvantageSettings) -> Estimator:
     """The estimator that the config names. Raises `UserError` for a target that can't be had."""
     config = advantage_settings(advantage)
     assert not isinstance(config, GaeConfig), "a critic's advantages are made of tokens, see `trainer.learning.critic`"
     if isinstance(config, CustomAdvantageConfig):
-        return _custom(config)
+        # Made once: it may keep what it learns of earlier steps.
+        key = config.model_dump_json()
+        if key not in _MADE:
+            _MADE.clear()
+            _MADE[key] = _custom(config)
+        return _MADE[key]
     function = resolve_name(f"trainer.learning.advantages.{ESTIMATORS[config.type]}")
     return lambda groups: function(groups, config)
 
@@ -64,7 +73,9 @@ def _custom(config: CustomAdvantageConfig) -> Estimator:
         raise UserError(f"{where}: expected a function of a step's groups; got {type(target).__name__}")
 
     def estimator(groups: Groups) -> Advantages:
-        answer = target(groups)
+        # Tuples: sorted in place, advantages would be given to others.
+        with raised_by(where):
+            answer = target([tuple(group) for group in groups])
         if not _has_length(answer, len(groups)):
             raise UserError(f"{where}: expected a list of {len(groups)} groups; got {_told(answer)}")
         return [_of_group(given, group, where) for given, group in zip(answer, groups, strict=True)]

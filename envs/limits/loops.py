@@ -56,13 +56,20 @@ class LoopThread:
             tasks.append(self._loop.create_task(coro))
             tasks[0].add_done_callback(lambda task: _hand_over(task, outcome))
 
-        self._loop.call_soon_threadsafe(begin)
+        def end() -> None:
+            # The loop keeps the order: what has not begun by then was interrupted before it was asked for.
+            if tasks:
+                tasks[0].cancel()
+            else:
+                coro.close()
+                outcome.cancel()
+
         try:
+            self._loop.call_soon_threadsafe(begin)
             return outcome.result()
         except BaseException:
             if not outcome.done():
-                # By then it has begun: the loop keeps the order.
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(end)
                 concurrent.futures.wait([outcome])
             raise
 

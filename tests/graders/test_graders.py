@@ -169,7 +169,7 @@ async def test_exact_compares_text_without_regard_to_space_and_by_default_to_cas
 
 
 @pytest.mark.parametrize(
-    "stop_reason", [s for s in StopReason if s not in (StopReason.ANSWERED, StopReason.CALLED, StopReason.WORLD_FAULT)]
+    "stop_reason", [s for s in StopReason if s not in (StopReason.ANSWERED, StopReason.CALLED) and not s.is_masked]
 )
 @pytest.mark.parametrize("score", ["exact", "numeric"])
 async def test_an_episode_that_ended_without_an_answer_scores_nothing(score: str, stop_reason: StopReason) -> None:
@@ -178,10 +178,11 @@ async def test_an_episode_that_ended_without_an_answer_scores_nothing(score: str
     assert str(stop_reason) in result.explanation
 
 
+@pytest.mark.parametrize("stop_reason", [s for s in StopReason if s.is_masked])
 @pytest.mark.parametrize("score", ["exact", "numeric"])
-async def test_an_episode_that_the_world_broke_off_is_refused(score: str) -> None:
+async def test_an_episode_that_was_broken_off_is_refused(score: str, stop_reason: StopReason) -> None:
     with pytest.raises(ValueError, match="mask it"):
-        await make_grader(score).grade(task("7"), episode("7", stop_reason=StopReason.WORLD_FAULT))
+        await make_grader(score).grade(task("7"), episode("7", stop_reason=stop_reason))
 
 
 @pytest.mark.parametrize(

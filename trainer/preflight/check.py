@@ -7,14 +7,18 @@ No weights are fetched or loaded, nothing is trained, no run folder is made. Wha
 from __future__ import annotations
 
 import asyncio
+import inspect
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from envs.base import Closes
 from envs.custom.world import CustomEnvConfig
-from envs.errors import WorldError, told_of
+from envs.errors import UserError, WorldError, told_of
 from envs.limits.clocks import time_limit
 from envs.secrets import hidden_in
+from envs.state import read_state
 from envs.tools import Tool
 from envs.types import Episode, Message, StopReason, Turn
 from envs.user_code import looked_at
@@ -97,12 +101,15 @@ async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> 
     )
     where = f"{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
     grader = build_scorer(config)
-    is_own = isinstance(prepared.config.world, CustomEnvConfig)
+    is_own, is_open = isinstance(prepared.config.world, CustomEnvConfig), False
     try:
         async with time_limit(prepared.config.rollout.settle_timeout_s):
             if is_own:
                 with looked_at(f"world: open() of task {task.task_id!r}"):
-                    await env.open(task, episode.rollout_id)
+                    await _awaited("open", env.open(task, episode.rollout_id))
+                    is_open = True
+                    state = await read_state(env, timeout_s=prepared.config.rollout.tool_timeout_s)
+                    episode = replace(episode, state=state)
             with told_of(where), looked_at(where):
                 grade = await grader.grade(task, episode)
     except TimeoutError:
@@ -112,10 +119,17 @@ async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> 
     finally:
         if isinstance(grader, Closes):
             await grader.aclose()
-        if is_own:
-            await env.close(None)
+        if is_open:
+            with looked_at("world: close()"):
+                await _awaited("close", env.close(None))
     faults = f" ({', '.join(grade.errors)}: {grade.explanation})" if grade.errors else ""
     return f"{grade.reward:g}{faults}"
+
+
+async def _awaited(name: str, given: Any) -> None:
+    if not inspect.isawaitable(given):
+        raise UserError(f"world: {name}: expected `async def {name}`, see envs/base.py")
+    await given
 
 
 def _loss(loss: LossSettings) -> str:

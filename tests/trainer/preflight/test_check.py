@@ -127,3 +127,43 @@ def test_a_cache_that_holds_no_episode_is_refused_before_the_engine_starts(tiny_
     sections = scripted_config(tmp_path / "run", tiny_model, engine={"kv_cache_gib": 1e6})
     with pytest.raises(UserError, match=r"^engine\.kv_cache_gib: 1e\+06 GiB are more than this machine has"):
         prepare(validate_config(sections, source="test"))
+
+
+OWN_WORLD = """
+from envs.tools import tool
+
+@tool
+def look() -> str:
+    "Look."
+    return "12"
+
+class Shelf:
+    def __init__(self):
+        self.tools = {{"look": look}}
+    {is_async}def open(self, task, rollout_id):
+        self.pieces = 12
+    async def close(self, episode):
+        pass
+    async def final_state(self):
+        return {{"pieces": self.pieces}}
+
+class Pieces:
+    async def grade(self, task, episode):
+        from graders.types import Grade
+        return Grade(reward=float(episode.state["pieces"] == 12), parts={{"pieces": 1.0}})
+"""
+
+
+@pytest.mark.parametrize("is_async", ["async ", ""])
+def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_WORLD.format(is_async=is_async))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many?"}]}) + "\n")
+    rows = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl"}
+    sections = scripted_config(tmp_path / "run", tiny_model) | {"data": rows, "penalties": {}}
+    sections["world"] = {"type": "custom", "target": f"{tmp_path}/own.py:Shelf"}
+    sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Pieces"}
+    if is_async:
+        assert dict(check_run(validate_config(sections, source="test")))["tried"].endswith(": 1")
+    else:
+        with pytest.raises(UserError, match="open: expected `async def open`"):
+            list(check_run(validate_config(sections, source="test")))

@@ -10,11 +10,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
 from trainer.config import EngineConfig, ModelConfig, RunConfig, publishes_merged
 from trainer.models.machines import GIB
+
+if TYPE_CHECKING:
+    from trainer.models.family import Family
 
 _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 """vLLM's names for quantising 16-bit weights while they are loaded, here with one scale for 128 × 128 of them. Its own
@@ -137,20 +140,25 @@ def engine_arguments(
         # As a server has it: agents read more than they write. An AsyncLLM made in process would get 2,048.
         arguments["max_num_batched_tokens"] = max(8192, engine.max_num_seqs)
     else:
-        arguments |= {
-            # On the CPU a seeded request that is prefilled in chunks crashes vLLM 0.31 ("CPU Generator does not use
-            # offset"), so every prompt is prefilled whole there.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, max_model_len),
-            # The default there, 128, is longer than most turns: nothing of a conversation would be found in the cache.
-            "block_size": 32,
-            # The state of recurrent layers is cached at the ends of chunks.
-            "enable_prefix_caching": not family.is_recurrent,
-        }
-        if family.is_latent:
-            # vLLM 0.31's rotary kernel for a CPU takes every head of latent attention's queries for a token: it turns
-            # it by another's position, and reads and writes past the ends. vLLM's own code in torch is right.
-            arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+        arguments |= _on_a_cpu(family, max_model_len)
+    return arguments
+
+
+def _on_a_cpu(family: Family, max_model_len: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        # A seeded request that is prefilled in chunks crashes vLLM 0.31 there ("CPU Generator does not use offset"), so
+        # every prompt is prefilled whole.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, max_model_len),
+        # The default there, 128, is longer than most turns: nothing of a conversation would be found in the cache.
+        "block_size": 32,
+        # The state of recurrent layers is cached at the ends of chunks.
+        "enable_prefix_caching": not family.is_recurrent,
+    }
+    if family.is_latent:
+        # vLLM 0.31's rotary kernel for a CPU takes every head of latent attention's queries for a token: it turns it by
+        # another's position, and reads and writes past the ends. vLLM's own code in torch is right.
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     return arguments
 
 

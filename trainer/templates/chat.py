@@ -26,7 +26,7 @@ from envs.reading.json_text import read_json
 from envs.types import NOT_RUN, Message
 from trainer.templates.call_signs import opening_tag, tag_after
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
-from trainer.templates.ends import PROBE_RESULT, End, find_ends
+from trainer.templates.ends import PROBE_RESULT, End, find_ends, num_common
 from trainer.templates.fallback import (
     ANSWER,
     FALLBACK_TEMPLATE,
@@ -177,7 +177,7 @@ class Chat:
         drifted = not text.startswith(kept)
         if drifted:
             full = self._rendered_on(prompt, before, turn, (), tools, generate=False)
-            kept = self._until_end(full, _num_common(prompt, full), end)
+            kept = self._until_end(full, num_common(prompt, full), end)
             if not (kept.startswith(prompt) and text.startswith(kept)):
                 return Continuation(token_ids=self._encode(text), forked=True, drifted=False, text=text)
         glue = self._encode_after(end, text[len(kept) :])
@@ -367,7 +367,7 @@ class Chat:
             for turn in ((), (ANSWER,), (PROBE_CALL,))
         )
         # What turns of calls and answers have in common (the turn's header, empty reasoning) is no part of the call.
-        start = _num_common(answer, full)
+        start = num_common(answer, full)
         if tag := _UNCLOSED_TAG.search(full, max(0, start - 60), start):
             start = tag.start()
         written = self._until_end(full, start, self._call_end)[start:].removesuffix(self._call_end.text)
@@ -396,10 +396,3 @@ class Chat:
             for turn in (ANSWER, replace(ANSWER, reasoning=PROBE))
         ]
         self._parser.learn_signs(opening_tag(written_call, "probe_tool", turns), tag_after(turns[1], PROBE))
-
-
-def _num_common(a: str, b: str) -> int:
-    """The characters that two texts have in common at their start."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

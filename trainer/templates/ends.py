@@ -62,3 +62,10 @@ def _not_a_stop(tokenizer: Any, after: str) -> str:
         f"with {' or '.join(named)}, at which the model does not stop; expected it in eos_token_id of the model's "
         "generation_config.json"
     )
+
+
+def num_common(a: str, b: str) -> int:
+    """The characters that two texts have in common at their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

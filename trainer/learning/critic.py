@@ -8,7 +8,6 @@ the token. PPO: Schulman et al. 2017, arXiv:1707.06347.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,20 +19,29 @@ from trainer.config import LoraConfig
 from trainer.config.advantages import CriticConfig
 from trainer.learning import adapter as lora
 from trainer.learning.optimizer import Optimizer
+from trainer.learning.packing.rows import Microbatch
+from trainer.learning.reader import Reader
 from trainer.learning.work import Work
 
 _ADAPTER = "critic"
-Hidden = Callable[[Any], Tensor]
-"""(N, H) hidden states of a microbatch at the positions before its trainable tokens, by the model as it is."""
 
 
 class Critic:
     """Values in float32. Begins at 0 everywhere: its adapter changes nothing yet, its head gives nothing."""
 
     def __init__(
-        self, model: Any, config: CriticConfig, accelerator: Accelerator, *, seed: int, max_grad_norm: float
+        self,
+        model: Any,
+        reader: Reader,
+        config: CriticConfig,
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        max_grad_norm: float,
     ) -> None:
+        """`reader` reads `model`, under the critic's adapter while that is at work."""
         self.config = config
+        self._reader = reader
         self._model = model
         lora.add_adapter(model, _ADAPTER, LoraConfig(r=config.r, alpha=2 * config.r), seed=seed)
         hidden_size = model.get_base_model().config.get_text_config().hidden_size
@@ -52,15 +60,15 @@ class Critic:
             max_grad_norm=max_grad_norm,
         )
 
-    def values(self, microbatch: Any, hidden: Hidden) -> Tensor:
+    def values(self, microbatch: Microbatch) -> Tensor:
         """(N,) of the states before the trainable tokens; no gradient."""
         with lora.as_adapter(self._model, _ADAPTER), torch.no_grad():
-            return self._values(microbatch, hidden)
+            return self._values(microbatch)
 
-    def accumulate(self, work: Work, hidden: Hidden, scale: float) -> dict[str, Tensor]:
+    def accumulate(self, work: Work, scale: float) -> dict[str, Tensor]:
         """Add one microbatch's gradient of `value_loss`, times `scale`; returns metrics, sums over its tokens."""
         with lora.as_adapter(self._model, _ADAPTER):
-            values_N = self._values(work.microbatch, hidden)
+            values_N = self._values(work.microbatch)
             loss_N = value_loss(values_N, work.values_N, work.returns_N, self.config.value_clip)
             ((loss_N * work.weights_N).sum() * scale).backward()  # type: ignore[no-untyped-call]
         now_N = values_N.detach()
@@ -75,8 +83,8 @@ class Critic:
         """One update; the gradient's norm. Collective, see `Optimizer.step`."""
         return self._optimizer.step(scale)
 
-    def _values(self, microbatch: Any, hidden: Hidden) -> Tensor:
-        values_N1: Tensor = self._head(hidden(microbatch).float())
+    def _values(self, microbatch: Microbatch) -> Tensor:
+        values_N1: Tensor = self._head(self._reader.hidden(microbatch).float())
         return values_N1[:, 0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,10 +99,6 @@ class Critic:
             for parameter, weight in zip(self._parameters, state["weights"], strict=True):
                 parameter.copy_(weight)
         self._optimizer.load_moments(state["moments"])
-
-    def shapes(self) -> list[torch.Size]:
-        """Of `weights` in the state."""
-        return [p.shape for p in self._parameters]
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip: float | None) -> Tensor:

@@ -110,7 +110,7 @@ class Policy:
         self.critic: Critic | None = None
         if critic is not None:
             limit = optim.max_grad_norm
-            self.critic = Critic(self.model, critic, accelerator, seed=seed + 1, max_grad_norm=limit)
+            self.critic = Critic(self.model, self.reader, critic, accelerator, seed=seed + 1, max_grad_norm=limit)
 
     def _why_padded(self, config: ModelConfig) -> str:
         if self._optim.layout == "padded":
@@ -170,9 +170,8 @@ class Policy:
 
     def values(self, samples: Sequence[Sample]) -> list[list[float]]:
         """The critic's value of the state before each trainable token of each sample; likewise."""
-        critic = self.critic
-        assert critic is not None, "the policy has no critic"
-        return self._figures(samples, lambda microbatch: critic.values(microbatch, self.reader.hidden))
+        assert self.critic is not None, "the policy has no critic"
+        return self._figures(samples, self.critic.values)
 
     def _figures(self, samples: Sequence[Sample], figure: Callable[[Microbatch], Tensor]) -> list[list[float]]:
         """(N,) figures of each sample's trainable tokens, without a gradient, shared out over the processes."""
@@ -266,7 +265,7 @@ class Policy:
                 metrics, old_N = self._accumulate(work, loss, temperature, scale)
                 done.old |= work.by_row(old_N)
             if self.critic is not None:
-                metrics |= self.critic.accumulate(work, self.reader.hidden, scale)
+                metrics |= self.critic.accumulate(work, scale)
                 metrics["num_tokens"] = torch.tensor(float(len(work.weights_N)))
             done.parts.append(metrics)
         if learns:

@@ -20,14 +20,13 @@ def attempt_of(rollout: Rollout) -> Attempt:
     num_tokens: dict[int, int] = {}
     states: dict[int, int] = {}
     for ledger in rollout.ledgers:
-        token_ids, turns = ledger.prompt_ids, ledger.turns
-        for place, turn in enumerate(turns):
-            if turn == NO_TURN:
-                continue
-            if turn not in states:
-                # Of whole numbers Python's hash is the same in every process.
-                states[turn] = hash(tuple(token_ids[:place]))
-            num_tokens[turn] = num_tokens.get(turn, 0) + 1
+        # Of all tokens before, carried on from one to the next; of whole numbers the same in every process.
+        state = 0
+        for token_id, turn in zip(ledger.prompt_ids, ledger.turns, strict=True):
+            if turn != NO_TURN:
+                states.setdefault(turn, state)
+                num_tokens[turn] = num_tokens.get(turn, 0) + 1
+            state = hash((state, token_id))
     num_turns = max(num_turns, 1 + max(num_tokens, default=-1))
     grade = rollout.grade
     given = None if grade is None else grade.turn_rewards

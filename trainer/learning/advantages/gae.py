@@ -6,13 +6,12 @@ Shape suffixes: N sampled tokens of a rollout, in the order of time, over all of
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from envs.types import StopReason
 from trainer.config.advantages import GaeConfig
-from trainer.learning.advantages.base import STD_EPS, Attempt
+from trainer.learning.advantages.base import Attempt, normalised
 from trainer.learning.samples import Sample
 from trainer.types import UNTRAINABLE_VERSION, Ledger, Rollout
 
@@ -49,16 +48,15 @@ def token_rewards(attempt: Attempt, turns_N: Sequence[int]) -> list[float]:
 
 
 def whitened(advantages: Sequence[Sequence[float]]) -> list[list[float]]:
-    """(A - mean) / (std + 1e-4) over all tokens of the step; std with Bessel's correction.
+    """`normalised` over all tokens of the step: PPO's usual batch. A single token keeps its own.
 
-    PPO's usual batch; 1e-4, so that the noise of a critic that is right is not blown up to what would be learned.
+    What it adds to the spread keeps the noise of a critic that is right from being blown up to what would be learned.
     """
     flat = list(itertools.chain.from_iterable(advantages))
     if len(flat) < 2:
         return [list(of) for of in advantages]
-    mean = math.fsum(flat) / len(flat)
-    std = math.sqrt(math.fsum((x - mean) ** 2 for x in flat) / (len(flat) - 1))
-    return [[(x - mean) / (std + STD_EPS) for x in of] for of in advantages]
+    white = (x for x in normalised(flat) if x is not None)
+    return [list(itertools.islice(white, len(of))) for of in advantages]
 
 
 _ENDED_BY_A_LIMIT = {

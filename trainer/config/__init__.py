@@ -5,6 +5,7 @@ from trainer.config.engines import CustomEngineConfig as CustomEngineConfig
 from trainer.config.engines import EngineConfig as EngineConfig
 from trainer.config.engines import EngineSettings as EngineSettings
 from trainer.config.engines import Sleep as Sleep
+from trainer.config.engines import cpu_cache_gib as cpu_cache_gib
 from trainer.config.engines import publishes_merged as publishes_merged
 from trainer.config.learning import CustomLossConfig as CustomLossConfig
 from trainer.config.learning import LossConfig as LossConfig

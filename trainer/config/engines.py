@@ -37,7 +37,13 @@ class EngineConfig(EngineSettings):
         "auto", description="how new weights reach the engine; auto: lora on a GPU, merged on a CPU (measured faster)"
     )
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="share of GPU memory for the engine")
-    kv_cache_gib: float = Field(2.0, gt=0, description="KV cache on a CPU, GiB")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="KV cache, GiB; null: 2 on a CPU, on a GPU what gpu_memory_utilization leaves beside the weights. "
+        "Where it is given gpu_memory_utilization does not count: so several runs share a GPU, whose engines would "
+        "else take each other's memory for their own when they measure it",
+    )
     sleep: Sleep = Field(
         "none",
         description="what the engine leaves to the trainer of a GPU's memory while it trains; kv: the KV cache, "
@@ -84,6 +90,11 @@ if TYPE_CHECKING:
     AnyEngineConfig = EngineSettings
 else:
     AnyEngineConfig = by_type({name: entry.settings for name, entry in ENGINES.items()}, without_type="local")
+
+
+def cpu_cache_gib(engine: EngineConfig) -> float:
+    """The KV cache on a CPU."""
+    return 2.0 if engine.kv_cache_gib is None else engine.kv_cache_gib
 
 
 def publishes_merged(engine: EngineConfig, *, on_cpu: bool) -> bool:

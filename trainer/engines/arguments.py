@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from trainer.config import EngineConfig, ModelConfig, RunConfig, publishes_merged
+from trainer.config import EngineConfig, ModelConfig, RunConfig, cpu_cache_gib, publishes_merged
 from trainer.models.machines import GIB
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _VLLM_QUANTIZATION = {"fp8": "fp8_per_block"}
 _SHARED = Path("/dev/shm")
 _SHARED_MIB = 240
 """The larger of vLLM's two rings of messages between its engine and its worker, which a GPU's engine does without."""
+
+_ANY_SHARE = 0.01
 
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
@@ -78,13 +80,14 @@ def check_cache(config: RunConfig, engine: EngineConfig, folder: Path) -> None:
 
     from trainer.models.memory import kv_token_bytes, read_shape
 
-    given, memory = engine.kv_cache_gib * GIB, psutil.virtual_memory().total
+    gib = cpu_cache_gib(engine)
+    given, memory = gib * GIB, psutil.virtual_memory().total
     if given > memory:
-        raise UserError(f"engine.kv_cache_gib: {engine.kv_cache_gib:g} GiB are more than this machine has")
+        raise UserError(f"engine.kv_cache_gib: {gib:g} GiB are more than this machine has")
     shape = read_shape(folder)
     if shape is not None and (needed := kv_token_bytes(config, shape) * config.rollout.max_episode_tokens) > given:
         raise UserError(
-            f"engine.kv_cache_gib: {engine.kv_cache_gib:g} GiB hold less than one episode of "
+            f"engine.kv_cache_gib: {gib:g} GiB hold less than one episode of "
             f"rollout.max_episode_tokens = {config.rollout.max_episode_tokens:,}, which takes {needed / GIB:.2f} GiB"
         )
 
@@ -139,6 +142,10 @@ def engine_arguments(
     if device != "cpu":
         # As a server has it: agents read more than they write. An AsyncLLM made in process would get 2,048.
         arguments["max_num_batched_tokens"] = max(8192, engine.max_num_seqs)
+        if engine.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = round(engine.kv_cache_gib * GIB)
+            # All that it is used for then is to refuse a GPU on which less is free.
+            arguments["gpu_memory_utilization"] = _ANY_SHARE
     else:
         arguments |= _on_a_cpu(family, max_model_len)
     return arguments
@@ -183,7 +190,7 @@ def engine_environment(engine: EngineConfig, *, device: str, local_rank: int) ->
     changes["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     changes["VLLM_NO_USAGE_STATS"] = "1"
     if device == "cpu":
-        changes["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(engine.kv_cache_gib)))
+        changes["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cpu_cache_gib(engine))))
         # All cores that this process may use: by default vLLM leaves one idle, half of a small machine. Processes that
         # a launcher started together share them out, or their engines would wait for each other's threads.
         cores = sorted(os.sched_getaffinity(0))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import EngineConfig, RunConfig
+from trainer.config import EngineConfig, RunConfig, cpu_cache_gib
 from trainer.models.machines import GIB
 
 DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -149,6 +149,13 @@ def engine_weight_bytes(config: RunConfig, engine: EngineConfig, shape: ModelSha
     return quantised + (num_weights - quantised) * b
 
 
+def gpu_bytes(engine: EngineConfig, weights: float, total_bytes: float) -> float:
+    """What the engine takes of a GPU of `total_bytes`: its share, or the cache that it is given beside its weights."""
+    if engine.kv_cache_gib is None:
+        return total_bytes * engine.gpu_memory_utilization
+    return weights + engine.kv_cache_gib * GIB
+
+
 def kv_token_bytes(config: RunConfig, shape: ModelShape) -> int:
     """2·L·K·b: keys and values of one token."""
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[config.model.dtype]
@@ -180,7 +187,7 @@ def _engine_rows(
     yield "engine", "base weights", engine_weight_bytes(config, engine, shape, num_weights), weights
     yield "engine", "adapter", num_lora_weights(config, shape) * b, "b·r·Σ(inputs + outputs)"
     if on_cpu:
-        yield "engine", "KV cache", engine.kv_cache_gib * GIB, "engine.kv_cache_gib"
+        yield "engine", "KV cache", cpu_cache_gib(engine) * GIB, "engine.kv_cache_gib"
         yield "engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"
         return
     kv_token = kv_token_bytes(config, shape)

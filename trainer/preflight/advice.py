@@ -10,7 +10,7 @@ from envs.types import StopReason
 from trainer.config import EngineConfig, RunConfig
 from trainer.measures.masked import WHY_MASKED, Masked
 from trainer.models.machines import GIB
-from trainer.models.memory import MemoryRow, memory_bytes
+from trainer.models.memory import MemoryRow, gpu_bytes, memory_bytes
 from trainer.preflight.figures import Figures
 
 FEW_VARIED, ENOUGH_VARIED = 0.10, 0.15
@@ -225,9 +225,10 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
         return _fit("The trainer beside an engine of your own", memory_bytes(rows), total_bytes, remedy)
     if on_cpu:
         return _fit("Run and engine", memory_bytes(rows), total_bytes, "less of optim.max_microbatch_tokens")
-    share, sleep = engine.gpu_memory_utilization, engine.sleep
+    sleep = engine.sleep
     weights = sum(row.num_bytes for row in rows if row.where == "engine" and row.name != "KV cache")
-    left_by_engine = {"none": total_bytes * (1 - share), "kv": total_bytes - weights, "weights": total_bytes}[sleep]
+    taken = gpu_bytes(engine, weights, total_bytes)
+    left_by_engine = {"none": total_bytes - taken, "kv": total_bytes - weights, "weights": total_bytes}[sleep]
     advice = _fit(
         "The trainer",
         memory_bytes(rows, "trainer"),
@@ -238,18 +239,18 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     if sleep != "none":
         held = sum(row.num_bytes for row in rows if row.where == "trainer" and not row.name.startswith("activations"))
         remedy = "a smaller engine.gpu_memory_utilization"
-        advice += _fit("The trainer while the engine is at work", held, total_bytes * (1 - share), remedy)
+        advice += _fit("The trainer while the engine is at work", held, total_bytes - taken, remedy)
     cache = memory_bytes(rows, "engine") - weights
-    room = total_bytes * share - weights
+    room = taken - weights
     if room <= 0:
-        return advice + _fit("The engine's weights", weights, total_bytes * share, "a GPU with more memory")
+        return advice + _fit("The engine's weights", weights, taken, "a GPU with more memory")
     sequences = min(engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
     if room * sequences < cache:
         return advice + _fit(
             "The KV cache of one episode at full length",
             cache / sequences,
             room,
-            "a larger engine.gpu_memory_utilization or a smaller rollout.max_episode_tokens",
+            "a larger engine.gpu_memory_utilization or engine.kv_cache_gib, or a smaller rollout.max_episode_tokens",
         )
     if room < cache:
         advice.append(

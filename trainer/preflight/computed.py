@@ -37,6 +37,7 @@ from trainer.models.memory import (
     MemoryRow,
     ModelShape,
     engine_weight_bytes,
+    gpu_bytes,
     kv_token_bytes,
     memory_rows,
     num_lora_weights,
@@ -135,7 +136,7 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
         time = computed_time(config, shape, num_weights, gpu, episode, gpus=assumptions.gpus)
     return Estimate(
         where=f"{assumptions.gpus} × {gpu.name}" if gpu else "this machine",
-        engine_share_bytes=_share_bytes(engine, machine),
+        engine_share_bytes=_share_bytes(config, shape, num_weights, machine),
         memory=rows,
         advice=advise_memory(rows, config, total_bytes=machine.memory_bytes, on_cpu=machine.on_cpu),
         time=time,
@@ -143,8 +144,10 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
     )
 
 
-def _share_bytes(engine: EngineConfig | None, machine: Machine) -> float | None:
-    return None if engine is None or machine.on_cpu else machine.memory_bytes * engine.gpu_memory_utilization
+def _share_bytes(config: RunConfig, shape: ModelShape, num_weights: int, machine: Machine) -> float | None:
+    if machine.on_cpu or not isinstance(engine := config.engine, EngineConfig):
+        return None
+    return gpu_bytes(engine, engine_weight_bytes(config, engine, shape, num_weights), machine.memory_bytes)
 
 
 def episode_of(config: RunConfig, assumptions: Assumptions) -> AssumedRollout:
@@ -191,7 +194,7 @@ def decoding_of(
     g, r = episode.generated_tokens, episode.row_tokens
     kv_row = kv_token_bytes(config, shape) * r
     weights = engine_weight_bytes(config, engine, shape, num_weights)
-    room = gpu.memory_bytes * engine.gpu_memory_utilization - weights
+    room = gpu_bytes(engine, weights, gpu.memory_bytes) - weights
     cached = room // kv_row
     at_once = max(1.0, min(config.engine.max_num_seqs, num_rollouts, cached))
     rounds = num_rollouts / at_once + LONGEST_ROLLOUT - 1

@@ -66,7 +66,7 @@ def render_estimate(estimate: Estimate) -> RenderableType:
     if estimate.engine_share_bytes is None:
         rows.append(("in all", gib(memory_bytes(estimate.memory)), ""))
     else:
-        rows.append(("engine: what it takes", gib(estimate.engine_share_bytes), "engine.gpu_memory_utilization"))
+        rows.append(("engine: what it takes", gib(estimate.engine_share_bytes), "its share, or its cache and weights"))
     parts: list[RenderableType] = [
         Text(f"Memory of each process, on {estimate.where}: an unmeasured estimate, by formula", style="bold"),
         _list(rows),

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from tests.support import families
 from tests.support.policy_worker import VOCABULARY, random_samples, save_tiny_llama, tiny_policy
 from trainer.config import LossConfig
 from trainer.learning import adapter as lora
-from trainer.learning.packing.attention import mask_of, nodes_of
+from trainer.learning.packing.attention import attention_of_tree, calls_by_level, nodes_of, reading_of
 from trainer.learning.packing.choice import why_unproved
 from trainer.learning.packing.layouts import pack
-from trainer.learning.packing.rows import FixedRow, used_length
+from trainer.learning.packing.rows import FixedRow, PrefixTree, used_length
 from trainer.learning.packing.shares import share_out
 from trainer.learning.packing.tree import num_unique_tokens
 from trainer.learning.policy import Policy
@@ -91,6 +92,24 @@ def test_log_probabilities_and_gradients_over_a_tree_are_those_of_rows_by_themse
     torch.testing.assert_close(tree_gradient, padded_gradient, atol=1e-5, rtol=1e-5)
 
 
+def read_by_level(tree: PrefixTree) -> torch.Tensor:
+    """Whether a position reads another, as a GPU's kernel takes the calls; each pair is read by one call at most."""
+    num_positions = len(tree.end_T)
+    read_TT = torch.zeros(num_positions, num_positions, dtype=torch.int)
+    for call in calls_by_level(nodes_of(tree), torch.device("cpu")):
+        queries, keys = call.queries, call.keys
+        of_queries = torch.arange(num_positions) if queries.positions is None else queries.positions
+        of_keys = torch.arange(num_positions) if keys.positions is None else keys.positions
+        assert len(queries.starts) == len(keys.starts) and queries.starts[-1] == len(of_queries)
+        assert len(set(of_queries.tolist())) == len(of_queries) and len(set(of_keys.tolist())) == len(of_keys)
+        for (a, b), (c, d) in zip(pairwise(queries.starts.tolist()), pairwise(keys.starts.tolist()), strict=True):
+            assert 0 < b - a <= queries.longest and 0 < d - c <= keys.longest
+            pairs = torch.ones(b - a, d - c, dtype=torch.int)
+            read_TT[of_queries[a:b, None], of_keys[None, c:d]] += pairs.tril() if call.is_own else pairs
+    assert read_TT.max() <= 1
+    return read_TT.bool()
+
+
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), alphabet=st.sampled_from([2, 20]), max_tokens=st.sampled_from([16, 40, 10_000]))
 def test_a_tree_holds_each_token_once_and_reads_what_its_rows_read(seed, alphabet, max_tokens):
@@ -103,22 +122,57 @@ def test_a_tree_holds_each_token_once_and_reads_what_its_rows_read(seed, alphabe
         used = [samples[i].token_ids[: used_length(samples[i])] for i in m.row_indices]
         prefixes = {row[: t + 1] for row in used for t in range(len(row))}
         assert num_positions == len(prefixes)
-        reads = mask_of(m.tree)
-        mask_TT = torch.tensor([[bool(reads(0, 0, q, k)) for k in range(num_positions)] for q in range(num_positions)])
+        q_T = torch.arange(num_positions)
+        mask_TT = (q_T[None] <= q_T[:, None]) & (q_T[:, None] < m.tree.end_T[None])
         # What a position reads, in order, is one row's beginning; all together are all beginnings.
         seen = [tuple(ids_T[read].tolist()) for read in mask_TT]
         assert set(seen) == prefixes
         assert [len(row) - 1 for row in seen] == depth_T.tolist()
-        # The stretches of the other way are the same mask.
+        # The stretches are the same mask, called node by node and level by level.
         by_nodes_TT = torch.zeros_like(mask_TT)
         for start, end, last in nodes_of(m.tree):
             by_nodes_TT[start:end, start:end] = torch.ones(end - start, end - start).tril()
             by_nodes_TT[end:last, start:end] = True
         assert torch.equal(by_nodes_TT, mask_TT)
+        assert torch.equal(read_by_level(m.tree), mask_TT)
         targets = [t for i in m.row_indices for t in samples[i].trained(samples[i].token_ids)]
         assert m.targets_N.tolist() == targets
         before = [samples[i].token_ids[:t] for i in m.row_indices for t, on in enumerate(samples[i].trainable) if on]
         assert [seen[p] for p in m.positions_N.tolist()] == before
+
+
+DEVICES = [
+    ("cpu", torch.float32),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (24, 12), (20, 20), (64, 64)])
+@pytest.mark.parametrize(("device", "dtype"), DEVICES)
+def test_attention_over_a_tree_is_attention_under_its_mask(device, dtype, sizes):
+    """Against a product of all pairs in float64; grouped heads, and values of another size than keys."""
+    torch.manual_seed(0)
+    for seed in range(6):
+        [microbatch] = pack(branching_samples(seed), 10_000, "tree")
+        tree = microbatch.tree.to(torch.device(device))
+        end_T = tree.end_T
+        q_T = torch.arange(len(end_T), device=device)
+        mask_TT = (q_T[None] <= q_T[:, None]) & (q_T[:, None] < end_T[None])
+        given = [
+            torch.randn(1, heads, len(end_T), size, dtype=dtype, device=device, requires_grad=True)
+            for heads, size in ((6, sizes[0]), (2, sizes[0]), (2, sizes[1]))
+        ]
+        out_BTHD, _ = attention_of_tree(None, *given, None, tree_reading=reading_of(tree))
+        exact = [x.detach().double().requires_grad_() for x in given]
+        query, key, value = exact[0], *(x.repeat_interleave(3, dim=1) for x in exact[1:])
+        scores = (query @ key.transpose(2, 3)) * sizes[0] ** -0.5
+        expected_BTHD = (scores.masked_fill(~mask_TT, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+        weights = torch.randn_like(expected_BTHD)
+        gradients = torch.autograd.grad((out_BTHD.double() * weights).sum(), given)
+        gradients_expected = torch.autograd.grad((expected_BTHD * weights).sum(), exact)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        for got, wanted in zip((out_BTHD, *gradients), (expected_BTHD, *gradients_expected), strict=True):
+            assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("loss", [LossConfig(), LossConfig(kl_coef=0.05, normalisation="sequence")])

@@ -24,7 +24,7 @@ from trainer.learning.head import chunk_rows
 from trainer.learning.policy import Policy
 from trainer.models.family import check_attention
 from trainer.models.machines import hardware
-from trainer.models.memory import MemoryRow, head_bytes
+from trainer.models.memory import MemoryRow, gpu_bytes, head_bytes
 from trainer.preflight.advice import Level, advise_memory
 from trainer.prepare import prepare
 from trainer.train import train
@@ -110,6 +110,23 @@ def test_vllm_is_started_so_that_it_can_sleep_only_where_it_will(tiny_model: Pat
             tiny_model, model=ModelConfig(), engine=EngineConfig(sleep=sleep), max_model_len=100, device="cuda"
         )
         assert arguments["enable_sleep_mode"] is expected
+
+
+def test_a_cache_of_a_given_size_is_asked_of_vllm_in_place_of_a_share(tiny_model: Path) -> None:
+    def asked(engine: EngineConfig) -> tuple[object, object]:
+        arguments = engine_arguments(tiny_model, model=ModelConfig(), engine=engine, max_model_len=100, device="cuda")
+        return arguments.get("kv_cache_memory_bytes"), arguments["gpu_memory_utilization"]
+
+    assert asked(EngineConfig(gpu_memory_utilization=0.3)) == (None, 0.3)
+    given, share = asked(EngineConfig(gpu_memory_utilization=0.3, kv_cache_gib=1.5))
+    # vLLM refuses to start where its share is not free, and others may hold most of the card.
+    assert given == 3 << 29 and isinstance(share, float) and 0 < share <= 0.01
+
+
+def test_a_cache_of_a_given_size_leaves_the_trainer_the_rest_of_the_card() -> None:
+    engine = EngineConfig(gpu_memory_utilization=0.9, kv_cache_gib=2)
+    assert gpu_bytes(engine, 3.0, 1e12) == 3 + (2 << 30)
+    assert gpu_bytes(EngineConfig(gpu_memory_utilization=0.9), 3.0, 100.0) == 90
 
 
 def test_the_engine_sleeps_from_the_end_of_the_rollouts_to_the_publish(

@@ -5,8 +5,8 @@ Shape suffixes: B = 1, H query heads, K heads of keys and values, T positions, D
 It is registered with transformers under `NAME`, whose models hand it the keyword `tree_reading` that their forward pass
 is given, and so reaches every layer, recomputed ones (gradient checkpointing) included.
 
-On a CPU it is torch's flash attention, two calls a node (a stretch of positions that the same rows read): the node's
-positions among themselves, and all that follow it, which lie in one stretch, on the node. What a position gets from
+A tree is cut into nodes, stretches of positions that the same rows read. The positions of a node read the node itself,
+causally, and all of each node above it. Torch's flash attention computes both parts, and what a position gets from
 several nodes is put together by the normalisers: with out_i = softmax(s_i) V_i and l_i = logsumexp(s_i),
 
     l = log Σ_i exp(l_i),  out = Σ_i exp(l_i - l) out_i
@@ -15,25 +15,25 @@ several nodes is put together by the normalisers: with out_i = softmax(s_i) V_i 
 but l and out (Dao et al. 2022, arXiv:2205.14135): given those of the whole row, each call gives its part of the
 gradient.
 
-On a GPU it is FlexAttention (Dong et al. 2024, arXiv:2412.05496) under a block mask of the same rule.
+On a CPU that is two calls a node: the node on itself, and all that follows it, which lies in one stretch, on the node.
+On a GPU the kernel takes many stretches at once: one call for all nodes on themselves, then one a level of the tree,
+for what lies below each of the level's nodes on that node.
 
-*Covered:* grouped heads, values of another size than keys. *Not covered:* sliding windows, sinks, soft caps, dropout
-(`trainer.learning.packing.choice` leaves models that have them to padded rows); FlexAttention has no backward pass on
-a CPU, so that here only its mask is tested.
+*Covered:* grouped heads, values of another size than keys. *Not covered:* sliding windows, sinks, soft caps, dropout,
+and on a GPU 32 bits (`trainer.learning.packing.choice` leaves models that have them to padded rows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -41,49 +41,89 @@ from trainer.learning.packing.rows import PrefixTree
 
 NAME = "agent_rft_prefix_tree"
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+Node = tuple[int, int, int]
+"""(start, end, end of all that follows) of a stretch of positions that the same rows read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stretches:
+    """Many stretches of positions for one call on a GPU, laid end to end."""
+
+    positions: Tensor | None
+    """int64; None: all of them, as they lie."""
+    starts: Tensor
+    """int32: where each begins among `positions`, and the end of the last."""
+    longest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Call:
+    """One call of flash attention: queries that read keys."""
+
+    queries: slice | Stretches
+    keys: slice | Stretches
+    is_own: bool
+    """A node on itself, causally; else what follows it, on all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TreeReading:
     """How a device computes the attention of one tree, prepared once for all layers."""
 
-    nodes: tuple[tuple[int, int, int], ...] = ()
-    """(start, end, end of all that follows) of each node, in the order of positions; on a CPU."""
-    block_mask: BlockMask | None = None
-    """On a GPU."""
+    calls: tuple[Call, ...]
+    """Nodes on themselves first."""
 
 
 def reading_of(tree: PrefixTree) -> TreeReading:
-    if tree.end_T.device.type == "cpu":
-        return TreeReading(nodes=nodes_of(tree))
-    num_positions = len(tree.end_T)
-    mask = create_block_mask(
-        mask_of(tree), None, None, num_positions, num_positions, device=str(tree.end_T.device), _compile=True
-    )
-    return TreeReading(block_mask=mask)
+    nodes = nodes_of(tree)
+    device = tree.end_T.device
+    return TreeReading(calls=calls_by_node(nodes) if device.type == "cpu" else calls_by_level(nodes, device))
 
 
-def mask_of(tree: PrefixTree) -> Callable[[Any, Any, Any, Any], Any]:
-    """FlexAttention's `mask_mod`: whether position q reads position k."""
-    end_T = tree.end_T
-
-    def reads(_batch: Any, _head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < end_T[k])
-
-    return reads
-
-
-def nodes_of(tree: PrefixTree) -> tuple[tuple[int, int, int], ...]:
-    """See `TreeReading.nodes`."""
-    depth_T, end_T = tree.depth_T, tree.end_T
+def nodes_of(tree: PrefixTree) -> list[Node]:
+    """In the order of their positions, which is depth first."""
+    depth_T, end_T = tree.depth_T.cpu(), tree.end_T.cpu()
     # A position goes on with its node where the former one is read by the same positions and is the token before it.
     begins_T = torch.ones(len(end_T), dtype=torch.bool)
     begins_T[1:] = (end_T[1:] != end_T[:-1]) | (depth_T[1:] != depth_T[:-1] + 1)
     starts = begins_T.nonzero()[:, 0].tolist()
     ends = [*starts[1:], len(end_T)]
-    return tuple((start, end, int(end_T[start])) for start, end in zip(starts, ends, strict=True))
+    return [(start, end, int(end_T[start])) for start, end in zip(starts, ends, strict=True)]
+
+
+def calls_by_node(nodes: Sequence[Node]) -> tuple[Call, ...]:
+    own = [Call(queries=slice(start, end), keys=slice(start, end), is_own=True) for start, end, _ in nodes]
+    past = [
+        Call(queries=slice(end, last), keys=slice(start, end), is_own=False) for start, end, last in nodes if last > end
+    ]
+    return (*own, *past)
+
+
+def calls_by_level(nodes: Sequence[Node], device: torch.device) -> tuple[Call, ...]:
+    """What lies below the nodes of one level does not overlap, so that one call takes it all."""
+    whole = _stretches([(start, end) for start, end, _ in nodes], device, as_they_lie=True)
+    calls = [Call(queries=whole, keys=whole, is_own=True)]
+    levels: list[list[Node]] = []
+    above: list[int] = []
+    for start, end, last in nodes:
+        while above and above[-1] <= start:
+            above.pop()
+        if len(above) == len(levels):
+            levels.append([])
+        levels[len(above)].append((start, end, last))
+        above.append(last)
+    for level in levels:
+        if read := [node for node in level if node[2] > node[1]]:
+            below = _stretches([(end, last) for _, end, last in read], device)
+            calls.append(Call(queries=below, keys=_stretches([n[:2] for n in read], device), is_own=False))
+    return tuple(calls)
+
+
+def _stretches(spans: Sequence[tuple[int, int]], device: torch.device, *, as_they_lie: bool = False) -> Stretches:
+    lengths = [end - start for start, end in spans]
+    positions = None if as_they_lie else torch.cat([torch.arange(start, end) for start, end in spans]).to(device)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return Stretches(positions=positions, starts=starts, longest=max(lengths))
 
 
 def attention_of_tree(
@@ -103,20 +143,14 @@ def attention_of_tree(
             module, query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs
         )
         return plain
-    if tree_reading.block_mask is not None:
-        out_BTHD: Tensor
-        out_BTHD, _ = flex_attention_forward(
-            module, query_BHTD, key_BKTD, value_BKTD, tree_reading.block_mask, scaling=scaling, **kwargs
-        )
-        return out_BTHD, None
     size, value_size = query_BHTD.shape[-1], value_BKTD.shape[-1]
     scale = scaling if scaling is not None else size**-0.5
-    if size != value_size:
-        # Flash attention wants one size; zeros change no score and no sum.
-        widest = max(size, value_size)
+    widest = -(-max(size, value_size) // 8) * 8
+    if size != widest or value_size != widest:
+        # Flash attention wants one size, of whole eights on a GPU; zeros change no score and no sum.
         query_BHTD, key_BKTD = pad(query_BHTD, (0, widest - size)), pad(key_BKTD, (0, widest - size))
         value_BKTD = pad(value_BKTD, (0, widest - value_size))
-    out_BHTD: Tensor = _TreeAttention.apply(query_BHTD, key_BKTD, value_BKTD, tree_reading.nodes, scale)  # type: ignore[no-untyped-call]
+    out_BHTD: Tensor = _TreeAttention.apply(query_BHTD, key_BKTD, value_BKTD, tree_reading.calls, scale)  # type: ignore[no-untyped-call]
     return out_BHTD[..., :value_size].transpose(1, 2), None
 
 
@@ -134,33 +168,27 @@ class _TreeAttention(torch.autograd.Function):
         query_BHTD: Tensor,
         key_BKTD: Tensor,
         value_BKTD: Tensor,
-        nodes: tuple[tuple[int, int, int], ...],
+        calls: tuple[Call, ...],
         scale: float,
     ) -> Tensor:
         dtype = torch.promote_types(query_BHTD.dtype, torch.float32)
-        out_BTHD = query_BHTD.new_empty(query_BHTD.transpose(1, 2).shape, dtype=dtype)
-        out_BHTD = out_BTHD.transpose(1, 2)
+        out_BHTD = query_BHTD.new_empty(query_BHTD.transpose(1, 2).shape, dtype=dtype)
+        out_BHTD = out_BHTD.transpose(1, 2)
         normalisers_BHT = query_BHTD.new_empty(query_BHTD.shape[:3], dtype=dtype)
-        for queries, keys, is_own in _calls(nodes):
-            part, normalisers = _flash(
-                query_BHTD[:, :, queries],
-                key_BKTD[:, :, keys],
-                value_BKTD[:, :, keys],
-                0.0,
-                is_own,
-                attn_mask=None,
-                scale=scale,
-            )
-            if is_own:
-                out_BHTD[:, :, queries], normalisers_BHT[:, :, queries] = part, normalisers
+        for call in calls:
+            q, k = _index(call.queries), _index(call.keys)
+            part, normalisers = _attend(query_BHTD[:, :, q], key_BKTD[:, :, k], value_BKTD[:, :, k], call, scale)
+            if call.is_own:
+                out_BHTD[:, :, q], normalisers_BHT[:, :, q] = part.to(dtype), normalisers
                 continue
             # out + share · (part - out), where share = exp(l_part) / (exp(l_part) + exp(l)).
-            share = torch.sigmoid(normalisers - normalisers_BHT[:, :, queries])
-            out_BHTD[:, :, queries].lerp_(part.to(dtype), share[..., None])
-            normalisers_BHT[:, :, queries] = torch.logaddexp(normalisers_BHT[:, :, queries], normalisers)
+            before, so_far = out_BHTD[:, :, q], normalisers_BHT[:, :, q]
+            share = torch.sigmoid(normalisers - so_far)
+            out_BHTD[:, :, q] = before.lerp(part.to(dtype), share[..., None])
+            normalisers_BHT[:, :, q] = torch.logaddexp(so_far, normalisers)
         out_BHTD = out_BHTD.to(query_BHTD.dtype)
         ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD, out_BHTD, normalisers_BHT)
-        ctx.nodes, ctx.scale = nodes, scale
+        ctx.calls, ctx.scale = calls, scale
         return out_BHTD
 
     @staticmethod
@@ -171,29 +199,72 @@ class _TreeAttention(torch.autograd.Function):
         query_grad, key_grad, value_grad = (
             torch.zeros_like(x, dtype=dtype) for x in (query_BHTD, key_BKTD, value_BKTD)
         )
-        for queries, keys, is_own in _calls(ctx.nodes):
-            of_query, of_key, of_value = _flash_backward(
-                grad_BHTD[:, :, queries],
-                query_BHTD[:, :, queries],
-                key_BKTD[:, :, keys],
-                value_BKTD[:, :, keys],
-                out_BHTD[:, :, queries],
-                normalisers_BHT[:, :, queries],
-                0.0,
-                is_own,
-                attn_mask=None,
-                scale=ctx.scale,
+        for call in ctx.calls:
+            q, k = _index(call.queries), _index(call.keys)
+            of_query, of_key, of_value = _attend_backward(
+                grad_BHTD[:, :, q],
+                query_BHTD[:, :, q],
+                key_BKTD[:, :, k],
+                value_BKTD[:, :, k],
+                out_BHTD[:, :, q],
+                normalisers_BHT[:, :, q],
+                call,
+                ctx.scale,
             )
-            query_grad[:, :, queries] += of_query
-            key_grad[:, :, keys] += of_key
-            value_grad[:, :, keys] += of_value
+            query_grad[:, :, q] += of_query
+            key_grad[:, :, k] += of_key
+            value_grad[:, :, k] += of_value
         gradients = (query_grad, key_grad, value_grad)
         of_q, of_k, of_v = (g.to(x.dtype) for g, x in zip(gradients, (query_BHTD, key_BKTD, value_BKTD), strict=True))
         return of_q, of_k, of_v, None, None
 
 
-def _calls(nodes: tuple[tuple[int, int, int], ...]) -> list[tuple[slice, slice, bool]]:
-    """(queries, keys, whether causal) of each call: every node on itself first, then what follows it on it."""
-    own = [(slice(start, end), slice(start, end), True) for start, end, _ in nodes]
-    past = [(slice(end, last), slice(start, end), False) for start, end, last in nodes if last > end]
-    return own + past
+# ---- torch's kernels
+
+
+def _index(part: slice | Stretches) -> slice | Tensor:
+    """Of positions; no position stands in it twice."""
+    if isinstance(part, slice):
+        return part
+    return slice(None) if part.positions is None else part.positions
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float) -> tuple[Tensor, Tensor]:
+    """(1, H, T, D) and normalisers (1, H, T) of what one call reads."""
+    q, k = call.queries, call.keys
+    if isinstance(q, slice) or isinstance(k, slice):
+        out, normalisers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, call.is_own, attn_mask=None, scale=scale
+        )
+        return out, normalisers
+    out_THD, normalisers_HT, *_ = torch.ops.aten._flash_attention_forward(
+        *map(_end_to_end, (query, key, value)), q.starts, k.starts, q.longest, k.longest, 0.0, call.is_own, False,
+        scale=scale,
+    )  # fmt: skip
+    return out_THD.transpose(0, 1)[None], normalisers_HT[None]
+
+
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, normalisers: Tensor, call: Call, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The call's part of the gradients of queries, keys and values, given `out` and `normalisers` of the whole row."""
+    q, k = call.queries, call.keys
+    if isinstance(q, slice) or isinstance(k, slice):
+        of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, normalisers, 0.0, call.is_own, attn_mask=None, scale=scale
+        )
+        return of_query, of_key, of_value
+    # What draws dropout, of which there is none.
+    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    gradients = torch.ops.aten._flash_attention_backward(
+        *map(_end_to_end, (grad, query, key, value, out)), normalisers[0].contiguous(), q.starts, k.starts,
+        q.longest, k.longest, 0.0, call.is_own, seed, torch.zeros((), dtype=torch.uint64, device=query.device),
+        scale=scale,
+    )  # fmt: skip
+    of_query, of_key, of_value = (g.transpose(0, 1)[None] for g in gradients)
+    return of_query, of_key, of_value
+
+
+def _end_to_end(x_BHTD: Tensor) -> Tensor:
+    """(T, H, D), as the kernel of many stretches takes it."""
+    return x_BHTD[0].transpose(0, 1)

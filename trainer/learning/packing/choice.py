@@ -54,7 +54,10 @@ def why_unproved(model: Any, hidden_states: Any) -> str:
 
     The model's attention is the tree's from here on, where nothing differs.
     """
-    vocabulary_size = model.get_base_model().get_input_embeddings().weight.shape[0]
+    embeddings = model.get_base_model().get_input_embeddings().weight
+    if embeddings.is_cuda and embeddings.dtype not in (torch.bfloat16, torch.float16):
+        return f"the flash attention of a GPU takes 16 bits, and the model is in {str(embeddings.dtype)[6:]}"
+    vocabulary_size = embeddings.shape[0]
     trunk = list(range(3, 43))
     rows = [
         FixedRow(token_ids=[t % vocabulary_size for t in (*trunk[:n], *range(start, start + 24))])
@@ -64,10 +67,10 @@ def why_unproved(model: Any, hidden_states: Any) -> str:
     before = use_attention(model, NAME)
     try:
         tree = _read(model, hidden_states, pack(rows, 10_000, "tree"))
-    except Exception as e:  # whatever a compiler of attention kernels raises, the first time that it is used
+    except Exception as e:  # whatever a kernel raises of a size or a card that it was not made for
         use_attention(model, before)
         return f"its attention over a tree can't be computed here: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
-    tolerances = _TOLERANCES[model.get_base_model().get_input_embeddings().weight.dtype]
+    tolerances = _TOLERANCES[embeddings.dtype]
     differs = [what for what in plain if not _difference(tree[what], plain[what]) <= tolerances[what]]
     if differs:
         use_attention(model, before)

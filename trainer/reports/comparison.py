@@ -150,17 +150,21 @@ def _num_masked(evaluations: Sequence[Evaluation]) -> dict[Masked, list[int]]:
     }
 
 
+def errors_of(rollout: Rollout) -> Counter[str]:
+    """Tool errors by kind, malformed calls, grader errors by kind, and an end without an answer."""
+    count = Counter[str]()
+    for turn in rollout.episode.turns:
+        count["malformed call"] += turn.malformed
+        count.update(f"tool: {result.error}" for result in turn.results if result.error is not None)
+    count.update(f"grader: {kind}" for kind in (rollout.grade.errors if rollout.grade else ()))
+    if not rollout.episode.stop_reason.is_complete:
+        count[f"ended by {rollout.episode.stop_reason}"] += 1
+    return count
+
+
 def _errors(evaluations: Sequence[Evaluation]) -> dict[str, list[float]]:
-    """Per graded rollout: tool errors by kind, malformed calls, grader errors by kind, episodes without an answer."""
-    counts = [Counter[str]() for _ in evaluations]
-    for count, evaluation in zip(counts, evaluations, strict=True):
-        for rollout in evaluation.rollouts:
-            for turn in rollout.episode.turns:
-                count["malformed call"] += turn.malformed
-                count.update(f"tool: {result.error}" for result in turn.results if result.error is not None)
-            count.update(f"grader: {kind}" for kind in (rollout.grade.errors if rollout.grade else ()))
-            if not rollout.episode.stop_reason.is_complete:
-                count[f"ended by {rollout.episode.stop_reason}"] += 1
+    """`errors_of` per graded rollout."""
+    counts = [sum((errors_of(r) for r in evaluation.rollouts), Counter[str]()) for evaluation in evaluations]
     names = sorted({name for count in counts for name in count if count[name]})
     return {n: [c[n] / len(e.rollouts) for c, e in zip(counts, evaluations, strict=True)] for n in names}
 

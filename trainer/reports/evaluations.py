@@ -39,14 +39,14 @@ class Evaluation:
 def read_evaluation(folder: Path, step: int, *, name: str, num_rollouts: float | None) -> Evaluation:
     """The evaluation after `step`, of all processes, as far as it can be read. `num_rollouts`: what metrics count."""
     notes: list[str] = []
-    rollouts = list(records_of_step(folder / "evals", step, notes, _rollout, what="rollout"))
+    rollouts = list(records_of_step(folder / "evals", step, notes, rollout_without_tokens, what="rollout"))
     if num_rollouts is not None and len(rollouts) < num_rollouts:
         notes.append(f"evaluation after {step} steps: {len(rollouts)} of {num_rollouts:.0f} rollouts could be read")
     return Evaluation(name=name, source=f"{folder}, step {step}", rollouts=rollouts, notes=notes)
 
 
-def _rollout(record: dict[str, Any]) -> Rollout:
-    """Without its tokens. Raises whatever a record that is none makes of it."""
+def rollout_without_tokens(record: dict[str, Any]) -> Rollout:
+    """Raises whatever a record that is none makes of it."""
     rollout = rollout_from_json({**record, "ledgers": []})
     if rollout.grade is not None and not math.isfinite(rollout.grade.reward):
         raise ValueError("a reward is no number")
@@ -111,5 +111,5 @@ def _of_preflight(folder: Path, name: str) -> Evaluation:
     if not path.exists():
         raise UserError(f"{path}: no such file; expected the rollouts of a run or of a preflight")
     notes: list[str] = []
-    rollouts = list(records_in(path, notes, _rollout, what="rollout"))
+    rollouts = list(records_in(path, notes, rollout_without_tokens, what="rollout"))
     return Evaluation(name=name, source=f"{folder}, preflight", rollouts=rollouts, notes=notes)

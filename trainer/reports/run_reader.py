@@ -22,7 +22,7 @@ import yaml
 from trainer.runs.files import is_intact, lines_in, object_in, read_document, step_files
 
 METRICS = "metrics.jsonl"
-_UNREADABLE = (
+UNREADABLE = (
     ValueError,
     KeyError,
     IndexError,
@@ -155,7 +155,7 @@ def records_in(path: Path, notes: list[str], of: Callable[[dict[str, Any]], T], 
                 if record is None:
                     raise ValueError("no object, or a damaged one")
                 value = of(record)
-            except _UNREADABLE:
+            except UNREADABLE:
                 unreadable.append(number)
                 is_cut = not line.endswith(b"\n")
                 continue

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import struct
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,12 @@ from typing import Self
 
 from envs.errors import UserError
 from envs.terminal import clean
-from trainer.runs.files import open_to_lock
+from trainer.runs.files import open_to_lock, open_to_read
 
 LOCK_NAME = "run.lock"
 _MOST_BYTES = 1000
+_FLOCK = struct.Struct("hhqqi4x")
+"""`struct flock` of 64-bit Linux: type, whence, start, length, process."""
 
 
 class RunLock:
@@ -84,3 +87,19 @@ class RunLock:
             about = json.loads(os.pread(self._fd, _MOST_BYTES, 0))
             return clean(f"process {about['pid']} on {about['host']}, since {about['since']}")
         return "another run, which does not say who it is"
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a run has the folder, which is asked of the kernel and changes nothing; None where that can't be known.
+
+    *Not covered:* this process's own lock, which it does not see and would lose by asking.
+    """
+    try:
+        with open_to_read(folder / LOCK_NAME) as file:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            return bool(kind != fcntl.F_UNLCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None

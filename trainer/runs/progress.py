@@ -145,11 +145,11 @@ class Progress:
         self._metrics = {k.removeprefix("train/"): v for k, v in metrics.items()}
         if math.isfinite(reward := self._metrics.get("reward", math.nan)):
             self._rewards.append(reward)
-        parts = [f"step {step}/{self._total_steps}", _figures(self._metrics), self._rollouts_speed, _clock(step_s)]
+        parts = [f"step {step}/{self._total_steps}", _figures(self._metrics), self._rollouts_speed, clock(step_s)]
         line = "  ".join(filter(None, parts))
         self._note(line)
         if not self._live:
-            self._line(f"{line}  left about {_clock(self.left_s())}")
+            self._line(f"{line}  left about {clock(self.left_s())}")
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -197,7 +197,7 @@ class Progress:
         if self._phase == Phase.ROLLOUTS:
             self._rollouts_speed = self._speed()
         elif self._phase and self._phase not in STEP_PHASES:
-            self._line(", ".join(filter(None, [f"{self._phase}: {_clock(phase_s)}", self._speed()])), style="green")
+            self._line(", ".join(filter(None, [f"{self._phase}: {clock(phase_s)}", self._speed()])), style="green")
         self._phase, self._phase_start = "", time.monotonic()
         self._phase_total, self._phase_done, self._phase_tokens = None, 0, 0
 
@@ -209,7 +209,7 @@ class Progress:
             wait_s = self._pulse_s if silent_s >= self._pulse_s else self._pulse_s - silent_s
             if silent_s >= self._pulse_s and (phase := self._phase):
                 done = f"{self._phase_done}/{self._phase_total}" if self._phase_total else ""
-                so_far = f"{_clock(time.monotonic() - self._phase_start)} so far"
+                so_far = f"{clock(time.monotonic() - self._phase_start)} so far"
                 self._line(f"{phase}: " + ", ".join(filter(None, [done, self._speed(), so_far])), style="dim")
 
     def _line(self, text: str, *, style: str = "") -> None:
@@ -237,12 +237,12 @@ class Progress:
         head = Table.grid(padding=(0, 2))
         phase = Text(self._phase or "working", style="bold")
         cells: list[RenderableType | None] = [self._spinner, phase, bar, total, self._speed()]
-        head.add_row(*[c for c in cells if c], _clock(now - self._phase_start))
+        head.add_row(*[c for c in cells if c], clock(now - self._phase_start))
         left = (
-            f"left about {_clock(self.left_s())}" if self._step_times_s else "time left: unknown before the first step"
+            f"left about {clock(self.left_s())}" if self._step_times_s else "time left: unknown before the first step"
         )
         log = f" · log: {self._log.path}" if self._log else ""
-        foot = Text(f"elapsed {_clock(now - self._start)} · {left}{log}", style="dim")
+        foot = Text(f"elapsed {clock(now - self._start)} · {left}{log}", style="dim")
         return Group(head, *self._step_lines(), foot)
 
     def _step_lines(self) -> list[Text]:
@@ -269,7 +269,7 @@ def _figures(metrics: Mapping[str, float]) -> str:
     return "  ".join(shown) or "no rollout was graded"
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
     """12 s, 3:04 or 1:02:03."""
     if seconds is None:
         return "unknown"

@@ -29,12 +29,14 @@ from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
 from trainer.models.machines import hardware, release_memory
 from trainer.prepare import Prepared
+from trainer.rollouts.collect import with_fresh_groups
 from trainer.rollouts.stream import RolloutStream, release_left_open
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch, sweep_default_roots
 from trainer.seeds import derive_seed
+from trainer.tasks.curriculum import Curriculum
 from trainer.types import Kind, Metrics, Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
@@ -75,18 +77,22 @@ class Session:
         self.stream.submit(kind, step, requests, temperature=temperature)
         return self.stream.take(kind, step, phase)
 
-    def roll_out(self, requests_of: Callable[[int], list[RolloutRequest]], *, step: int) -> list[Rollout]:
+    def roll_out(self, curriculum: Curriculum, *, step: int) -> list[Rollout]:
         """A training step's rollouts; those of `overlap.max_staleness` steps more are asked for by then.
 
         Without such steps the engine sleeps until `publish`, where it is to.
         """
         config = self.prepared.config
-        ahead = config.overlap.max_staleness
+        ahead, temperature = config.overlap.max_staleness, config.rollout.temperature
         for asked in range(step, min(step + ahead, config.optim.num_steps) + 1):
             if not self.stream.is_asked(Kind.TRAIN, asked):
-                temperature = config.rollout.temperature
-                self.stream.submit(Kind.TRAIN, asked, requests_of(asked), temperature=temperature)
-        rollouts = self.stream.take(Kind.TRAIN, step, Phase.ROLLOUTS)
+                self.stream.submit(Kind.TRAIN, asked, curriculum.requests(asked), temperature=temperature)
+
+        def more(first: int, count: int) -> list[Rollout]:
+            fresh = curriculum.fresh_requests(step, first=first, count=count)
+            return self.collect(Kind.TRAIN, step, fresh, temperature=temperature, phase=Phase.ROLLOUTS)
+
+        rollouts = with_fresh_groups(self.stream.take(Kind.TRAIN, step, Phase.ROLLOUTS), config, more)
         if not ahead:
             self.loop.run(self.engine.sleep())
         return rollouts
@@ -94,12 +100,9 @@ class Session:
     def update(self, samples: Sequence[Sample]) -> Update:
         """One step of the optimizer, the same on every process."""
         self.progress.phase(Phase.TRAINING)
-        config = self.prepared.config
+        config, rollout = self.prepared.config, self.prepared.config.rollout
         update = self.policy.update(
-            samples,
-            config.loss,
-            temperature=config.rollout.temperature,
-            constant_tokens=config.rollout.max_episode_tokens,
+            samples, config.loss, temperature=rollout.temperature, constant_tokens=rollout.max_episode_tokens
         )
         mismatch, tolerance = update.metrics.get("mismatch_abs", 0.0), config.engine.canary_mean_tolerance
         if mismatch > tolerance:
@@ -212,8 +215,7 @@ def open_session(
         loop.run(publisher.publish())
         first_publish_s = time.perf_counter() - start
         worker = make_worker(prepared, engine, run)
-        deadline_s = prepared.config.overlap.deadline_s
-        stream = RolloutStream(run, worker, accelerator, progress, loop, deadline_s=deadline_s)
+        stream = RolloutStream(run, worker, accelerator, progress, loop, deadline_s=prepared.config.overlap.deadline_s)
         stack.callback(stream.close)
         yield Session(
             prepared=prepared,
@@ -233,8 +235,7 @@ def open_session(
 
 def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
     """The policy as it begins: the base model under an adapter that changes nothing."""
-    config = prepared.config
-    model_path, grammar = prepared.model_path, prepared.grammar
+    config, model_path, grammar = prepared.config, prepared.model_path, prepared.grammar
     critic = None if config.loss.gae is None else config.loss.gae.critic
     return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar, critic=critic)
 

@@ -41,7 +41,7 @@ def train(
         evaluate_if_due(s, step=s.first_step)
         for step in range(s.first_step + 1, config.optim.num_steps + 1):
             clock = Stopwatch()
-            rollouts = s.roll_out(curriculum.requests, step=step)
+            rollouts = s.roll_out(curriculum, step=step)
             clock.lap(Lap.ROLLOUTS)
 
             samples, groups = to_samples(rollouts, config, s.policy)

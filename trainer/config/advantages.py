@@ -156,6 +156,8 @@ ADVANTAGE_SETTINGS: dict[str, type[AdvantageSettings]] = {
 
 BY_EPISODE = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "gdpo"})
 """Give all turns of a rollout one advantage: of what a turn has earned by itself the sum alone counts."""
+WITHOUT_TIES = frozenset({"reinforce_pp", "gae"})
+"""Compare the rollouts of a group with all of the step's, or with a critic's word: equal rewards teach, too."""
 
 
 def _tag_of(value: Any) -> Any:

@@ -23,6 +23,15 @@ class RolloutConfig(Settings):
         "which all tasks do",
     )
     group_size: int = Field(8, ge=1, description="rollouts of one task; one is enough for a critic alone")
+    tied_groups: Literal["keep", "skip", "replace"] = Field(
+        "keep",
+        description="groups without an advantage, all rewards being equal: keep: they count in the loss's denominators "
+        "and have its KL and entropy terms; skip: they do not; replace: as skip, and groups of fresh tasks take their "
+        "place in the same step (DAPO's dynamic sampling)",
+    )
+    replacement_rounds: int = Field(
+        3, ge=1, description="with replace: how often a step may ask for fresh groups; then it goes on with fewer"
+    )
     max_turns: int = Field(12, ge=1, description="model generations in an episode")
     max_tool_calls: int = Field(10, ge=0, description="the call budget of an episode")
     max_user_turns: int = Field(

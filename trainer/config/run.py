@@ -17,7 +17,7 @@ from envs.users import user_of
 from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
 from graders.penalties import PenaltiesConfig, check_penalties
-from trainer.config.advantages import BY_EPISODE, advantage_settings
+from trainer.config.advantages import BY_EPISODE, WITHOUT_TIES, advantage_settings
 from trainer.config.engines import AnyEngineConfig, EngineConfig, publishes_merged
 from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
@@ -109,6 +109,22 @@ class RunConfig(Settings):
     def _a_group_has_something_to_compare(self) -> RunConfig:
         if self.rollout.group_size == 1 and self.loss.gae is None:
             raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _tied_groups_are_told_in_time(self) -> RunConfig:
+        rule, name = self.rollout.tied_groups, advantage_settings(self.loss.advantage).type
+        if rule != "keep" and name in WITHOUT_TIES:
+            raise ValueError(
+                f"rollout.tied_groups: {rule} has no effect with loss.advantage {name}, which does not compare the "
+                "rollouts of a group with each other, so that none is tied; leave it out"
+            )
+        if rule == "replace" and self.overlap.max_staleness:
+            raise ValueError(
+                "rollout.tied_groups: replace asks for fresh tasks when a step's rollouts are there, and the next "
+                "steps' are under way by then where overlap.max_staleness is above 0; set it to skip, or "
+                "overlap.max_staleness to 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
     "of the groups": (
         ("groups/tied_share", "share of groups without an advantage, all rewards being equal: nothing to learn from"),
         ("groups/reward_std", "standard deviation of the rewards within a group, mean over groups"),
+        ("groups/skipped", "groups without an advantage that were left out, where they are"),
+        ("groups/replacements", "groups of fresh tasks that the step asked for besides, where tied ones are replaced"),
         ("groups/kl_in_reward", "divergence from the reference a token, where it is taken off the reward"),
         ("curriculum/tied_share", "share of the tasks seen so far that taught nothing when last seen"),
     ),

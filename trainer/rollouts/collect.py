@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -11,8 +11,10 @@ from envs.errors import UserError, WorldError
 from graders.types import GraderErrorKind
 from trainer import processes
 from trainer.config import LossSettings, RunConfig
+from trainer.config.advantages import WITHOUT_TIES, advantage_settings
 from trainer.learning.advantages import Attempt, estimator_of
 from trainer.learning.advantages.attempts import attempt_of, with_costs
+from trainer.learning.advantages.base import Advantages
 from trainer.learning.advantages.gae import with_critics_advantages
 from trainer.learning.samples import Sample, rollout_samples
 from trainer.measures.masked import WHY_MASKED, Masked, masked_causes
@@ -47,6 +49,9 @@ def to_samples(
     """
     size = config.rollout.group_size
     attempts = [attempt_of(rollout) for rollout in rollouts]
+    # The user's own is asked once a step, since it may keep what it learns; it sees the KL taken off.
+    asked_later = advantage_settings(config.loss.advantage).type in {"gae", "custom"}
+    is_tied = [] if asked_later else _tied(attempts, config)
     metrics: Metrics = {}
     if config.loss.kl_in_reward:
         assert policy is not None, "a KL in the reward needs the policy"
@@ -58,14 +63,58 @@ def to_samples(
         rows = [[] if r.reward is None else _rows(r, 0.0) for r in rollouts]
         return with_critics_advantages(rows, attempts, rollouts, config.loss.gae, policy.values), metrics
     advantages = estimator_of(config.loss.advantage)(groups)
+    is_tied = is_tied or _without_advantage(advantages)
+    skips = config.rollout.tied_groups != "keep"
     samples = [
         sample
-        for rollout, of in zip(rollouts, (of for group in advantages for of in group), strict=True)
-        if of is not None
-        for sample in _rows(rollout, of)
+        for i, of in enumerate(of for group in advantages for of in group)
+        if of is not None and not (skips and is_tied[i // size])
+        for sample in _rows(rollouts[i], of)
     ]
-    metrics["groups/tied_share"] = fmean(not any(x for of in group for x in of or ()) for group in advantages)
+    metrics["groups/tied_share"] = fmean(is_tied)
+    if skips:
+        metrics["groups/skipped"] = float(sum(is_tied))
+    if config.rollout.tied_groups == "replace":
+        metrics["groups/replacements"] = float(len(groups) - config.rollout.tasks_per_step)
     return samples, metrics
+
+
+def with_fresh_groups(
+    rollouts: list[Rollout], config: RunConfig, more: Callable[[int, int], list[Rollout]]
+) -> list[Rollout]:
+    """Where tied groups are replaced: with groups of fresh tasks after them, until as many as a step has are not tied
+    or the rounds are used up; the tied ones are among them still.
+
+    `more` rolls out so many groups (the second number) beside those that the step has (the first).
+    """
+    if config.rollout.tied_groups != "replace":
+        return rollouts
+    for _ in range(config.rollout.replacement_rounds):
+        is_tied = _tied([attempt_of(rollout) for rollout in rollouts], config)
+        missing = config.rollout.tasks_per_step - is_tied.count(False)
+        if missing <= 0:
+            break
+        rollouts = rollouts + more(len(is_tied), missing)
+    return rollouts
+
+
+def _tied(attempts: Sequence[Attempt], config: RunConfig) -> list[bool]:
+    """Of each group whether it has no advantage: what the reward gives it, before a KL is taken off.
+
+    Estimators that whiten over the step move a tied group's zeros off 0; so they are asked for each group by itself,
+    but for those that compare groups, or may: to them an equal group is none that teaches nothing.
+    """
+    size, estimator = config.rollout.group_size, estimator_of(config.loss.advantage)
+    groups = [attempts[i : i + size] for i in range(0, len(attempts), size)]
+    if advantage_settings(config.loss.advantage).type in {*WITHOUT_TIES, "custom"}:
+        advantages = estimator(groups)
+    else:
+        advantages = [estimator([group])[0] for group in groups]
+    return _without_advantage(advantages)
+
+
+def _without_advantage(advantages: Advantages) -> list[bool]:
+    return [not any(x for of in group for x in of or ()) for group in advantages]
 
 
 def _rows(rollout: Rollout, advantage: float | Sequence[float]) -> list[Sample]:

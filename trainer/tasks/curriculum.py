@@ -11,7 +11,7 @@ from envs.types import Task
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.runs.folder import RunFolder
 from trainer.tasks.difficulty import Rule, Visit, Visits, choose_tasks, preflight_visits, tied_share, with_visits
-from trainer.tasks.load import tasks_of_step, train_requests
+from trainer.tasks.load import fresh_tasks, tasks_of_step, train_requests
 from trainer.types import Rollout, RolloutRequest
 
 
@@ -74,6 +74,26 @@ class Curriculum:
             self._earlier = with_visits(self._earlier, step=learned, rewards=rewards)
         chosen = choose_tasks(list(by_id), self._earlier, seed=seed, step=step, num_tasks=num_tasks, rule=self._rule)
         return [by_id[task_id] for task_id in chosen]
+
+    def fresh_requests(self, step: int, *, first: int, count: int) -> list[RolloutRequest]:
+        """Those of `count` groups more for the step that was chosen last, which has asked for `first` of them so far.
+
+        A pure function of these, the seed and what earlier steps have shown: by difficulty the next most overdue; else
+        the step's others by a hash, whatever `stratify_by` says.
+        """
+        tasks = self._fresh(step, first, count)
+        return train_requests(self._config, tasks, run_id=self._run.run_id, step=step, first_group=first)
+
+    def _fresh(self, step: int, first: int, count: int) -> list[Task]:
+        seed = self._config.seed
+        if self._rule is None:
+            own = self.choose(step)
+            return fresh_tasks(self._tasks, own, seed=seed, step=step, count=first - len(own) + count)[-count:]
+        assert self._config.overlap.max_staleness == 0, "what the step was chosen by is still what is known"
+        by_id = {task.task_id: task for task in self._tasks}
+        num_tasks = first + count
+        chosen = choose_tasks(list(by_id), self._earlier, seed=seed, step=step, num_tasks=num_tasks, rule=self._rule)
+        return [by_id[task_id] for task_id in chosen[first:]]
 
     def learn(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Take in what the step's rollouts have shown; figures for the metrics."""

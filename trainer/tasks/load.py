@@ -14,7 +14,7 @@ from envs.schemas.words import schema_fault
 from envs.tools import Tool
 from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig
-from trainer.seeds import derive_seed
+from trainer.seeds import derive_seed, hash_of
 from trainer.tasks.offer import tools_offered
 from trainer.types import Demonstration, RolloutRequest
 
@@ -144,6 +144,15 @@ def tasks_of_step(
     return chosen
 
 
+def fresh_tasks(tasks: Sequence[Task], chosen: Sequence[Task], *, seed: int, step: int, count: int) -> list[Task]:
+    """The first `count` that take the place of tied ones in a step whose own tasks are `chosen`: each of the others
+    once, by a hash of seed, step and task, before any comes again. A longer list begins as a shorter one does."""
+    taken = {task.task_id for task in chosen}
+    others = [task for task in tasks if task.task_id not in taken] or list(tasks)
+    order = sorted(others, key=lambda task: hash_of(seed, step, "fresh", task.task_id))
+    return [order[i % len(order)] for i in range(count)]
+
+
 def _order(tasks: Sequence[Task], rng: random.Random, stratify_by: str | None) -> list[int]:
     order = list(range(len(tasks)))
     rng.shuffle(order)
@@ -159,14 +168,16 @@ def _order(tasks: Sequence[Task], rng: random.Random, stratify_by: str | None) -
     return sorted(order, key=place.__getitem__)
 
 
-def train_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
-    """The requests of a step's groups, group after group; `tasks` are the step's tasks."""
+def train_requests(
+    config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int, first_group: int = 0
+) -> list[RolloutRequest]:
+    """The requests of a step's groups, group after group; `tasks` are theirs, the first of which is `first_group`."""
     return [
         RolloutRequest(
             task=task,
             rollout_id=f"{run_id}-step{step}-{group}-{task.task_id}-{k}",
             seed=derive_seed(config.seed, "train", step, group, k),
         )
-        for group, task in enumerate(tasks)
+        for group, task in enumerate(tasks, first_group)
         for k in range(config.rollout.group_size)
     ]

@@ -173,6 +173,9 @@ BY_TURN = {"slope": 0.1, "floor": -0.2, "by_turn": True}
         ({"loss": {"advantage": {"type": "rlo"}}}, "'gae', 'custom' (got 'rlo'); did you mean 'rloo'?"),
         ({"loss": {"advantage": "rlo"}}, "loss.advantage: Input should be 'grpo', "),
         ({"penalties": {"tool_calls": BY_TURN}}, "penalties.tool_calls.by_turn: has no effect with loss.advantage g"),
+        ({"rollout": {"tied_groups": "skip"}, "loss": {"advantage": "gae"}}, "skip has no effect with loss.advantage "),
+        ({"rollout": {"tied_groups": "replace"}, "loss": {"advantage": "reinforce_pp"}}, "tied_groups: replace has no"),
+        ({"rollout": {"tied_groups": "replace"}, "overlap": {"max_staleness": 1}}, "rollout.tied_groups: replace asks"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_key(changes, expected):
@@ -184,6 +187,11 @@ def test_what_is_wrong_is_named_with_its_key(changes, expected):
 def test_penalties_by_turn_go_with_advantages_by_turn(advantage):
     sections = {"penalties": {"tool_calls": BY_TURN}, "loss": {"advantage": advantage}}
     assert validate_config(MINIMAL | sections, source="").penalties.tool_calls.by_turn
+
+
+def test_tied_groups_are_skipped_beside_rollouts_that_run_ahead():
+    sections = {"rollout": {"tied_groups": "skip"}, "overlap": {"max_staleness": 1}}
+    assert validate_config(MINIMAL | sections, source="").rollout.tied_groups == "skip"
 
 
 def test_penalties_that_could_turn_a_judgement_are_an_error_of_the_config():

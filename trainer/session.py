@@ -32,6 +32,7 @@ from trainer.prepare import Prepared
 from trainer.rollouts.collect import with_fresh_groups
 from trainer.rollouts.stream import RolloutStream, release_left_open
 from trainer.rollouts.worker import RolloutWorker
+from trainer.runs.canary_record import KeepRecord, keep_none
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch, sweep_default_roots
@@ -207,7 +208,7 @@ def open_session(
         stack.callback(engine.shutdown)
         scratch.note_children()
         name = f"{run.run_id}-canary-{accelerator.process_index}"
-        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name=name))
+        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name=name, keep=run.keep_canary))
         progress.phase(Phase.PUBLISHING)
         loop.run(publisher.note_base())
         loop.run(publisher.probe())
@@ -241,12 +242,12 @@ def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
 
 
 async def open_publisher(
-    prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str
+    prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str, keep: KeepRecord = keep_none
 ) -> Publisher:
     """`name` is that of the environments in which the canary's tasks are solved; no other process may have it then."""
-    rows = await canary_ids(prepared, name=name)
-    canary = Canary(rows, tolerance=prepared.config.engine.canary_mean_tolerance)
-    return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=prepared.num_versions)
+    canary = Canary(await canary_ids(prepared, name=name), tolerance=prepared.config.engine.canary_mean_tolerance)
+    num_versions = prepared.num_versions
+    return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=num_versions, keep=keep)
 
 
 def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: Loop) -> Policy:

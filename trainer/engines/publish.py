@@ -17,6 +17,7 @@ from trainer.engines.canary import Canary, Scores
 from trainer.engines.engine import PROBE_VERSION, Engine, version_name
 from trainer.learning import adapter as lora
 from trainer.learning.policy import Policy
+from trainer.runs.canary_record import KeepRecord, keep_none, of_base, of_policy
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -44,11 +45,14 @@ class Publisher:
         *,
         hold: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
         num_versions: int = 1,
+        keep: KeepRecord = keep_none,
     ) -> None:
         """`hold`: in it no turn begins, so that none is sampled with what has not been proved yet. `num_versions`: so
-        many of the newest lie in `scratch` after a publish.
+        many of the newest lie in `scratch` after a publish. `keep` is given what the trainer says of the canary, under
+        the base model and under each version that was proved (`trainer.runs.canary_record`).
         """
         self._hold = hold
+        self._keep = keep
         self._num_versions = num_versions
         self._policy = policy
         self._engine = engine
@@ -57,7 +61,10 @@ class Publisher:
 
     async def note_base(self) -> dict[str, float]:
         """Compare engine and trainer on the base model; call once, before the first publish."""
-        return await self._canary.note_base(self._engine, self._scores(adapter=False))
+        base = self._scores(adapter=False)
+        metrics = await self._canary.note_base(self._engine, base)
+        self._keep(of_base(self._canary.token_ids, base))
+        return metrics
 
     async def probe(self) -> dict[str, float]:
         """Prove, before the first rollout, that the engine runs every kind of adapted layer; call after `note_base`.
@@ -107,6 +114,7 @@ class Publisher:
         async with self._hold():
             await self._engine.publish(folder, version)
             metrics = await self._canary.prove(self._engine, trainer, version=version)
+        self._keep(of_policy(self._policy.num_steps, trainer))
         by_version = {int(old.name.removeprefix("policy-v")): old for old in self._scratch.glob("policy-v*")}
         for old in sorted(by_version)[: -self._num_versions]:
             shutil.rmtree(by_version[old])

@@ -36,6 +36,7 @@ from envs.reading.json_text import write_json
 from trainer import processes
 from trainer.config import RunConfig
 from trainer.runs.about import differences, files_named, plain_config, read_about, saved_config, versions
+from trainer.runs.canary_record import CANARY
 from trainer.runs.files import (
     UNFINISHED,
     append_line,
@@ -231,6 +232,11 @@ class RunFolder:
         if not all(isinstance(record.get("step"), int) for record in records):
             raise UserError(f"{path}: is damaged: a line names no step")
         return records
+
+    def keep_canary(self, record: dict[str, Any]) -> None:
+        """Write down what the trainer says of the canary; see `trainer.runs.canary_record`."""
+        if self.is_main:
+            append_line(self.path / CANARY, record)
 
     # ---- rollouts
 

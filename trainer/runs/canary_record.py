@@ -1,0 +1,92 @@
+"""canary.jsonl: what the trainer said of the canary under the base model, and under every version that was published.
+
+By it a server is known that runs the policy of a certain step, wherever and whenever it is asked
+(`trainer.exports.proof`). Two kinds of line: `{"token_ids", "base"}` where a session of the run begins, and
+`{"step", "policy"}` after each publish that was proved; a later line of a step takes the place of the former.
+Log-probabilities are of every token but the first of each sequence, the sequences one after the other, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from envs.errors import UserError
+from trainer.runs.files import read_lines
+
+CANARY = "canary.jsonl"
+_DIGITS = 5
+
+KeepRecord = Callable[[dict[str, Any]], None]
+
+
+def keep_none(record: dict[str, Any]) -> None:
+    """Where there is no run folder."""
+
+
+def of_base(token_ids: Sequence[Sequence[int]], scores: Sequence[float]) -> dict[str, Any]:
+    return {"token_ids": [list(ids) for ids in token_ids], "base": _rounded(scores)}
+
+
+def of_policy(step: int, scores: Sequence[float]) -> dict[str, Any]:
+    return {"step": step, "policy": _rounded(scores)}
+
+
+def _rounded(scores: Sequence[float]) -> list[float]:
+    return [round(score, _DIGITS) for score in scores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryRecord:
+    """Of versions that were scored on the same tokens."""
+
+    token_ids: list[list[int]]
+    base: list[float]
+    policies: dict[int, list[float]] = field(default_factory=dict)
+    """By step."""
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    token_ids: list[list[int]]
+    base: list[FiniteFloat]
+
+
+class _Policy(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    policy: list[FiniteFloat]
+
+
+def read_canary(run: Path, step: int) -> CanaryRecord:
+    """The newest record that holds the policy of `step`. Raises `UserError` where there is none."""
+    path = run / CANARY
+    records: list[CanaryRecord] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            if "base" in line:
+                told = _Base.model_validate(line)
+                # A world that answers the same has the same canary after a resume.
+                same = [r for r in records if r.token_ids == told.token_ids]
+                records = [r for r in records if r not in same]
+                policies = same[0].policies if same else {}
+                records.append(CanaryRecord(token_ids=told.token_ids, base=told.base, policies=policies))
+            else:
+                said = _Policy.model_validate(line)
+                records[-1].policies[said.step] = said.policy
+        except (ValidationError, IndexError):
+            raise UserError(f"{path}, line {number}: is damaged: tells nothing of the canary") from None
+    for record in reversed(records):
+        lengths = {len(scores) for scores in (record.base, *record.policies.values())}
+        if step in record.policies and lengths == {sum(len(ids) - 1 for ids in record.token_ids)}:
+            return record
+    raise UserError(
+        f"{path}: does not hold what the trainer said of the canary at step {step}, by which a server would be known "
+        "(runs of older versions wrote none); the command that `scripts/serve.py` runs serves the adapter all the same"
+    )

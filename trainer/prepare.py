@@ -146,13 +146,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     check_servers(config, patience_s=patience_s)
     _check_family(config, engine, trains=weights)
     model_path = resolve_model(config.model.name) if weights else resolve_texts(config.model.name)
-    chat = Chat(
-        model_path,
-        tool_parser=config.model.tool_parser,
-        reasoning_parser=config.model.reasoning_parser,
-        chat_template=config.model.chat_template,
-        template_kwargs=config.model.chat_template_kwargs,
-    )
+    chat = build_chat(config, model_path)
     _check_prompts(config, env.tools, chat, tasks)
     check_demonstrations(demonstrations, chat=chat, max_tokens=config.rollout.max_episode_tokens)
     return Prepared(
@@ -171,6 +165,17 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         model_path=model_path,
         chat=chat,
         grammar=_grammar(config.rollout.response_format, chat=chat, model_path=model_path),
+    )
+
+
+def build_chat(config: RunConfig, model_path: Path) -> Chat:
+    """Raises `UserError` that names the setting at fault."""
+    return Chat(
+        model_path,
+        tool_parser=config.model.tool_parser,
+        reasoning_parser=config.model.reasoning_parser,
+        chat_template=config.model.chat_template,
+        template_kwargs=config.model.chat_template_kwargs,
     )
 
 

@@ -32,7 +32,7 @@ def train(
     if RunFolder.is_finished(config):
         return config.output_dir
     prepared = prepare(config, patience_s=PATIENCE_S)
-    from trainer.export import export_run
+    from trainer.exports.at_end import export_run
     from trainer.reports.transcripts.write import write_token_figures
     from trainer.session import open_run
 

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from envs.secrets import hidden_in
 from trainer.config import RunConfig, load_config
+from trainer.runs.about import commit
 
 if TYPE_CHECKING:
     from trainer.prepare import Prepared
@@ -181,7 +181,7 @@ def environment() -> dict[str, Any]:
     return {
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **_versions()},
-        "commit": _commit(),
+        "commit": commit() or "unknown",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": hidden_in(shlex.join(["python", *sys.argv])),
     }
@@ -205,15 +205,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -38,8 +38,9 @@ def serve() -> None:
     import transformers  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    from trainer import export, session  # noqa: F401
+    from trainer import session  # noqa: F401
     from trainer.engines import publish  # noqa: F401
+    from trainer.exports import at_end  # noqa: F401
     from trainer.learning import checkpoint  # noqa: F401
     from trainer.reports import run_report  # noqa: F401
     from trainer.templates.chat import Chat

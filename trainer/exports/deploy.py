@@ -1,0 +1,135 @@
+"""A trained adapter into a vLLM server that runs, and the proof that the server answers as the trained policy.
+
+The server has been started with `--enable-lora`, and with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 where it does not have the
+adapter yet; it reads the adapter's folder itself, from its own disk or one that both see. Whatever it was given and
+does not prove to be is taken out again. What it had under the name before stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from envs.errors import UserError
+from trainer.exports.proof import Proof, check_base, prove
+from trainer.exports.trained import Trained
+from trainer.runs.canary_record import read_canary
+
+_TIMEOUT_S = 600.0
+"""Of one request: a large adapter is read from a network's disk."""
+
+
+def deploy(
+    trained: Trained, url: str, adapter: str, *, name: str, api_key: str | None = None, timeout_s: float = _TIMEOUT_S
+) -> Proof:
+    """Have the server at `url` serve the folder `adapter`, as the server sees it, as the model `name`; prove it.
+
+    A server that has a model of this name already is only proved. Raises `UserError` for all that stands against it.
+    """
+    record = read_canary(trained.run, trained.step)
+    tolerance = trained.config.engine.canary_mean_tolerance
+    with _Server(url, api_key, timeout_s) as server:
+        models = server.models()
+        base = next((m["id"] for m in models if not m.get("parent")), None)
+        if base is None or base == name:
+            raise UserError(f"{url}: serves no base model beside {name!r}; start it with --enable-lora on the base")
+        of_base = server.score(base, record.token_ids)
+        check_base(record, of_base, name=f"{url}: {base!r}", tolerance=tolerance)
+        is_new = name not in [m["id"] for m in models]
+        if is_new:
+            server.load(name, adapter)
+        try:
+            served = server.score(name, record.token_ids)
+            told = f"{url}: {name!r}"
+            return prove(record, served, of_base, step=trained.step, name=told, tolerance=tolerance)
+        except UserError as e:
+            if not is_new:
+                raise UserError(f"{e}. Unload it there, or choose another --name") from e
+            server.unload(name)
+            raise UserError(f"{e}. It has been unloaded again") from e
+
+
+class _Server:
+    """vLLM's own API. Every method raises `UserError` in one line."""
+
+    def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout_s)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as e:
+            raise UserError(f"--deploy {url}: is no URL of a server: {e}") from e
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        data = self._ask("GET", "/v1/models").get("data")
+        if not isinstance(data, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in data):
+            raise UserError(f"{self._url}/v1/models: lists no models; expected a vLLM server")
+        return data
+
+    def score(self, model: str, token_ids: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probabilities of every token but the first of each sequence, one request after the other."""
+        scores: list[float] = []
+        for ids in token_ids:
+            asked = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+            answer = self._ask("POST", "/v1/completions", asked)
+            try:
+                told = answer["choices"][0]["prompt_logprobs"][1:]
+                scores += [float(entry[str(i)]["logprob"]) for i, entry in zip(ids[1:], told, strict=True)]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise UserError(f"{self._url}: gives no prompt_logprobs; expected a vLLM server") from None
+        return scores
+
+    def load(self, name: str, adapter: str) -> None:
+        self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": adapter})
+
+    def unload(self, name: str) -> None:
+        self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        where = f"{self._url}{path}"
+        try:
+            answer = self._http.request(method, path, json=body)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as e:
+            raise UserError(f"--deploy {self._url}: is no URL of a server: {e}") from e
+        except httpx.HTTPError as e:
+            raise UserError(f"{where}: no answer ({e or type(e).__name__}); is the server running there?") from e
+        if answer.status_code in (401, 403):
+            raise UserError(
+                f"{where}: refuses the key ({answer.status_code}); --api-key-env names the variable with it"
+            )
+        if answer.status_code == 404 and path.endswith("_lora_adapter"):
+            raise UserError(
+                f"{where}: this server takes no adapters while it runs; start it with --enable-lora and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
+        if answer.is_error:
+            raise UserError(f"{where}: {answer.status_code}: {_said(answer)}")
+        if path.endswith("_lora_adapter"):
+            return {}
+        try:
+            value = answer.json()
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: answers no JSON object; expected a vLLM server")
+        return value
+
+
+def _said(answer: httpx.Response) -> str:
+    """What the server says of the error, in one line."""
+    text = answer.text
+    try:
+        error = answer.json().get("error")
+        text = error["message"] if isinstance(error, dict) and isinstance(error.get("message"), str) else text
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:500]

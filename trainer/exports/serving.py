@@ -1,0 +1,53 @@
+"""A policy of a run behind vLLM, on this machine."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from envs.errors import UserError
+from envs.terminal import say
+from trainer.exports.artefact import servable
+from trainer.exports.commands import adapter_command
+from trainer.exports.trained import Trained
+from trainer.runs.about import serve_command_of
+
+
+def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
+    """Become the server; `more` are arguments of vLLM's. Raises `UserError`."""
+    words = [*serve_words(trained), *more]
+    say(shlex.join(words), file=sys.stderr)
+    try:
+        os.execvp(words[0], words)
+    except OSError as e:
+        raise UserError(f"{words[0]}: {e.strerror or e}; is vLLM installed here?") from e
+
+
+def serve_words(trained: Trained) -> list[str]:
+    """The command that serves a policy of the run on this machine. Raises `UserError`."""
+    return _noted(trained) if trained.is_final else _of_step(trained)
+
+
+def _noted(trained: Trained) -> list[str]:
+    """What the run noted at its end, which may have been on another machine."""
+    words = shlex.split(serve_command_of(trained.about, trained.adapter))
+    if len(words) < 3:
+        raise UserError(f"{trained.run / 'run.json'}: notes no serve_command; the command that made the run does anew")
+    if Path(words[0]).is_absolute() and not Path(words[0]).exists():
+        words[0] = sys.executable
+    words[words.index("--model") + 1 if "--model" in words else 2] = str(trained.model_path)
+    return words
+
+
+def _of_step(trained: Trained) -> list[str]:
+    from trainer.prepare import build_chat
+
+    folder = servable(trained)
+    template = folder / "chat_template.jinja"
+    arguments = build_chat(trained.config, trained.model_path).serve_arguments(template if template.exists() else None)
+    rank = trained.config.model.lora.r
+    return adapter_command(trained.model_path, folder, dtype=trained.dtype, rank=rank, chat=arguments)

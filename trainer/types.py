@@ -134,8 +134,8 @@ class Ledger:
 
     def append_context(self, token_ids: Iterable[int]) -> None:
         """Append tokens that the policy did not choose: the prompt, tool results, the template's glue."""
-        for token_id in token_ids:
-            self._append(token_id, trainable=False, logprob=0.0, version=UNTRAINABLE_VERSION, turn=NO_TURN)
+        ids = list(map(int, token_ids))
+        self._extend(ids, [0.0] * len(ids), trainable=False, version=UNTRAINABLE_VERSION, turn=NO_TURN)
 
     def append_sampled(
         self,
@@ -161,14 +161,16 @@ class Ledger:
             turn = 1 + max(self._turns, default=NO_TURN)
         for token_id, logprob in zip(token_ids, logprobs, strict=True):
             assert math.isfinite(logprob), f"the engine gave log-probability {logprob} for token {token_id}"
-            self._append(token_id, trainable=True, logprob=float(logprob), version=version, turn=turn)
+        ids = list(map(int, token_ids))
+        self._extend(ids, list(map(float, logprobs)), trainable=True, version=version, turn=turn)
 
-    def _append(self, token_id: int, *, trainable: bool, logprob: float, version: int, turn: int) -> None:
-        self._token_ids.append(int(token_id))
-        self._trainable.append(trainable)
-        self._logprobs.append(logprob)
-        self._versions.append(version)
-        self._turns.append(turn)
+    def _extend(self, token_ids: list[int], logprobs: list[float], *, trainable: bool, version: int, turn: int) -> None:
+        n = len(token_ids)
+        self._token_ids += token_ids
+        self._logprobs += logprobs
+        self._trainable += [trainable] * n
+        self._versions += [version] * n
+        self._turns += [turn] * n
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back bit for bit.

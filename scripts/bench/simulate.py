@@ -12,7 +12,7 @@ A step is counted by where the trainers' time went: waiting for rollouts (of whi
 samplers' places decode), gathering them, training, publishing; the largest of these gives way first. Where that is
 rollouts, places that decode most of the time ask for more samplers, and a large tail for overlap or a deadline.
 
-*Not covered:* prefill, failures, networks that get slower with their size, versions that an engine takes time to switch
+*Not covered:* prefill, the network between processes, failures, versions that an engine takes time to switch
 to. No two samplers differ but by chance.
 """
 
@@ -48,10 +48,8 @@ class Costs:
     """What an update takes however small it is (the same)."""
     publish_s: float = 0.83
     """Adapter to the engine, and its proof (H200, 1.5B)."""
-    gathered_bytes: float = 27.0
-    """Of a rollout's token on its way to the other processes (pickle of a run's rollouts)."""
-    gathering_bytes_s: float = 30e6
-    """What a process writes and reads of them a second (the same, two busy cores)."""
+    gathered_token_s: float = 0.32e-6
+    """To read a token of the other processes' rollouts (pickle of a run's rollouts of 500 tokens, one EPYC core)."""
 
 
 COSTS = Costs()
@@ -164,7 +162,7 @@ async def simulate(
         tail_s, left = 0.0, set(tasks)
         while left and loop.time() < end:
             begun, is_tail = loop.time(), run.share_decoding < 0.5
-            _, left = await asyncio.wait(left, timeout=min(0.25, end - begun), return_when=asyncio.FIRST_COMPLETED)
+            _, left = await asyncio.wait(left, timeout=min(0.25, end - begun))
             tail_s += (loop.time() - begun) * is_tail
         for task in left:
             task.cancel()
@@ -177,8 +175,7 @@ async def simulate(
             submit(asked_step)
         await waited("rollouts", taken(asked[step]))
         if num_trainers > 1:
-            gathered = size * READ_TOKENS * COSTS.gathered_bytes
-            await waited("gathering", asyncio.sleep(gathered / COSTS.gathering_bytes_s))
+            await waited("gathering", asyncio.sleep(size * READ_TOKENS * COSTS.gathered_token_s))
         tokens = size / num_trainers * READ_TOKENS
         await waited("training", asyncio.sleep(COSTS.update_s + tokens * COSTS.trained_token_s))
         await waited("publishing", asyncio.sleep(COSTS.publish_s))

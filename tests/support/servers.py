@@ -12,14 +12,22 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from tests.support import ROOT
 
+if TYPE_CHECKING:
+    from tests.support.scripted_engine import Script
+    from trainer.templates.chat import Chat
+
 START_S = 600
+MOST_S = 300
+HANGS = "no answer"
+"""What a scripted policy says that says nothing."""
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """An engine's worker lives in the engine's process, which spares the start of an interpreter that imports all of vLLM.
 
@@ -81,13 +89,22 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def scripted_judge(answer: Callable[[web.Request], Awaitable[web.Response]]) -> Iterator[str]:
-    """The base URL under which `answer` takes Chat Completions; in a thread, for what asks it has its own loop."""
+    """The base URL under which `answer` takes Chat Completions."""
+    with serving({"POST /v1/chat/completions": answer}) as address:
+        yield f"{address}/v1"
+
+
+@contextlib.contextmanager
+def serving(routes: Mapping[str, Callable[[web.Request], Awaitable[web.Response]]]) -> Iterator[str]:
+    """The address of a server of `METHOD /path`s; in a thread, for what asks it has its own loop."""
     loop, ports, ready = asyncio.new_event_loop(), [], threading.Event()
 
     async def serve() -> web.AppRunner:
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", answer)
-        runner = web.AppRunner(app)
+        for route, answer in routes.items():
+            method, _, path = route.partition(" ")
+            app.router.add_route(method, path, answer)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         ports.append(runner.addresses[0][1])
@@ -103,9 +120,36 @@ def scripted_judge(answer: Callable[[web.Request], Awaitable[web.Response]]) -> 
     thread = threading.Thread(target=work)
     thread.start()
     ready.wait()
-    yield f"http://127.0.0.1:{ports[0]}/v1"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{ports[0]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@contextlib.contextmanager
+def scripted_policy(chat: Chat, script: Script, *, key: str = "") -> Iterator[str]:
+    """The address of a stand-in for `vllm serve` that writes what the script says, after so long as it waits."""
+
+    def refused(request: web.Request) -> web.Response | None:
+        return web.Response(status=401) if key and request.headers.get("Authorization") != f"Bearer {key}" else None
+
+    async def models(request: web.Request) -> web.Response:
+        return refused(request) or web.json_response({"data": [{"id": "base"}, {"id": "policy"}]})
+
+    async def complete(request: web.Request) -> web.Response:
+        asked = await request.json()
+        text = script(chat.decode(asked["prompt"]), asked["seed"])
+        if text == HANGS:
+            await asyncio.sleep(MOST_S)
+        ids = [*chat._encode(text), asked["stop_token_ids"][0]][: asked["max_tokens"]]
+        is_whole = ids[-1] in asked["stop_token_ids"]
+        choice = {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}}
+        choice |= {"finish_reason": "stop" if is_whole else "length"}
+        return refused(request) or web.json_response({"choices": [choice]})
+
+    with serving({"GET /v1/models": models, "POST /v1/completions": complete}) as address:
+        yield address
 
 
 def completion(model: str, text: str | None) -> web.Response:

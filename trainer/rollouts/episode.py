@@ -6,6 +6,7 @@ What it waits for because of us (the engine, a place, a thread) is on no clock.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from envs.base import Ends, Observes, RewardsTurns, World
@@ -39,14 +40,18 @@ class Player:
         config: RolloutConfig,
         users: Users | None = None,
         pins_version: bool = False,
+        on_turn: Callable[[Live], None] = lambda live: None,
     ) -> None:
-        """`pins_version`: all turns of an episode are asked for under the policy version of its first."""
+        """`pins_version`: all turns of an episode are asked for under the policy version of its first. `on_turn` hears
+        of every turn twice: when it has been generated, and when its calls have their results.
+        """
         self._world = world
         self._chat = chat
         self._engine = engine
         self._config = config
         self._users = users
         self._pins_version = pins_version
+        self._on_turn = on_turn
         self._calls = ToolCalls(chat, config)
 
     async def play(self, live: Live, temperature: float) -> tuple[StopReason, str]:
@@ -106,7 +111,9 @@ class Player:
         """One generation and what it causes; with it, where the episode ends, why."""
         config, was_over_budget = self._config, live.over_budget
         completion, parsed = await self._generate(live, number, max_tokens, temperature)
+        self._on_turn(live)
         await self._answer_calls(live, parsed)
+        self._on_turn(live)
         if not completion.finished:
             cut_by_turn = len(completion.token_ids) >= config.max_turn_tokens
             return completion, StopReason.MAX_TURN_TOKENS if cut_by_turn else StopReason.MAX_EPISODE_TOKENS

@@ -71,14 +71,21 @@ class RolloutWorker:
         live: LiveRollouts | None = None,
         max_num_seqs: int | None = None,
         pins_version: bool = False,
+        on_turn: Callable[[Live], None] = lambda live: None,
     ) -> None:
-        """`max_num_seqs`: how many turns the engine decodes at once; None: any number. `pins_version`: as `Player`."""
+        """`max_num_seqs`: how many turns the engine decodes at once; None: any number. The last two: as `Player`."""
         self._grading = Grading(grader, watch_grader, timeout_s=config.settle_timeout_s, retries=config.world_retries)
         self._live = live
         self._places = Places(max_num_seqs)
         self._config = config
         self._player = Player(
-            world=world, chat=chat, engine=engine, config=config, users=users, pins_version=pins_version
+            world=world,
+            chat=chat,
+            engine=engine,
+            config=config,
+            users=users,
+            pins_version=pins_version,
+            on_turn=on_turn,
         )
 
     async def run(

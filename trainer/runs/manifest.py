@@ -46,12 +46,21 @@ class Manifest(BaseModel):
     """The beginnings of the run's own files; nothing of one that was not there."""
 
 
-def adapter_of(run: Path) -> Path:
-    """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`."""
+def adapter_of(run: Path, step: int | None = None) -> Path:
+    """The final adapter of a run, or of its newest checkpoint where it has not ended. Raises `UserError`.
+
+    With `step` that of the checkpoint after so many steps.
+    """
+    if step is not None:
+        kept = dict(checkpoints(run))
+        if step not in kept or not (kept[step] / "adapter" / "adapter_model.safetensors").is_file():
+            told = f"it keeps those of {', '.join(map(str, sorted(kept)))}" if kept else "it keeps none yet"
+            raise UserError(f"--step {step}: {run} keeps no checkpoint of that step; {told}")
+        return kept[step] / "adapter"
     for folder in (run / "adapter", *(checkpoint / "adapter" for _, checkpoint in checkpoints(run))):
         if (folder / "adapter_model.safetensors").is_file():
             return folder
-    raise UserError(f"--run {run}: holds neither a final adapter nor a checkpoint yet")
+    raise UserError(f"{run}: holds neither a final adapter nor a checkpoint yet")
 
 
 def write_manifest(checkpoint: Path, run: Path, *, step: int, run_id: str) -> None:

@@ -213,7 +213,9 @@ def main() -> None:
 
 
 def figures_of(run: Run, name: str) -> list[Figure]:
-    """Prints them as a row, too."""
+    """Prints them as a row, too. Raises `UserError` where no rollout ended."""
+    if not run.staleness:
+        raise UserError(f"--deadline-s: with {name} no rollout ends in time; expected a longer one")
     inner = slice(1, -1)
     step_s = mean(run.steps[inner])
     shares = {what: mean(values[inner]) / step_s for what, values in run.waits.items()}

@@ -2,7 +2,8 @@
 
 `adapter` is PEFT's format, for vLLM, SGLang and transformers; `merged` is the whole model as safetensors; `gguf` is for
 llama.cpp. Each comes with tokenizer, chat template, generation config and a model card, in a folder beside the run's
-or `--to` another. `--step` takes a checkpoint's policy instead of the final one.
+or `--to` another. `--step` takes a checkpoint's policy instead of the final one. `--push OWNER/NAME` uploads it to the
+Hugging Face hub.
 
 `--deploy http://127.0.0.1:8000` puts the adapter into a vLLM server that runs, and proves that it answers as the
 trained policy; a server that has the name already is only proved. Exit codes: 0 done, 2 something in the input is
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quantise", metavar="NAME", help="of a GGUF file, by llama.cpp's name: q8_0, q4_k_m, ...")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: beside the run folder, named after it")
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="llama.cpp's source, for --form gguf")
+    parser.add_argument("--push", metavar="ID", help="a repository of the hub to upload it to; private where it is new")
     server = parser.add_argument_group("into a server")
     server.add_argument("--deploy", metavar="URL", help="of a vLLM server that runs")
     server.add_argument("--name", help="of the model there (default: policy)")
@@ -63,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    of_others = ("form", "dtype", "quantise", "llama_cpp") if arguments.deploy else ("name", "as_path", "api_key_env")
+    of_others = (
+        ("form", "dtype", "quantise", "llama_cpp", "push") if arguments.deploy else ("name", "as_path", "api_key_env")
+    )
     for name in of_others:
         if getattr(arguments, name) is not None:
             only = "not with --deploy, which takes the adapter" if arguments.deploy else "only with --deploy"
@@ -81,7 +85,13 @@ def _export(trained: Trained, arguments: argparse.Namespace) -> None:
         to=arguments.to,
         llama_cpp=arguments.llama_cpp,
     )
-    say(f"{form:<10}{export(trained, wanted)}")
+    from trainer.exports.hub import claim, push
+
+    repo_id = None if arguments.push is None else claim(arguments.push)
+    folder = export(trained, wanted)
+    say(f"{form:<10}{folder}")
+    if repo_id is not None:
+        say(f"{'pushed':<10}{push(folder, repo_id)}")
 
 
 def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -68,3 +69,6 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     run(main)
+elif __name__ == "__mp_main__":
+    # In a process of the engine: a terminal's Ctrl-C ends a turn, and is not for it to hear.
+    os.setpgrp()

@@ -31,7 +31,7 @@ from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, Sl
 from trainer.learning.advantages.registry import check_advantage
 from trainer.learning.warmstart import check_company, check_demonstrations
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
-from trainer.models.machines import has_gpu
+from trainer.models.machines import has_gpu, memory_metrics
 from trainer.reachable import check_servers
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
@@ -77,11 +77,11 @@ class Prepared:
         return 1 + ahead if ahead and keeps_versions(self.engine) else 1
 
     def metrics(self) -> dict[str, float]:
-        """What world, graders, judge and engine counted since the last call."""
+        """What world, graders, judge and engine counted since the last call, and the memory of a GPU."""
         taken: dict[str, float] = {}
         for part in self._parts():
             taken |= taken_metrics(part)
-        return taken | thread_metrics()
+        return taken | thread_metrics() | memory_metrics()
 
     def resolved(self) -> dict[str, str]:
         """What each `auto` of the config means for this model on this machine, by its key."""

@@ -161,20 +161,19 @@ def open_run(
     config = prepared.config
     accelerator = processes.start(log_with=list(config.trackers) or None, project_dir=str(config.output_dir))
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunFolder.held(config, rank=accelerator.process_index, beside=beside))
+        enter = stack.enter_context
+        run = enter(RunFolder.held(config, rank=accelerator.process_index, beside=beside))
         accelerator.init_trackers("agent-rft")
         first_step = run.resume_step
-        progress = stack.enter_context(
-            Progress(run.log_path, config.optim.num_steps, first_step=first_step, show=run.is_main)
-        )
-        runs_ahead = config.overlap.max_staleness > 0
-        loop: Loop = stack.enter_context(LoopThread()) if runs_ahead else stack.enter_context(asyncio.Runner())
+        progress = enter(Progress(run.log_path, config.optim.num_steps, first_step=first_step, show=run.is_main))
+        enter(run.exported(config, lambda: progress.current_phase))
+        loop: Loop = enter(LoopThread()) if config.overlap.max_staleness > 0 else enter(asyncio.Runner())
         stack.callback(lambda: loop.run(prepared.aclose()))
         run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
         loop.run(release_left_open(prepared.world, run, progress, timeout_s=config.rollout.settle_timeout_s))
-        session = stack.enter_context(
-            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step)
-        )
+        session = enter(open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step))
+        if run.exporter is not None:
+            run.exporter.watch(session.worker.gauges, session.engine.gauges, session.stream.gauges)
         with found_late():
             yield session
     accelerator.end_training()
@@ -381,7 +380,6 @@ async def canary_ids(prepared: Prepared, *, name: str) -> list[list[int]]:
     """
     # Scoring generates a token, for which there must be room.
     longest = min(_CANARY_TOKENS // 2, prepared.config.rollout.max_episode_tokens - 1)
-
     rows: list[list[int]] = []
     for number, task in enumerate(prepared.train_tasks[:_MOST_CANARIES]):
         left = _CANARY_TOKENS - sum(map(len, rows))

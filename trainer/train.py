@@ -14,6 +14,7 @@ from trainer.measures.timing import Lap, Stopwatch
 from trainer.prepare import prepare
 from trainer.reachable import PATIENCE_S
 from trainer.rollouts.collect import fresh_samples, to_samples, watch_for_no_ops
+from trainer.runs.exporter import check_port
 from trainer.runs.folder import RunFolder
 from trainer.tasks.curriculum import Curriculum
 
@@ -31,6 +32,7 @@ def train(
     """
     if RunFolder.is_finished(config):
         return config.output_dir
+    check_port(config)
     prepared = prepare(config, patience_s=PATIENCE_S)
     from trainer.exports.at_end import export_run
     from trainer.reports.transcripts.write import write_token_figures

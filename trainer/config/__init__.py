@@ -22,6 +22,7 @@ from trainer.config.rollouts import Answer as Answer
 from trainer.config.rollouts import OverlapConfig as OverlapConfig
 from trainer.config.rollouts import RolloutConfig as RolloutConfig
 from trainer.config.run import CheckpointConfig as CheckpointConfig
+from trainer.config.run import PrometheusConfig as PrometheusConfig
 from trainer.config.run import RunConfig as RunConfig
 from trainer.config.run import asks_the_base as asks_the_base
 from trainer.config.run import check_publish as check_publish

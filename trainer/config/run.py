@@ -41,6 +41,15 @@ class CheckpointConfig(Settings):
     keep: int = Field(2, ge=1, description="newest checkpoints kept; older ones are deleted")
 
 
+class PrometheusConfig(Settings):
+    """Where the run answers Prometheus while it works, under /metrics."""
+
+    port: int = Field(
+        ge=1, le=65535, description="of the first process of a machine; of its others the ports that follow, one each"
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen at; 0.0.0.0: all, without a password")
+
+
 def _empty_where_null(value: Any) -> Any:
     return {} if value is None else value
 
@@ -74,6 +83,9 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is kept to resume and to serve")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         ["tensorboard"], description="where the metrics go besides metrics.jsonl; each is a package of its own"
+    )
+    prometheus: PrometheusConfig | None = Field(
+        None, description="serve figures to Prometheus; null: nothing is served. It may change when a run goes on"
     )
 
     @model_validator(mode="before")

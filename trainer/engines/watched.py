@@ -35,7 +35,8 @@ class WatchedEngine:
         self._may_begin = asyncio.Event()
         self._may_begin.set()
         self._have_ended = asyncio.Event()
-        self._num_turns = 0
+        self._num_turns = self._num_held = 0
+        self._version: int | None = None
 
     @property
     def runs_here(self) -> bool:
@@ -56,6 +57,7 @@ class WatchedEngine:
 
     async def publish(self, weights: Path, version: int) -> None:
         await self._answered("the loading of new weights", self.engine.publish(weights, version))
+        self._version = version
 
     async def sleep(self) -> None:
         """Nothing where the engine can't."""
@@ -75,6 +77,11 @@ class WatchedEngine:
     def shutdown(self) -> None:
         self.engine.shutdown()
 
+    def gauges(self) -> dict[str, float]:
+        """How it is at the moment."""
+        told: dict[str, float] = {"turns_in_flight": self._num_turns, "turns_held": self._num_held}
+        return told | ({} if self._version is None else {"policy_version": self._version})
+
     @contextlib.asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """No turn begins in the body. Those under way end before it, or go on where the engine keeps their version.
@@ -89,8 +96,12 @@ class WatchedEngine:
         self._may_begin.set()
 
     async def _at_the_gate(self, what: str, ask: Callable[[], Awaitable[_T]]) -> _T:
-        while not self._may_begin.is_set():
-            await self._may_begin.wait()
+        self._num_held += 1
+        try:
+            while not self._may_begin.is_set():
+                await self._may_begin.wait()
+        finally:
+            self._num_held -= 1
         self._num_turns += 1
         try:
             return await self._answered(what, ask())

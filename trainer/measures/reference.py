@@ -84,6 +84,10 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("throughput/sampled_tokens_per_s", "generated tokens per second of rollouts; with overlap, of the step"),
         ("throughput/trained_tokens_per_s", "tokens of rows with an advantage per second of training"),
     ),
+    "of memory, where there is a GPU": (
+        ("memory/gpu_used_gib", "of the main process's GPU when the step is done, the engine's part included"),
+        ("memory/trainer_peak_gib", "the most that the trainer has reserved on it until then"),
+    ),
     "of servers and of the user's code, where there are any": (
         ("http/HOST/COUNT", "of calls of remote tools: requests, retries, failures, waiting"),
         ("http/close_failures", "rollouts that could not be closed at their server"),

@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import platform
+import sys
 from dataclasses import dataclass, replace
 
 from envs.errors import UserError
@@ -35,6 +36,25 @@ def release_memory() -> None:
 
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def gpu_memory() -> tuple[int, int] | None:
+    """Bytes in use and bytes in all of this process's GPU, by whomever they are used; None where it has not begun to
+    use one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free, total
+
+
+def memory_metrics() -> dict[str, float]:
+    """Of this process's GPU, by their keys in the metrics; empty without one."""
+    memory = gpu_memory()
+    if memory is None:
+        return {}
+    peak = sys.modules["torch"].cuda.max_memory_reserved()
+    return {"memory/gpu_used_gib": memory[0] / GIB, "memory/trainer_peak_gib": peak / GIB}
 
 
 def this_machine() -> Machine:

@@ -30,6 +30,7 @@ from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
+from trainer.runs.exporter import check_port
 from trainer.runs.folder import RunFolder
 from trainer.tasks.offer import tools_offered
 
@@ -39,6 +40,7 @@ _ANSWER = "I do not know."
 
 def check_run(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of each part of the run. Raises `UserError` as training would before it loads anything."""
+    check_port(config)
     prepared = prepare(config, weights=False)
     with asyncio.Runner() as loop:
         try:
@@ -67,6 +69,8 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "warm start", f"{config.warmstart.num_steps} steps of {config.warmstart.episodes_per_step}: {shown}"
     yield "model", f"{config.model.name}, calls read by {config.model.tool_parser}"
     yield "engine", _engine(prepared)
+    if config.prometheus is not None:
+        yield "figures", f"http://{config.prometheus.host}:{config.prometheus.port}/metrics"
     for key, meant in prepared.resolved().items():
         yield "auto", f"{key}: {meant}"
 

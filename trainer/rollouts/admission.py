@@ -27,6 +27,10 @@ class Places:
         self._waiting: list[tuple[Rank, int, asyncio.Future[None]]] = []
         self._numbers: Iterator[int] = itertools.count()
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     async def take(self, rank: Rank) -> None:
         """Wait for one, on nobody's clock; of those who wait the lowest rank is next."""
         if self._num_free is None:

@@ -116,6 +116,10 @@ class RolloutStream:
         self._waited_s = dict.fromkeys(self._waited_s, 0.0)
         return waited
 
+    def gauges(self) -> dict[str, float]:
+        """How it is at the moment, of this process's share."""
+        return {"rollouts_asked": sum(len(part.mine) - part.num_done for part in list(self._parts.values()))}
+
     # ---- on the loop
 
     async def _begin(self, part: _Part, missing: Sequence[RolloutRequest], temperature: float) -> None:

@@ -78,6 +78,7 @@ class RolloutWorker:
         self._live = live
         self._places = Places(max_num_seqs)
         self._config = config
+        self._num_in_flight = 0
         self._player = Player(
             world=world,
             chat=chat,
@@ -87,6 +88,10 @@ class RolloutWorker:
             pins_version=pins_version,
             on_turn=on_turn,
         )
+
+    def gauges(self) -> dict[str, float]:
+        """How it is at the moment."""
+        return {"rollouts_in_flight": self._num_in_flight, "rollouts_waiting": self._places.num_waiting}
 
     async def run(
         self,
@@ -145,6 +150,7 @@ class RolloutWorker:
         """One episode and its grading, in an environment of its own."""
         episode: Episode | None = None
         graded, unclosed = Graded(), ""
+        self._num_in_flight += 1
         if self._live:
             self._live.opened(live.rollout_id)
         try:
@@ -154,6 +160,7 @@ class RolloutWorker:
                 episode = replace(episode, error=graded.error)
         finally:
             live.place.leave()
+            self._num_in_flight -= 1
             unclosed = await self._close(live.env, episode)
             if self._live:
                 self._live.closed(live.rollout_id)

@@ -23,7 +23,7 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.runs.about import differences, files_named, plain_config, read_about, saved_config, versions
 from trainer.runs.canary_record import CANARY
+from trainer.runs.exporter import Exporter, exporting
 from trainer.runs.files import (
     UNFINISHED,
     append_line,
@@ -76,6 +77,8 @@ class RunFolder:
         self.run_id = run_id
         self.remarks: list[str] = []
         """What the user has to be told of the state in which the folder was found."""
+        self.exporter: Exporter | None = None
+        """Told of all that is logged and rolled out, where the config asks for one."""
         self._rank = rank
 
     @classmethod
@@ -85,9 +88,9 @@ class RunFolder:
         check_place(path, _FOLDERS)
         saved = path / "config.yaml"
         if os.path.lexists(saved):
-            # A run may be made longer; anything else makes it another run.
+            # A run may be made longer, and be watched elsewhere; anything else makes it another run.
             changed = differences(saved_config(saved), plain_config(config), config)
-            changed = [key for key in changed if key != "optim.num_steps"]
+            changed = [k for k in changed if k != "optim.num_steps" and k.partition(".")[0] != "prometheus"]
             if changed:
                 raise UserError(
                     f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
@@ -205,6 +208,13 @@ class RunFolder:
         """The folder as `create` left it."""
         return cls(config.output_dir, run_id=read_about(config.output_dir)["run_id"], rank=rank)
 
+    @contextlib.contextmanager
+    def exported(self, config: RunConfig, phase: Callable[[], str]) -> Iterator[None]:
+        """Served to Prometheus where the config asks for it; `phase` tells what the run is at. Raises `UserError`."""
+        records = self.metrics() if self.is_main else []
+        with exporting(config, run_id=self.run_id, records=records, phase=phase) as self.exporter:
+            yield
+
     @property
     def is_main(self) -> bool:
         return self._rank == 0
@@ -225,6 +235,8 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         if self.is_main:
             append_line(self.path / "metrics.jsonl", record)
+            if self.exporter is not None:
+                self.exporter.record(record)
 
     def metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -248,6 +260,8 @@ class RunFolder:
     def keep_rollout(self, kind: Kind, step: int, rollout: Rollout) -> None:
         """Write it down, with a digest of the line."""
         append_text(self.rollouts_file(kind, step), sealed(rollout_to_json(rollout)))
+        if self.exporter is not None:
+            self.exporter.rollout(kind, rollout)
 
     def finished_rollouts(self, kind: Kind, step: int) -> dict[str, Rollout]:
         """What an interrupted run had already rolled out for this step, by the first attempt's rollout id.

@@ -120,6 +120,11 @@ class Progress:
                 self._stream.close()
             self._stream = self._live = None
 
+    @property
+    def current_phase(self) -> str:
+        """Empty between two."""
+        return self._phase
+
     def phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase, which ends the one before it. `total`: how many `advance(1)` are to come, where known."""
         self._finish_phase()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -191,6 +192,9 @@ def _loaded(
         raise UserError("one talks to one process: start it with python")
     RunFolder.create(prepared.config)
     run = RunFolder.open(prepared.config, rank=0)
+    # The engine's processes are out of Ctrl-C's reach, which ends a turn here and would end them; see scripts/chat.py
+    # for those that are not forked.
+    os.register_at_fork(after_in_child=os.setpgrp)
     with Progress(log, 0) as progress:
         # It stays open when the display has ended.
         session = stack.enter_context(

@@ -1,0 +1,35 @@
+"""Talking to a run's agent on a real engine, in a real terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+from tests.support.run_server import SMALL, Server, write_config
+from tests.support.servers import ENVIRONMENT
+from tests.support.terminal import installed, terminal
+
+pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not installed(), reason="tmux is not installed")]
+START_S = 400.0
+
+
+def test_a_turn_that_ctrl_c_ends_leaves_the_engine_and_the_conversation_as_they_were(
+    server: Server, taught_model: Path, tmp_path: Path
+) -> None:
+    small = SMALL | {"engine": {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_gib": 0.25}}
+    assert server.outcome(write_config(tmp_path / "run", taught_model, 1, **small)) == ""
+    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(tmp_path / "run"), "rollout.max_turn_tokens=400"]
+    with terminal(command, width=100, height=40, environment=ENVIRONMENT) as window:
+        window.wait(lambda text: re.search(r"you>\s*$", text), timeout_s=START_S)
+        window.keys("What was the revenue of Mercury Bank in 2014?", "Enter")
+        window.keys("C-c")
+        window.wait(lambda text: "ending the turn" in text and re.search(r"you>\s*$", text))
+        window.keys("/task 1", "Enter")
+        shown = window.wait(lambda text: re.search(r"agent> (.|\n)*tokens so far\)\s+you>\s*$", text))
+        assert "told> " in shown
+        window.keys("/quit", "Enter")
+        window.wait(lambda text: "ended: 0" in text)

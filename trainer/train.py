@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from trainer.config import RunConfig
 from trainer.evaluate import evaluate_if_due
 from trainer.learning.samples import num_trained_tokens
+from trainer.measures.exporter import check_port
 from trainer.measures.summary import prefixed, summarise
 from trainer.measures.timing import Lap, Stopwatch
 from trainer.prepare import prepare
 from trainer.reachable import PATIENCE_S
 from trainer.rollouts.collect import fresh_samples, to_samples, watch_for_no_ops
-from trainer.runs.exporter import check_port
 from trainer.runs.folder import RunFolder
 from trainer.tasks.curriculum import Curriculum
 
@@ -35,12 +35,15 @@ def train(
     check_port(config)
     prepared = prepare(config, patience_s=PATIENCE_S)
     from trainer.exports.at_end import export_run
+    from trainer.reports.running import RunningReport
     from trainer.reports.transcripts.write import write_token_figures
     from trainer.session import open_run
 
     with open_run(prepared, start_engine, beside=beside) as s:
         curriculum = Curriculum(config, prepared.train_tasks, s.run, prepared.preflight)
+        report = RunningReport(s.run, s.progress)
         evaluate_if_due(s, step=s.first_step)
+        report.write()
         for step in range(s.first_step + 1, config.optim.num_steps + 1):
             clock = Stopwatch()
             rollouts = s.roll_out(curriculum, step=step)
@@ -67,5 +70,6 @@ def train(
                 s.run.log({"step": step, **metrics})
             s.show(step, metrics)
             evaluate_if_due(s, step=step)
+            report.write()
         export_run(s)
     return config.output_dir

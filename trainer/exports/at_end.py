@@ -25,7 +25,7 @@ def export_run(s: Session) -> None:
         return
     export_adapter(s.prepared, s.run, s.policy)
     write_transcripts(s.run.path, lambda token_id: s.prepared.chat.decode([token_id]))
-    write_report(s.run.path)
+    write_report(s.run.path, is_over=True)
     s.run.note(finished_steps=s.prepared.config.optim.num_steps)
 
 

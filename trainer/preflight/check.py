@@ -28,9 +28,9 @@ from graders.settings import GraderSettings
 from graders.user.custom import CustomConfig
 from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
+from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
-from trainer.runs.exporter import check_port
 from trainer.runs.folder import RunFolder
 from trainer.tasks.offer import tools_offered
 

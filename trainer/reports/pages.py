@@ -1,12 +1,15 @@
-"""One-file HTML pages: no network, no server, no script."""
+"""One-file HTML pages: no network, no server, and no script but that by which a run's page loads itself anew."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from envs.types import Message
 from trainer.reports.comparison import Comparison
@@ -29,7 +32,15 @@ def render_page(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.globals |= {"script_of": _script, "refresh_s": 0}
     return templates.get_template(template).render(**values)
+
+
+def _script(name: str) -> dict[str, Any]:
+    """A file of `templates/` and the digest by which the page's policy knows it."""
+    text = (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {"text": Markup(text), "digest": digest}
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:

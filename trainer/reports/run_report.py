@@ -24,20 +24,25 @@ from trainer.reports.transcripts.write import PAGE as TRANSCRIPTS
 from trainer.runs.about import serve_command_of
 from trainer.types import Kind
 
+REFRESH_S = 15
+"""Of a run that has not finished the page loads itself anew so often."""
 
-def write_report(run_folder: Path, *, serve_command: str | None = None) -> Path:
+
+def write_report(run_folder: Path, *, serve_command: str | None = None, is_over: bool = False) -> Path:
     """Write `report.html` into the run folder from what lies there, and return its path.
 
     `serve_command` serves the adapter; without it the one that `run.json` has. Pieces that are missing are left out,
-    and named where the run had them. A `transcripts.html` that lies there is linked to. Raises `FileNotFoundError`
-    where there is no such folder.
+    and named where the run had them. A `transcripts.html` that lies there is linked to. `is_over`: the run has
+    finished, whatever it has noted of that. Raises `FileNotFoundError` where there is no such folder.
     """
     data = read_run(run_folder)
     adapter = run_folder / "adapter"
     comparison, unread = _compared(data, run_folder)
+    is_over |= str(data.info.get("finished_steps")) == _in_config(data, "optim", "num_steps")
     return write_page(
         run_folder / "report.html",
         "run.html",
+        refresh_s=0 if is_over else REFRESH_S,
         title=run_folder.resolve().name,
         facts=_facts(data),
         notes=[*_notes(data), *_missing(data, run_folder), *unread],

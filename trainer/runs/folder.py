@@ -35,9 +35,9 @@ from envs.errors import UserError
 from envs.reading.json_text import write_json
 from trainer import processes
 from trainer.config import RunConfig
+from trainer.measures.exporter import Exporter, exporting
 from trainer.runs.about import differences, files_named, plain_config, read_about, saved_config, versions
 from trainer.runs.canary_record import CANARY
-from trainer.runs.exporter import Exporter, exporting
 from trainer.runs.files import (
     UNFINISHED,
     append_line,

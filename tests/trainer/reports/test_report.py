@@ -18,6 +18,7 @@ from rich.console import Console
 
 from envs.types import Episode, Message, StopReason, Task, ToolCall, Turn
 from graders.types import Grade
+from tests.support.written_runs import make_rollout, write_run
 from trainer.measures.catalogue import Place, shown_in
 from trainer.reports.drawing import Series, line_chart, stacked_chart
 from trainer.reports.run_reader import read_run
@@ -230,7 +231,7 @@ def test_what_another_process_wrote_and_cannot_be_read_is_named(run: Path) -> No
 
 def test_text_of_a_model_is_shown_and_never_becomes_markup(run: Path) -> None:
     (run / "config.yaml").write_text(f'model:\n  name: "{HOSTILE}"\n')
-    page = _parse(write_report(run, serve_command=HOSTILE))
+    page = _parse(write_report(run, serve_command=HOSTILE, is_over=True))
     assert not page.all("script") and not page.all("img")
     assert not [e for e in page.elements if any(a.startswith("on") or a in ("src", "href") for a in e)]
     assert sum(HOSTILE in e["text"] for e in page.all("pre")) >= 3
@@ -240,7 +241,7 @@ def test_text_of_a_model_is_shown_and_never_becomes_markup(run: Path) -> None:
 def test_a_metric_with_markup_in_its_name_is_escaped_in_the_charts(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, f"train/part/{HOSTILE}": 1.0, f"loss/{HOSTILE}": 1.0, "logged": 3}) + "\n")
-    page = _parse(write_report(run))
+    page = _parse(write_report(run, is_over=True))
     assert not page.all("script") and not page.all("img")
     titles = [e["text"] for e in page.all("figcaption")]
     assert any(HOSTILE in title for title in titles) and "logged" in titles, "whatever a reward function logs"
@@ -466,3 +467,12 @@ def test_the_report_loads_neither_torch_nor_vllm() -> None:
     modules = "trainer.reports.run_report, trainer.runs.progress"
     code = f"import sys, {modules}; sys.exit(bool({{'torch', 'vllm'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_page_of_a_run_that_has_not_finished_refreshes_itself_and_no_other(tmp_path):
+    run = write_run(tmp_path / "run", {"evals/step-000000.jsonl": [make_rollout("r")]})
+    (run / "config.yaml").write_text("optim: {num_steps: 1}\n")
+    assert "<script>" in write_report(run).read_text()
+    assert "<script" not in write_report(run, is_over=True).read_text()
+    (run / "run.json").write_text('{"run_id": "run-1", "finished_steps": 1}')
+    assert "<script" not in write_report(run).read_text()

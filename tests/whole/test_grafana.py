@@ -68,3 +68,10 @@ def test_the_scrape_config_asks_where_a_run_of_the_page_answers() -> None:
 def test_prometheus_takes_the_scrape_config() -> None:
     done = subprocess.run(["promtool", "check", "config", str(PROMETHEUS)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_names_every_metric_of_the_moment_with_its_labels() -> None:
+    page = (ROOT / "docs" / "watching.md").read_text()
+    for family in LIVE.values():
+        by = f" by {', '.join(f'`{label}`' for label in family.labels)}" if family.labels else ""
+        assert f"| `{family.name}`{by} | {family.help[0].lower()}{family.help[1:]} |" in page

@@ -104,7 +104,7 @@ class Snapshot:
     warning: str
     """The last one."""
     train: Mapping[int, Figures]
-    """The last step that is in the metrics, where there is one, and those that are under way."""
+    """The first step, the last that is in the metrics, and those that are under way."""
     evals: Mapping[int, Figures]
     """The first evaluation and the newest."""
     asked: Mapping[Kind, int]
@@ -141,7 +141,8 @@ class RunWatch:
         self._check()
         data = self._run_data()
         last, planned = max(data.train_steps, default=0), _whole(data.config, "optim", "num_steps")
-        train = [step for step in steps_in(self._folder / Kind.TRAIN) if step >= last]
+        train = steps_in(self._folder / Kind.TRAIN)
+        train = [step for step in train if step >= last or step == train[0]]
         evals = steps_in(self._folder / Kind.EVAL)
         evals = list(dict.fromkeys([*evals[:1], *evals[-1:]]))
         wanted = [(Kind.TRAIN, step) for step in train] + [(Kind.EVAL, step) for step in evals]

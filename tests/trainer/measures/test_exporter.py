@@ -115,6 +115,25 @@ def test_a_run_is_scraped_while_it_works_and_says_what_its_files_say(
     assert server.outcome(longer) == ""
 
 
+def test_each_of_two_processes_answers_at_a_port_of_its_own_and_the_figures_of_the_run_are_the_firsts(
+    server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = write_config(tmp_path / "run", tiny_model, 5, **SMALL, prometheus={"port": port})
+    server.start(config, processes=2)
+    first: dict[str, Metric] = {}
+    second: dict[str, Metric] = {}
+    end = time.monotonic() + 200
+    while time.monotonic() < end and not ("agent_rft_step" in first and "agent_rft_rollouts_done" in second):
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            first, second = scraped(port), scraped(port + 1)
+    assert server.wait() == 0
+    assert value(first, "agent_rft_rollout_reward", rollouts="train") >= 0
+    assert "agent_rft_step" not in second and "agent_rft_rollout_reward" not in second
+    assert value(second, "agent_rft_rollouts_done", rollouts="train") > 0
+    assert value(first, "agent_rft_policy_version") >= value(second, "agent_rft_policy_version") - 1
+
+
 def test_counters_tell_the_models_errors_from_the_worlds_faults_and_no_label_is_a_task(tmp_path: Path) -> None:
     with exported(tmp_path) as (run, port):
         (tmp_path / "rollouts").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_report(run_folder: Path, *, serve_command: str | None = None, is_over:
         "run.html",
         refresh_s=0 if is_over else REFRESH_S,
         title=run_folder.resolve().name,
-        facts=_facts(data),
+        facts=[*_facts(data), *([] if is_over else [("written", time.strftime("%Y-%m-%d %H:%M:%S%z"))])],
         notes=[*_notes(data), *_missing(data, run_folder), *unread],
         transcripts=TRANSCRIPTS if (run_folder / TRANSCRIPTS).exists() else "",
         table=before_after_table(comparison) if comparison else None,

@@ -8,15 +8,38 @@ from pathlib import Path
 
 import pytest
 
+from envs.errors import UserError
 from tests.support import ROOT
 from tests.support.run_server import SMALL, Server, write_config
 from tests.support.servers import ENVIRONMENT
 from tests.support.terminal import installed, terminal
+from tests.trainer.talk.test_chat import said
+from trainer.talk.agent import Options, open_agent
 
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not installed(), reason="tmux is not installed")]
+pytestmark = pytest.mark.vllm
 START_S = 400.0
 
 
+def test_a_server_that_serves_the_policy_is_asked_by_token_ids(
+    served: str,
+    server: Server,
+    taught_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert server.outcome(write_config(tmp_path / "run", taught_model, 1, **SMALL)) == ""
+    options = Options(run=tmp_path / "run", url=served, temperature=0.0)
+    shown = said(monkeypatch, capsys, options, ["/task 1", "And the year before?", "/quit"])
+    assert f"policy at {served}" in shown and shown.count("tokens so far)") == 2
+    with (
+        pytest.raises(UserError, match=r"serves no model 'base'; name one of policy, judge with --model"),
+        open_agent(Options(run=tmp_path / "run", url=served, model="base")),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not installed(), reason="tmux is not installed")
 def test_a_turn_that_ctrl_c_ends_leaves_the_engine_and_the_conversation_as_they_were(
     server: Server, taught_model: Path, tmp_path: Path
 ) -> None:

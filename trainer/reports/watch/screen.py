@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import time
@@ -23,7 +24,7 @@ from trainer.types import Kind, Rollout
 
 _LABEL, _CELL = 17, 12
 _RECENT_STEPS = 5
-_MOST_CHARS = 20_000
+_MOST_CHARS = 4_000
 """Of a text: more never fits a screen."""
 _BAR = 24
 _COLOURS = {
@@ -162,7 +163,7 @@ def _time(s: Snapshot) -> Iterator[Text]:
     if steps_s := _steps_s(recent):
         means = {lap: [row[f"time/{lap}_s"] for row in recent if f"time/{lap}_s" in row] for lap in Lap}
         parts = [f"{lap} {_seconds(fmean(values))}" for lap, values in means.items() if values]
-        yield _line("time of a step", f"{_seconds(fmean(steps_s))}: {', '.join(parts)}")
+        yield _line("time of a step", ": ".join(filter(None, [_seconds(fmean(steps_s)), ", ".join(parts)])))
     last = recent[-1] if recent else {}
     sides = [(side, last.get(f"throughput/{side}_tokens_per_s")) for side in ("sampled", "trained")]
     if speeds := [f"{side} {speed:,.0f} tokens/s" for side, speed in sides if speed is not None]:
@@ -273,7 +274,13 @@ def call_text(name: str, arguments: str) -> str:
 
 def one_line(text: str) -> str:
     """Clean, without ends of lines, no longer than any screen."""
-    return " ".join(clean(text[:_MOST_CHARS]).split())
+    return _cleaned(text[:_MOST_CHARS])
+
+
+@functools.lru_cache(maxsize=1024)
+def _cleaned(text: str) -> str:
+    """What stands on a screen is drawn again several times a second."""
+    return " ".join(clean(text).split())
 
 
 def _at(s: Snapshot, *keys: str) -> str:

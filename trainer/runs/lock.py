@@ -92,14 +92,19 @@ class RunLock:
 def is_held(folder: Path) -> bool | None:
     """Whether a run has the folder, which is asked of the kernel and changes nothing; None where that can't be known.
 
-    *Not covered:* this process's own lock, which it does not see and would lose by asking.
+    Of a folder that a run on another machine has taken up, only a lock that is seen is believed: it may be a copy, or
+    lie on a file system that does not tell. *Not covered:* this process's own lock, which it does not see and would
+    lose by asking.
     """
     try:
         with open_to_read(folder / LOCK_NAME) as file:
             asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, *_ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
-            return bool(kind != fcntl.F_UNLCK)
+            if kind != fcntl.F_UNLCK:
+                return True
+            about = json.loads(file.read(_MOST_BYTES) or b"{}")
+            return False if about.get("host", platform.node()) == platform.node() else None
     except FileNotFoundError:
         return False
-    except OSError:
+    except (OSError, ValueError, AttributeError):
         return None

@@ -124,6 +124,11 @@ def test_the_states_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (folder / LOCK_NAME).symlink_to(folder / "run.json")
     assert look(folder).state is State.UNKNOWN
     (folder / LOCK_NAME).unlink()
+    (folder / LOCK_NAME).write_text('{"pid": 7, "host": "another machine"}')
+    assert look(folder).state is State.UNKNOWN, "a copy of a run that may be at work there"
+    (folder / LOCK_NAME).write_text("torn")
+    assert look(folder).state is State.UNKNOWN
+    (folder / LOCK_NAME).unlink()
     (folder / "run.json").write_text(json.dumps({"run_id": "run-1", "finished_steps": 3}))
     assert look(folder).state is State.FINISHED
 

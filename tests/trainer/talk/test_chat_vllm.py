@@ -31,7 +31,9 @@ def test_a_server_that_serves_the_policy_is_asked_by_token_ids(
     assert server.outcome(write_config(tmp_path / "run", taught_model, 1, **SMALL)) == ""
     options = Options(run=tmp_path / "run", url=served, temperature=0.0)
     shown = said(monkeypatch, capsys, options, ["/task 1", "And the year before?", "/quit"])
-    assert f"policy at {served}" in shown and shown.count("tokens so far)") == 2
+    # What it has learned by heart has the right form, and need not lead to an answer.
+    assert f"policy at {served}" in shown and len(re.findall(r"^agent> |^  → ", shown, re.M)) >= 2
+    assert "world failed" not in shown
     with (
         pytest.raises(UserError, match=r"serves no model 'base'; name one of policy, judge with --model"),
         open_agent(Options(run=tmp_path / "run", url=served, model="base")),

@@ -20,8 +20,9 @@ from trainer.preflight.advice import Advice, Level
 from trainer.preflight.computed import Estimate
 from trainer.preflight.duration import TimeEstimate
 from trainer.preflight.measured import Preflight
-from trainer.reports.drawing import Series, bars, histogram, line_chart, number
+from trainer.reports.drawing import Series, bars, histogram, line_chart
 from trainer.reports.pages import write_page
+from trainer.reports.plot import number
 from trainer.reports.tables import facts, to_terminal
 
 _PASSES = "pass@k: chance that one of k passes"

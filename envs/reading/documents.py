@@ -112,9 +112,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         problem = getattr(e, "problem", None) or str(e)
         raise UserError(f"override {override!r}: the value is not valid YAML: {problem}") from e
-    # YAML 1.1 reads 2e-5 as text; people write it as a number.
-    if isinstance(node[last], str) and _NUMBER.fullmatch(node[last]):
-        node[last] = float(node[last])
+    node[last] = as_number(node[last])
+
+
+def as_number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-5 as text; people write it as a number."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def _instead(node: Any) -> str:

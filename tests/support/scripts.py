@@ -61,7 +61,8 @@ def _server() -> subprocess.Popen[str]:
 def _serve() -> None:
     import trainer.prepare
     import trainer.reports.comparison_page
-    import trainer.reports.run_report  # noqa: F401
+    import trainer.reports.run_report
+    import trainer.sweeps.sweep  # noqa: F401
 
     gc.freeze()
     for line in sys.stdin:

@@ -18,6 +18,8 @@ class Row:
     cells: Sequence[str]
     verdicts: Sequence[str] = ()
     """By cell: `better`, `worse` or nothing; empty where the row has none."""
+    links: Sequence[tuple[str, str]] = ()
+    """(text, address) behind its name, on a page."""
     key: str = ""
     """The measure's name in metrics.jsonl, for those who read the page by a program."""
 

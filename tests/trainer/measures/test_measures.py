@@ -26,7 +26,7 @@ from trainer.reports.comparison import compare
 from trainer.reports.comparison_page import render_markdown, write_comparison_page
 from trainer.reports.evaluations import read_evaluations
 from trainer.reports.run_report import write_report
-import sweep
+from trainer.sweeps.values import table
 run = Path(sys.argv[1])
 evaluations = read_evaluations([f"a={run}@0", f"b={run}@1"])
 metrics = [summarise(e.rollouts) for e in evaluations]
@@ -39,7 +39,7 @@ shown = {
     "comparison": render_markdown(compare(evaluations), demo=False),
     "pictures": write_comparison_page(compare(evaluations), run / "c.html", demo=False).read_text(),
     "report": write_report(run).read_text(),
-    "sweep": sweep._table({"run": run}),
+    "sweep": table({"run": run}),
     "docs": reference.page(),
 }
 print(json.dumps(shown))

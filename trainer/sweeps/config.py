@@ -138,11 +138,12 @@ class ObjectiveConfig(Settings):
 
 
 def _eval_key(key: str) -> str:
-    known = [f"eval/{measure.key}" for measure in CATALOGUE if measure.is_logged]
-    if not key.startswith("eval/") or key == "eval/":
-        raise ValueError(f"expected a figure of the held-out evaluation, such as eval/reward{nearest(key, known)}")
-    if not is_known(key) and (hint := nearest(key, known)):
-        raise ValueError(f"no figure of an evaluation is called so{hint}")
+    where, _, name = key.rpartition("eval/")
+    if where or not name or name == key:
+        raise ValueError("expected a figure of the held-out evaluation, such as eval/reward")
+    # A reward function may log what nobody else knows; what is nearly a figure's name is a slip.
+    if not is_known(key) and (hint := nearest(name, [measure.key for measure in CATALOGUE if measure.is_logged])):
+        raise ValueError(f"no figure of an evaluation is called {name}{hint}")
     return key
 
 
@@ -151,7 +152,7 @@ class MedianConfig(Settings):
 
     type: Literal["median"]
     startup_trials: int = Field(4, ge=1, description="trials that come to their end before any is cut short")
-    warmup_steps: int = Field(0, ge=0, description="steps of each trial in which it is left alone")
+    warmup_steps: int = Field(0, ge=0, description="evaluations before this step end no trial")
 
 
 class HalvingConfig(Settings):

@@ -14,6 +14,7 @@ from envs.secrets import without_secrets
 from trainer.config import read_sections
 from trainer.reports.drawing import Series, bars, line_chart
 from trainer.reports.pages import cut, write_page
+from trainer.reports.run_report import REFRESH_S
 from trainer.reports.tables import Grid, Row
 from trainer.runs.files import write_atomically
 from trainer.sweeps.figures import Shown, measure_of, show, unit_of
@@ -25,7 +26,6 @@ _NUM_COLOURED = 3
 """The best trials, which have the same colour in every picture."""
 _MOST_LABELS = 30
 _STATES = {"running": "at work", "complete": "", "pruned": "cut short", "failed": "failed"}
-_REFRESH_S = 30
 
 
 def best_of(plan: Plan, trials: Sequence[Shown]) -> Shown | None:
@@ -89,7 +89,7 @@ def write_sweep_page(plan: Plan, trials: Sequence[Shown], importance: Mapping[st
         "sweep.html",
         title=plan.folder.resolve().name,
         facts=_facts(plan, trials),
-        refresh_s=0 if is_over else _REFRESH_S,
+        refresh_s=0 if is_over else REFRESH_S,
         notes=_notes(plan, trials, is_over=is_over),
         best=f"{best.name}: {in_words(best.noted.point)}" if best is not None else "",
         best_values=[(k, _mean(k, v)) for k, v in _last_figures(plan, best)] if best is not None else [],
@@ -117,8 +117,8 @@ def _facts(plan: Plan, trials: Sequence[Shown]) -> list[tuple[str, str]]:
 
 
 def _notes(plan: Plan, trials: Sequence[Shown], *, is_over: bool) -> list[str]:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    at_work = [] if is_over else [f"the sweep is at work: as of {now}; read again every {_REFRESH_S} s"]
+    now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+    at_work = [] if is_over else [f"the sweep is at work; as of {now}"]
     failed = [f"{t.name} failed: {cut(t.noted.reason, 400)}" for t in trials if t.noted.state == "failed"]
     spread = [
         "seeds differ: beside each mean stand the least and the most of its runs; a difference of trials that is "

@@ -7,18 +7,28 @@ import json
 import math
 import operator
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
 
 
 class Settings(BaseModel):
-    """Settings of a user's: unknown keys, NaN and infinite numbers are refused; values cannot change after loading.
+    """Settings of a user's: unknown keys, NaN, infinite numbers and texts with a NUL, which no path and no program's
+    argument may hold, are refused; values cannot change after loading.
 
     Where a subclass has another rule for unknown keys, it says so at its head: `class Row(Settings, extra="ignore")`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_nul(cls, value: Any) -> Any:
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str | Path) and "\0" in str(text) for text in texts):
+            raise ValueError("holds a NUL character; expected a text without")
+        return value
 
 
 class WorldSettings(Settings):

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_jsonable_python
 
-from envs.errors import ToolError, UserError
+from envs.errors import ToolError, UserError, WorldError
 from envs.limits.clocks import time_limit
 from envs.reading.json_text import read_json
 from envs.schemas.checks import Check, argument_check, schema_error, without_nulls
@@ -208,6 +208,11 @@ def _completed(definition: Mapping[str, Any], known: Tool) -> Mapping[str, Any]:
     return {**definition, "function": {**known.schema()["function"], **given}}
 
 
+MOST_REWARD = 1e12
+"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
+EXPECTED_REWARD = f"expected a number from {-MOST_REWARD:g} to {MOST_REWARD:g}"
+
+
 @dataclass(frozen=True, slots=True)
 class Rewarded:
     """What a tool may return in place of its output: the output, and what the call was worth.
@@ -221,10 +226,17 @@ class Rewarded:
 
 
 def finite_reward(value: Any, whose: str) -> float:
-    """Raises `UserError` for a reward that is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Raises `UserError` for a reward that is no finite number, `WorldError` for one that no gradient could hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
         raise UserError(f"{whose}: reward: expected a finite number, got {value!r}")
+    if abs(value) > MOST_REWARD:
+        raise WorldError(f"{whose}: reward is {told_number(value)}; {EXPECTED_REWARD}")
     return float(value)
+
+
+def told_number(value: float) -> str:
+    """Of any size, in a few characters."""
+    return f"{value:g}" if isinstance(value, float) else f"a whole number of {value.bit_length()} bits"
 
 
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:

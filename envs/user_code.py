@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dis
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -171,6 +174,32 @@ def check_order(function: Callable[..., Any], names: tuple[str, ...], where: str
     if given != names and sorted(given) == sorted(names):
         raise UserError(f"{called}, but: its parameters are {', '.join(given)}, in this order")
     return given
+
+
+def forgets_to_return(function: Callable[..., Any]) -> bool:
+    """Whether it comes to its end and has no `return` that says something, or that it says nothing; False where that
+    can't be known."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
+        return False
+    if not any(
+        one.opname.startswith("RETURN_") and one.opname != "RETURN_GENERATOR" for one in dis.get_instructions(code)
+    ):
+        # It only raises, or never ends.
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return False
+    waiting: list[ast.AST] = list(ast.iter_child_nodes(tree.body[0]))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Return):
+            return False
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            waiting += ast.iter_child_nodes(node)
+    return isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def is_async(function: Callable[..., Any]) -> bool:

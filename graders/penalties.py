@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from envs.errors import UserError, told_of
 from envs.settings import Settings
 from envs.types import Episode, Task
 from graders.settings import Continuous, GraderSettings
-from graders.types import Grade, Grader, taken_metrics
+from graders.types import Grade, Grader, check_numbers, taken_metrics
 
 # Keeps `right > wrong` strict in floating point: far above the rounding of a sum of four numbers near 1.
 _MARGIN = 1e-6
@@ -26,6 +26,8 @@ _MEASURES: dict[str, Callable[[Episode], int]] = {
 }
 TURN_REWARDS = "turn_rewards"
 """The part of the reward that tools and the environment gave."""
+KL = "kl"
+"""The part that a KL to the reference takes off, where the reward bears it."""
 
 
 class PenaltyConfig(Settings):
@@ -90,6 +92,22 @@ def check_penalties(grader: GraderSettings, penalties: PenaltiesConfig) -> None:
         )
 
 
+def part_name(grader: GraderSettings) -> str:
+    """What the grader's own part of the reward is called, but where the user's class says otherwise."""
+    return str(getattr(grader, "name", grader.type))
+
+
+def check_part_names(names: Iterable[str], penalties: PenaltiesConfig, *, whose: str) -> None:
+    """Raise `UserError` for a part of a grader that is called as one of ours, which would take its place."""
+    ours = [TURN_REWARDS, KL, *(name for name, setting in penalties if setting is not None)]
+    for name in names:
+        if name in ours:
+            raise UserError(
+                f"{whose}: {name!r} is a part of the reward of the trainer's own ({', '.join(ours)}); expected another "
+                "name"
+            )
+
+
 def penalty(amount: int, config: PenaltyConfig) -> float:
     """max(floor, -slope · max(0, amount - free)): in [floor, 0]."""
     excess = amount - config.free
@@ -118,6 +136,7 @@ class PenalisedGrader:
         self, grader: Grader, config: PenaltiesConfig, *, threshold: float | None, floor: float | None
     ) -> None:
         self._grader = grader
+        self._config = config
         self._penalties = {name: setting for name in _MEASURES if (setting := getattr(config, name)) is not None}
         self._threshold = threshold
         self._floor = floor
@@ -126,6 +145,9 @@ class PenalisedGrader:
         try:
             with told_of(f"task {task.task_id!r}"):
                 grade = await self._grader.grade(task, episode)
+                check_part_names(grade.parts, self._config, whose="grader: parts")
+            # Before sums are made of them, which such numbers would leave without a value.
+            check_numbers(grade, task)
         except Exception as e:
             e.add_note(f"for task {task.task_id!r}, rollout {episode.rollout_id!r}")
             raise

@@ -9,10 +9,9 @@ from typing import Protocol
 
 from envs.base import Counts
 from envs.errors import WorldError
+from envs.tools import EXPECTED_REWARD, told_number
+from envs.tools import MOST_REWARD as MOST_REWARD
 from envs.types import Episode, Task
-
-MOST_REWARD = 1e12
-"""In size. An advantage may be as large, and the gradient's norm is the root of a sum of squares in float32."""
 
 
 class GraderErrorKind(StrEnum):
@@ -75,10 +74,8 @@ def check_numbers(grade: Grade, task: Task) -> None:
     whose = next(iter(grade.parts), "")
     for name, number in _numbers_of(grade).items():
         if not abs(number) <= MOST_REWARD:
-            shown = f"{number:g}" if isinstance(number, float) else f"a whole number of {number.bit_length()} bits"
             raise WorldError(
-                f"{whose or 'the grader'}: {name} is {shown} for task {task.task_id!r}; expected a number from "
-                f"{-MOST_REWARD:g} to {MOST_REWARD:g}"
+                f"{whose or 'the grader'}: {name} is {told_number(number)} for task {task.task_id!r}; {EXPECTED_REWARD}"
             )
 
 

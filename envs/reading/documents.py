@@ -51,6 +51,9 @@ def read_document(path: Path, where: str) -> Any:
         raise UserError(f"{where}: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not UTF-8 text: {e.reason} at byte {e.start}") from e
+    except ValueError as e:
+        # No file has such a name: it holds a NUL.
+        raise UserError(f"{where}: {e}") from e
     suffix = path.suffix.lower()
     if suffix not in _YAML:
         try:

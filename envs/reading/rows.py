@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from envs.errors import UserError, nearest
 from envs.reading.hub import hub_or_cache
@@ -31,10 +31,17 @@ class DatasetSource(Settings):
         return f"{self.dataset} ({self.split})"
 
 
+def _not_nothing(value: Any) -> Any:
+    if not isinstance(value, str | Path | dict | DatasetSource) or value == "":
+        raise ValueError("expected the path of a JSONL file, or a data set: {dataset: NAME}")
+    return value
+
+
 # In brackets, so that `envs.validation` leaves the names of the union's members out of a key.
 FileOrDataset = Annotated[
     Annotated[Path, Tag("[file]")] | Annotated[DatasetSource, Tag("[dataset]")],
     Discriminator(lambda value: "[dataset]" if isinstance(value, dict | DatasetSource) else "[file]"),
+    BeforeValidator(_not_nothing),
 ]
 
 

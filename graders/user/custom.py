@@ -38,6 +38,7 @@ from envs.user_code import (
     accepted,
     call_user,
     check_order,
+    forgets_to_return,
     load_target,
     looked_at,
     make,
@@ -136,6 +137,8 @@ def _check_grade(grade: Callable[..., Any], where: str) -> None:
     names = check_order(grade, ("task", "episode"), f"{where}: grade")
     if sorted(names) == ["item", "sample"]:
         raise UserError(f"{where}: grade is called as grade(task, episode); sample and item are a python grader's")
+    if forgets_to_return(grade):
+        raise UserError(f"{where}: grade has no `return`; expected one with a number or a Grade")
 
 
 def _is_bare_factory(function: Callable[..., Any]) -> bool:

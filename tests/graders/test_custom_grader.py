@@ -202,6 +202,13 @@ def get_bonus(size: float = 0.5) -> Any:
     return bonus
 
 
+class Forgets:
+    async def grade(self, task: Task, episode: Episode) -> float:  # type: ignore[empty-body]
+        score = max([len(message.content) for message in episode.messages], key=lambda n: -n)
+        if score:
+            self.score = score
+
+
 class NoGrade:
     def grade(self, task: Task, episode: Episode) -> float | None:
         return None
@@ -461,6 +468,11 @@ async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> No
 def test_a_target_that_is_no_grader_is_named(name: str, kwargs: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         grader(name, **kwargs)
+
+
+def test_a_class_that_forgets_to_return_is_told_before_it_is_asked() -> None:
+    with pytest.raises(UserError, match=r":Forgets': grade has no `return`; expected one with a number or a Grade"):
+        grader("Forgets")
 
 
 def test_a_row_without_a_column_that_the_function_needs_is_told_before_the_run() -> None:

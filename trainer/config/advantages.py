@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from envs.errors import nearest
 from envs.settings import Kwargs, Settings
 from envs.user_code import TARGET_PATTERN
 
@@ -24,6 +25,9 @@ AdvantageName = Literal[
     "gae",
 ]
 """Estimators that may be named alone: all their settings have defaults."""
+
+MOST_WEIGHT = 1e6
+"""Of one thing beside another: by more, the sum is the one alone, and float32 soon holds no product of them."""
 
 
 class AdvantageSettings(Settings):
@@ -66,7 +70,7 @@ class GdpoConfig(AdvantageSettings):
     """Each part of the reward normalised within the group, their sum over the step."""
 
     type: Literal["gdpo"] = "gdpo"
-    weights: dict[str, float] = Field(
+    weights: dict[str, Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]] = Field(
         {}, description="by the part's name: the grader's own, then the penalties; those not named have 1"
     )
 
@@ -90,14 +94,14 @@ class GigpoConfig(TurnSettings):
     gamma: float = Field(
         0.95, ge=0, le=1, description="what a reward counts for the turn before the one that earned it"
     )
-    weight: float = Field(1.0, ge=0, description="of the turn's own advantage beside the episode's")
+    weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="of the turn's own advantage beside the episode's")
 
 
 class TurnDiscountedConfig(TurnSettings):
     """GRPO's advantage of the outcome, and the discounted rewards of the turns against those of the group."""
 
     type: Literal["turn_discounted"] = "turn_discounted"
-    weight: float = Field(1.0, ge=0, description="of the turns' own advantage beside the outcome's")
+    weight: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="of the turns' own advantage beside the outcome's")
 
 
 class CriticConfig(Settings):
@@ -160,6 +164,19 @@ WITHOUT_TIES = frozenset({"reinforce_pp", "gae"})
 """Compare the rollouts of a group with all of the step's, or with a critic's word: equal rewards teach, too."""
 
 
+def _by_name_or_settings(value: Any) -> Any:
+    if isinstance(value, dict | AdvantageSettings) or value in _NAMES:
+        return value
+    known = ", ".join(map(repr, _NAMES))
+    raise ValueError(
+        f"expected one of {known}, or settings, such as {{type: custom, target: my_file.py:name}}"
+        f"{nearest(value, _NAMES)}"
+    )
+
+
+_NAMES = get_args(AdvantageName)
+
+
 def _tag_of(value: Any) -> Any:
     if isinstance(value, dict):
         return value.get("type")
@@ -171,7 +188,9 @@ if TYPE_CHECKING:
 else:
     _tagged = [Annotated[AdvantageName, Tag("[name]")]]
     _tagged += [Annotated[one, Tag(name)] for name, one in ADVANTAGE_SETTINGS.items()]
-    Advantage = Annotated[functools.reduce(operator.or_, _tagged), Discriminator(_tag_of)]
+    Advantage = Annotated[
+        functools.reduce(operator.or_, _tagged), Discriminator(_tag_of), BeforeValidator(_by_name_or_settings)
+    ]
 
 
 def advantage_settings(advantage: AdvantageName | AdvantageSettings) -> AdvantageSettings:

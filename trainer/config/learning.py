@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from envs.reading.rows import FileOrDataset
 from envs.settings import Kwargs, Settings, by_type
 from envs.user_code import TARGET_PATTERN
-from trainer.config.advantages import Advantage, GaeConfig, advantage_settings
+from trainer.config.advantages import ADVANTAGE_SETTINGS, MOST_WEIGHT, Advantage, GaeConfig, advantage_settings
 
 
 def _in_order(pair: tuple[float, float]) -> tuple[float, float]:
@@ -51,7 +51,10 @@ class EntropyConfig(Settings):
     """A bonus for the policy's entropy at each trained token. See `trainer.learning.losses.entropy`."""
 
     coef: float = Field(
-        0.0, ge=0, description="weight of the entropy (nats a token); at the beginning, where there is a floor"
+        0.0,
+        ge=0,
+        le=MOST_WEIGHT,
+        description="weight of the entropy (nats a token); at the beginning, where there is a floor",
     )
     floor: float | None = Field(
         None, gt=0, description="the bonus works only below it: nats a token, mean of a step; null: always"
@@ -59,9 +62,22 @@ class EntropyConfig(Settings):
     step: float = Field(
         0.005,
         gt=0,
+        le=MOST_WEIGHT,
         description="with a floor: what the weight rises by after a step below it and falls by after others",
     )
-    max_coef: float = Field(1.0, ge=0, description="with a floor: the largest weight")
+    max_coef: float = Field(1.0, ge=0, le=MOST_WEIGHT, description="with a floor: the largest weight")
+
+    @model_validator(mode="after")
+    def _a_floor_moves_the_weight(self) -> EntropyConfig:
+        if self.floor is None:
+            for key in ("step", "max_coef"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}: has no effect without a floor; set floor, or leave {key} out")
+        elif self.max_coef == 0:
+            raise ValueError("max_coef: 0 leaves no bonus below the floor; raise it, or leave entropy out")
+        elif self.coef > self.max_coef:
+            raise ValueError(f"coef: {self.coef:g} is above max_coef, {self.max_coef:g}; lower it, or raise max_coef")
+        return self
 
 
 class CorrectionConfig(Settings):
@@ -97,6 +113,7 @@ class LossSettings(Settings):
     kl_coef: float = Field(
         0.0,
         ge=0,
+        le=MOST_WEIGHT,
         description="weight of the KL divergence to the policy before the first step: the base model, or what "
         "the warm start left",
     )
@@ -127,10 +144,15 @@ class LossSettings(Settings):
         return self.kl_coef > 0 and self.kl.place == "loss"
 
     @property
+    def moves_without_advantage(self) -> bool:
+        """The policy's gradient at a token is not 0 though its advantage is."""
+        has_bonus = self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
+        return self.kl_in_loss or has_bonus
+
+    @property
     def trains_without_advantage(self) -> bool:
         """Tokens have a gradient though their advantage is 0: of the policy, or of the critic."""
-        has_bonus = self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
-        return self.kl_in_loss or has_bonus or self.gae is not None
+        return self.moves_without_advantage or self.gae is not None
 
     @model_validator(mode="after")
     def _kl_has_a_weight(self) -> LossSettings:
@@ -193,7 +215,10 @@ class CustomLossConfig(LossSettings):
     target: str = Field(pattern=TARGET_PATTERN, description="`package.module:name` or `path/to/file.py:name`")
     kwargs: Kwargs = Field({}, description="with them the target is a class or factory, called before the run")
     kl_coef: float = Field(
-        0.0, ge=0, description="above 0 the loss gets the reference's log-probabilities, unless kl.place is reward"
+        0.0,
+        ge=0,
+        le=MOST_WEIGHT,
+        description="above 0 the loss gets the reference's log-probabilities, unless kl.place is reward",
     )
     tis_cap: float | None = Field(
         None, gt=0, description="cap of the weight that the loss gets as correction_N; null: it gets none"
@@ -216,10 +241,22 @@ LOSS_SETTINGS: dict[str, type[LossSettings]] = {
 """By the `type` that a config names."""
 
 
+def _no_advantage(value: Any) -> Any:
+    """Whoever looks for GRPO or PPO finds the advantages, of which each goes with each loss."""
+    name = value.get("type") if isinstance(value, dict) else value
+    meant = "gae" if name == "ppo" else name
+    if isinstance(meant, str) and meant in ADVANTAGE_SETTINGS and meant not in LOSS_SETTINGS:
+        raise ValueError(
+            f"{name} is no loss but how advantages are made: set loss.advantage to {meant}, and loss.type to one of "
+            f"{', '.join(LOSS_SETTINGS)}, or leave it out for the first"
+        )
+    return value
+
+
 if TYPE_CHECKING:
     AnyLossConfig = LossSettings
 else:
-    AnyLossConfig = by_type(LOSS_SETTINGS, without_type="clipped")
+    AnyLossConfig = Annotated[by_type(LOSS_SETTINGS, without_type="clipped"), BeforeValidator(_no_advantage)]
 
 
 class OptimConfig(Settings):

@@ -14,6 +14,8 @@ from graders.build import check_grader
 from trainer.config.run import RunConfig
 
 _BASE = "base"
+_MOST_BASES = 20
+"""Below one another: far more than anybody can follow."""
 _WITHOUT_TYPE = {"loss": "clipped", "world": "remote", "engine": "local"}
 """Of which type a section is that names none."""
 
@@ -48,10 +50,14 @@ def _override(data: dict[str, Any], overrides: list[str]) -> None:
 def _on_its_base(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
     """The sections of `path`, which `above` name as their base, and the files that they come from, `path` first."""
     chain = (*above, path)
-    if path.resolve() in [file.resolve() for file in above]:
-        raise UserError(f"config {chain[0]}: {_BASE}: goes in a circle: {' → '.join(map(str, chain))}")
+    if len(above) > _MOST_BASES:
+        raise UserError(
+            f"config {chain[0]}: {_BASE}: more than {_MOST_BASES} configs, each on the next; expected fewer"
+        )
     with told_of(f"config {above[-1]}: {_BASE}" if above else ""):
         data = read_document(path, f"config {path}")
+    if path.resolve() in [file.resolve() for file in above]:
+        raise UserError(f"config {chain[0]}: {_BASE}: goes in a circle: {' → '.join(map(str, chain))}")
     if not isinstance(data, dict):
         raise UserError(f"config {path}: expected a mapping of sections, got {type(data).__name__}")
     base = data.pop(_BASE, None)

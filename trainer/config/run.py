@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from envs.errors import UserError
+from envs.custom.world import CustomEnvConfig
+from envs.errors import UserError, nearest
 from envs.reading.documents import from_file
 from envs.registry import WorldConfig
 from envs.remote.config import RemoteConfig
@@ -16,8 +17,9 @@ from envs.settings import Settings
 from envs.users import user_of
 from graders.config import GRADER_TYPES, GraderConfig
 from graders.judges.base import JudgeConfig
-from graders.penalties import PenaltiesConfig, check_penalties
-from trainer.config.advantages import BY_EPISODE, WITHOUT_TIES, advantage_settings
+from graders.penalties import KL, TURN_REWARDS, PenaltiesConfig, check_part_names, check_penalties, part_name
+from graders.user.custom import CustomConfig
+from trainer.config.advantages import BY_EPISODE, WITHOUT_TIES, GdpoConfig, advantage_settings
 from trainer.config.engines import AnyEngineConfig, EngineConfig, publishes_merged
 from trainer.config.learning import AnyLossConfig, LossConfig, OptimConfig, WarmstartConfig
 from trainer.config.model import ModelConfig
@@ -118,6 +120,35 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_reference_is_refreshed_in_time(self) -> RunConfig:
+        refresh, num_steps = self.loss.kl.refresh_steps, self.optim.num_steps
+        if refresh is not None and 0 < num_steps <= refresh:
+            raise ValueError(
+                f"loss.kl.refresh_steps: {refresh} has no effect in a run of optim.num_steps = {num_steps}: no step "
+                "comes after; lower it, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_parts(self) -> RunConfig:
+        """Which parts a grader of the user's own gives is known of its first grade alone."""
+        advantage = advantage_settings(self.loss.advantage)
+        if not isinstance(advantage, GdpoConfig) or isinstance(self.grader, CustomConfig):
+            return self
+        known = [part_name(self.grader), *(name for name, penalty in self.penalties if penalty)]
+        known += [KL] if self.loss.kl_in_reward else []
+        # No world but the user's own gives rewards of turns.
+        known += [TURN_REWARDS] if isinstance(self.world, CustomEnvConfig) else []
+        if unknown := [name for name in advantage.weights if name not in known]:
+            raise ValueError(
+                f"loss.advantage.weights: {unknown[0]!r} is no part of the reward; it has {', '.join(known)}"
+                f"{nearest(unknown[0], known)}"
+            )
+        if not any(advantage.weights.get(name, 1.0) for name in known):
+            raise ValueError("loss.advantage.weights: all are 0, so that nothing would be learned; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _a_group_has_something_to_compare(self) -> RunConfig:
         if self.rollout.group_size == 1 and self.loss.gae is None:
             raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")
@@ -130,6 +161,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"rollout.tied_groups: {rule} has no effect with loss.advantage {name}, which does not compare the "
                 "rollouts of a group with each other, so that none is tied; leave it out"
+            )
+        if rule != "replace" and self.rollout.replacement_rounds != RolloutConfig().replacement_rounds:
+            raise ValueError(
+                f"rollout.replacement_rounds: has no effect while rollout.tied_groups is {rule}; set that to replace, "
+                "or leave replacement_rounds out"
             )
         if rule == "replace" and self.overlap.max_staleness:
             raise ValueError(
@@ -194,6 +230,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _penalties_keep_the_order(self) -> RunConfig:
+        check_part_names([part_name(self.grader)], self.penalties, whose="grader.name")
         check_penalties(self.grader, self.penalties)
         return self
 

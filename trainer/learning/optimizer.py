@@ -56,6 +56,10 @@ class Optimizer:
         self._adamw.zero_grad()
         return norm
 
+    def drop_gradients(self) -> None:
+        """Without an update."""
+        self._adamw.zero_grad()
+
     def moments(self) -> list[dict[str, Tensor]]:
         """Copies on the CPU of what AdamW keeps of each parameter; empty before its first update."""
         return [

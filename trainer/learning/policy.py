@@ -219,9 +219,9 @@ class Policy:
         `constant_tokens` is the constant of normalisation `constant`.
 
         A minibatch in which nothing has a gradient (all advantages 0, no KL term, no bonus for entropy) makes no update
-        and is counted in `skipped_updates`: Adam's momentum would otherwise move the adapter without any evidence. A
-        step without samples makes none. Where `loss.kl.refresh_steps` says so, what the step leaves is the reference
-        from here on.
+        of the policy and is counted in `skipped_updates`: momentum and decay would else move the adapter without any
+        evidence. A critic learns from it all the same. A step without samples makes none. Where `loss.kl.refresh_steps`
+        says so, what the step leaves is the reference from here on.
         """
         assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
@@ -229,17 +229,15 @@ class Policy:
         rate = learning_rate(self._optim, self.num_steps)
         self._optimizer.set_learning_rate(rate)
         minibatches = minibatches_of(samples, self._optim.minibatches, seed=f"{self._seed}:{self.num_steps}")
-        is_single = self._optim.num_epochs * len(minibatches) == 1
-        work = [
-            list(self._work(minibatch, loss, temperature, constant_tokens, needs_old=not is_single))
-            for minibatch in minibatches
-        ]
+        needs_old = self._optim.num_epochs * len(minibatches) > 1
+        work = [list(self._work(m, loss, temperature, constant_tokens, needs_old=needs_old)) for m in minibatches]
         function = self._made(loss)
         done = _Done()
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
                 if any(has_gradient(s, loss) for s in minibatch):
-                    self._learn_from(works, function, temperature, gradient_scale(minibatch), done)
+                    moves = loss.moves_without_advantage or any(s.has_advantage for s in minibatch)
+                    self._learn_from(works, function, temperature, gradient_scale(minibatch), done, moves=moves)
         self.num_steps += 1
         if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
             self.keep_as_reference()
@@ -256,8 +254,10 @@ class Policy:
             self._entropy.learn(means["entropy"])
         return Update(metrics=means, logprobs=self._of_all_processes(samples, done.old))
 
-    def _learn_from(self, works: Sequence[Work], loss: Loss, temperature: float, scale: float, done: _Done) -> None:
-        """One minibatch's updates, of the policy (unless its critic is still warming up) and of the critic."""
+    def _learn_from(
+        self, works: Sequence[Work], loss: Loss, temperature: float, scale: float, done: _Done, *, moves: bool
+    ) -> None:
+        """One minibatch's updates, of the critic and, once that has warmed up, of the policy where it `moves`."""
         learns = self.critic is None or self.num_steps >= self.critic.config.warmup_steps
         for work in works:
             metrics: dict[str, Tensor] = {}
@@ -268,9 +268,11 @@ class Policy:
                 metrics |= self.critic.accumulate(work, scale)
                 metrics["num_tokens"] = torch.tensor(float(len(work.weights_N)))
             done.parts.append(metrics)
-        if learns:
+        if learns and moves:
             done.norms.append(self._optimizer.step(scale))
             self.num_updates += 1
+        else:
+            self._optimizer.drop_gradients()
         if self.critic is not None:
             done.critic_norms.append(self.critic.step(scale))
 
@@ -302,9 +304,8 @@ class Policy:
                     old_N = self.reader.logprobs(work.microbatch, temperature, adapter=True)
                 if loss.kl_in_loss:
                     ref_N = self._reference_logprobs(work.microbatch, temperature, loss)
-            yield replace(
-                work, old_logprobs_N=old_N, ref_logprobs_N=ref_N, staleness_N=self.num_updates - work.versions_N
-            )
+            staleness_N = self.num_updates - work.versions_N
+            yield replace(work, old_logprobs_N=old_N, ref_logprobs_N=ref_N, staleness_N=staleness_N)
 
     def _reference_logprobs(self, microbatch: Microbatch, temperature: float, loss: LossSettings) -> Tensor:
         if self._reference is None or loss.kl.reference == "base":

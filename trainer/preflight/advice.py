@@ -125,8 +125,9 @@ def _variance(figures: Figures, config: RunConfig) -> Iterator[Advice]:
         yield Advice(
             level=Level.STOP if low else Level.WARN,
             finding=f"Only {share}; the published demo had about 15 %.",
-            what_to_do=f"Of the {config.rollout.tasks_per_step} groups of a step the others teach nothing. Resample "
-            "tasks by measured difficulty (this preflight's JSON), raise rollout.group_size, or give partial credit.",
+            what_to_do=f"Of the {config.rollout.tasks_per_step} groups of a step the others teach nothing. Take "
+            "tasks by measured difficulty (curriculum.preflight: this preflight's JSON), replace tied groups by fresh "
+            "ones (rollout.tied_groups: replace), raise rollout.group_size, or give partial credit.",
         )
     else:
         yield Advice(level=Level.GOOD, finding=f"{share}; the published demo had about 15 %.")

@@ -20,14 +20,17 @@ from envs.limits.clocks import time_limit
 from envs.secrets import hidden_in
 from envs.state import read_state
 from envs.tools import Tool
-from envs.types import Episode, Message, StopReason, Turn
+from envs.types import Episode, Message, StopReason, Task, Turn
 from envs.user_code import looked_at
 from graders.build import build_scorer
 from graders.config import GraderConfig, MultiConfig, singles
+from graders.penalties import check_part_names
 from graders.settings import GraderSettings
+from graders.types import check_numbers
 from graders.user.custom import CustomConfig
 from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
+from trainer.config.advantages import CustomAdvantageConfig, advantage_settings
 from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
@@ -35,6 +38,8 @@ from trainer.runs.folder import RunFolder
 from trainer.tasks.offer import tools_offered
 
 _MOST_NAMES = 12
+_MOST_TRIED = 20
+"""Tasks of different keys."""
 _ANSWER = "I do not know."
 
 
@@ -78,22 +83,39 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
 async def _tried(prepared: Prepared) -> list[str]:
     """What the user's own loss and graders make of something small. Raises `UserError` for what would end a run.
 
-    The loss has been tried by `prepare`. A grader is given one answer to the first training task, as a model may give
-    it: without a tool call. In a world of the user's own the environment is open meanwhile, so that a grader may look
-    into it. *Not covered*: graders that ask a server, of which `trainer.reachable` knows whether it is there.
+    Loss and advantages have been tried by `prepare`. A grader is given one answer, as a model may give it: without a
+    tool call, to the first training task and to one of each kind of row: those that have other keys than it. In a world
+    of the user's own the environment is open meanwhile, so that a grader may look into it.
+
+    *Not covered*: graders that ask a server, of which `trainer.reachable` knows whether it is there.
     """
     config = prepared.config
     told = [f"loss on a few tokens: {config.loss.target}"] if isinstance(config.loss, CustomLossConfig) else []
+    if isinstance(advantage := advantage_settings(config.loss.advantage), CustomAdvantageConfig):
+        told.append(f"advantages of a few rewards: {advantage.target}")
     for key, grader in (("grader", config.grader), ("watch_grader", config.watch_grader)):
         for inner, single in singles(grader).items() if grader else ():
             if isinstance(single, CustomConfig | PythonConfig):
-                told.append(f"{key}{inner} on {_ANSWER!r}: {await _graded(prepared, single, where=f'{key}{inner}')}")
+                tasks = _unlike(prepared)
+                for task in tasks:
+                    to = f" to task {task.task_id!r}" if len(tasks) > 1 else ""
+                    given = await _graded(prepared, single, task, where=f"{key}{inner}")
+                    told.append(f"{key}{inner} on {_ANSWER!r}{to}: {given}")
     return told
 
 
-async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> str:
+def _unlike(prepared: Prepared) -> list[Task]:
+    """The first task of each set of keys whose values are not null, held-out ones too: what a grader reads of rows, one
+    of those may lack."""
+    first: dict[frozenset[str], Task] = {}
+    for task in (*prepared.train_tasks, *prepared.eval_tasks):
+        first.setdefault(frozenset(key for key, value in task.item.items() if value is not None), task)
+    return list(first.values())[:_MOST_TRIED]
+
+
+async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, where: str) -> str:
     """What it says of `_ANSWER`."""
-    task, env = prepared.train_tasks[0], prepared.world.make_env()
+    env = prepared.world.make_env()
     answer = Message(role="assistant", content=_ANSWER)
     episode = Episode(
         rollout_id="check",
@@ -103,7 +125,8 @@ async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> 
         stop_reason=StopReason.ANSWERED,
         completion_ids=tuple(range(prepared.chat.num_tokens(_ANSWER))),
     )
-    where = f"{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
+    of = f"{task.where}: " if task.where else ""
+    where = f"{of}{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
     grader = build_scorer(config)
     is_own, is_open = isinstance(prepared.config.world, CustomEnvConfig), False
     try:
@@ -114,8 +137,11 @@ async def _graded(prepared: Prepared, config: GraderSettings, *, where: str) -> 
                     is_open = True
                     state = await read_state(env, timeout_s=prepared.config.rollout.tool_timeout_s)
                     episode = replace(episode, state=state)
-            with told_of(where), looked_at(where):
+            with looked_at(where), told_of(where):
                 grade = await grader.grade(task, episode)
+                if config is prepared.config.grader:
+                    check_part_names(grade.parts, prepared.config.penalties, whose="parts")
+                check_numbers(grade, task)
     except TimeoutError:
         return f"no grade within rollout.settle_timeout_s ({prepared.config.rollout.settle_timeout_s:g} s)"
     except WorldError as e:
@@ -137,7 +163,11 @@ async def _awaited(name: str, given: Any) -> None:
 
 
 def _loss(loss: LossSettings) -> str:
-    return f"custom {loss.target}" if isinstance(loss, CustomLossConfig) else loss.type
+    """With the advantages that it weighs tokens by."""
+    advantage = advantage_settings(loss.advantage)
+    own = f"custom {loss.target}" if isinstance(loss, CustomLossConfig) else loss.type
+    of = f"custom {advantage.target}" if isinstance(advantage, CustomAdvantageConfig) else advantage.type
+    return f"{own}, advantages by {of}"
 
 
 def _folder(config: RunConfig) -> str:

@@ -130,6 +130,17 @@ def test_a_base_that_is_none_is_refused(tmp_path, base, told):
         load_config(write(tmp_path / "a", {"base": base}))
 
 
+def test_a_base_that_no_file_can_be_called_by_and_bases_without_an_end_are_refused(tmp_path):
+    path = tmp_path / "0.yaml"
+    path.write_text('base: "a\\0b.yaml"\n')
+    with pytest.raises(UserError, match=r"^config \S+/0\.yaml: base: config .*: embedded null byte"):
+        load_config(path)
+    for i in range(1200):
+        (tmp_path / f"{i}.yaml").write_text(f"base: {i + 1}.yaml\n")
+    with pytest.raises(UserError, match=r"^config \S+/0\.yaml: base: more than 20 configs, each on the next"):
+        load_config(path)
+
+
 def test_no_override_names_a_base(tmp_path):
     with pytest.raises(UserError, match=r"override base=b\.yaml: a config names its base in its file"):
         load_config(write(tmp_path, MINIMAL), ["base=b.yaml"])
@@ -171,7 +182,7 @@ BY_TURN = {"slope": 0.1, "floor": -0.2, "by_turn": True}
         ({"data": {"train": "a.jsonl"}}, "data.eval: required, but not given"),
         ({"loss": {"advantage": {"type": "rlo"}}}, "loss.advantage.type: expected one of 'grpo', 'dr_grpo', 'rloo', "),
         ({"loss": {"advantage": {"type": "rlo"}}}, "'gae', 'custom' (got 'rlo'); did you mean 'rloo'?"),
-        ({"loss": {"advantage": "rlo"}}, "loss.advantage: Input should be 'grpo', "),
+        ({"loss": {"advantage": "rlo"}}, "loss.advantage: expected one of 'grpo', "),
         ({"penalties": {"tool_calls": BY_TURN}}, "penalties.tool_calls.by_turn: has no effect with loss.advantage g"),
         ({"rollout": {"tied_groups": "skip"}, "loss": {"advantage": "gae"}}, "skip has no effect with loss.advantage "),
         ({"rollout": {"tied_groups": "replace"}, "loss": {"advantage": "reinforce_pp"}}, "tied_groups: replace has no"),

@@ -178,6 +178,26 @@ def test_it_learns_what_it_is_told_and_leaves_the_policys_log_probabilities_to_t
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_where_all_advantages_are_0_the_critic_learns_and_the_policy_stays(model):
+    """Its moments and the decay of weights would move it: the rule is that of every loss."""
+    policy, samples = with_critic(model, weight_decay=0.1), random_samples()
+    update(policy, returned(samples, policy.values(samples)))
+    before, values = policy.state_dict()["adapter"], policy.values(samples)
+    flat = [replace(s, advantages=(0.0,) * len(s.token_ids)) for s in samples]
+    metrics = update(policy, returned(flat, values)).metrics
+    assert (metrics["skipped_updates"], policy.num_updates) == (1.0, 1) and metrics["critic_grad_norm"] > 0
+    after = policy.state_dict()["adapter"]
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert policy.values(samples) != values
+    # No gradient of the flat step is left for the next.
+    other = with_critic(model, weight_decay=0.1)
+    other.load_state_dict(policy.state_dict())
+    for one in (policy, other):
+        update(one, returned(samples, values))
+    again = other.state_dict()["adapter"]
+    assert all(torch.equal(again[name], weight) for name, weight in policy.state_dict()["adapter"].items())
+
+
 def test_the_policy_beside_a_critic_is_the_policy_without(model):
     samples = [replace(s, advantages=tuple(0.5 * a for a in s.advantages)) for s in random_samples()]
     alone, beside = tiny_policy(model), with_critic(model)

@@ -47,6 +47,7 @@ def of_rows(inputs):
 def needs_reference(inputs):
     return (inputs.logprobs_N - inputs.ref_logprobs_N).square().sum(), {}
 
+def needs_correction(inputs): return (inputs.correction_N * inputs.logprobs_N).sum()
 def two(inputs, other): return inputs.logprobs_N.sum()
 def no_gradient(inputs): return inputs.logprobs_N.detach().sum()
 def with_axes(inputs): return -inputs.logprobs_N
@@ -165,7 +166,9 @@ def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
         ("our_name", {}, "metrics: 'num_tokens' is a name of the trainer's own"),
         ("our_other_name", {}, "metrics: 'grad_norm' is a name of the trainer's own"),
         ("fails", {}, r"raised AttributeError: .*my_loss\.py, line \d+"),
-        ("needs_reference", {}, "raised TypeError"),
+        ("needs_reference", {}, r"raised TypeError: .*, line \d+\); inputs.ref_logprobs_N is None unless loss.kl_coef"),
+        ("needs_correction", {}, r"; inputs.correction_N is None unless loss.tis_cap is set"),
+        ("needs_correction", {"kl_coef": 0.1}, r"line \d+\); inputs.correction_N is None unless loss.tis_cap is set$"),
         ("exits", {}, "raised SystemExit"),
         ("foreign", {}, "has no gradient to logprobs_N"),
         ("is_nan", {}, "the loss is nan"),

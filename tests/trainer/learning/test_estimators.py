@@ -193,6 +193,11 @@ def test_gdpo_tells_rollouts_with_the_same_sum_apart():
 def test_gdpo_refuses_parts_that_differ_within_a_group_and_weights_of_none():
     with pytest.raises(UserError, match="of one rollout's reward are right and of another short"):
         estimator_of("gdpo")([[attempt(1.0, parts={"right": 1.0}), attempt(0.0, parts={"short": 1.0})]])
+    with pytest.raises(UserError, match="the reward has no parts"):
+        estimator_of("gdpo")([[attempt(1.0), attempt(0.0)]])
+    nothing = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"right": 0.0, "turn_rewards": 1.0})
+    with pytest.raises(UserError, match="those of right, which are all parts of the reward, are 0"):
+        estimator_of(nothing)([[attempt(1.0, parts={"right": 1.0}), attempt(0.0, parts={"right": 0.0})]])
     config = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"rigth": 1.0})
     with pytest.raises(UserError, match="'rigth' is no part of the reward; it has right"):
         estimator_of(config)([[attempt(1.0, parts={"right": 1.0})]])

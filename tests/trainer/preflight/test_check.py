@@ -29,6 +29,7 @@ def test_a_check_tells_what_a_run_would_be_and_makes_nothing(tiny_model: Path, t
 
 OWN = """
 import math
+from graders.types import Grade
 def short(completions, completion_ids, **_): return [1.0 / len(completion_ids[0]) * bool(completions[0][-1]["content"])]
 def nan(completions, **_): return [math.nan]
 def fails(completions, **_): return [completions[0][7]]
@@ -41,6 +42,13 @@ class Shelf:
     def get_reward(self): return 0.25 if self.is_open else 0.0
 class Broken(Shelf):
     def reset(self, **row): raise OSError("no shelf")
+def centred(groups): return [[0.5 for _ in group] for group in groups]
+class OfRows:
+    def grade(self, task, episode): return float(task.item["pieces"])
+class Huge:
+    def grade(self, task, episode): return 1e300
+class Taken:
+    def grade(self, task, episode): return Grade(reward=1.0, parts={"right": 0.5, "kl": 0.5})
 def loss(inputs): return -(inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
 """
 SOURCE = "def grade(sample, item):\n    return {score}\n"
@@ -67,7 +75,7 @@ def test_the_users_own_loss_and_graders_are_tried_and_told(tiny_model: Path, tmp
         watch_grader={"type": "custom", "target": f"{own}:none"},
         loss={"type": "custom", "target": f"{own}:loss"},
     )
-    assert dict(found)["loss"] == f"custom {own}:loss" and not (tmp_path / "run").exists()
+    assert dict(found)["loss"] == f"custom {own}:loss, advantages by grpo" and not (tmp_path / "run").exists()
     tried = [told for what, told in found if what == "tried"]
     assert tried[0] == f"loss on a few tokens: {own}:loss"
     assert re.fullmatch(r"grader\.graders\.short on 'I do not know\.': 0\.\d+", tried[1])
@@ -77,7 +85,49 @@ def test_the_users_own_loss_and_graders_are_tried_and_told(tiny_model: Path, tmp
         and "KeyError" in tried[3]
     )
     assert tried[4] == "watch_grader on 'I do not know.': no grade: custom gave None" and len(tried) == 5
-    assert dict(checked(tiny_model, tmp_path))["loss"] == "clipped"
+    assert dict(checked(tiny_model, tmp_path))["loss"] == "clipped, advantages by grpo"
+
+
+def test_an_estimator_of_the_users_own_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    own = f"{tmp_path}/own.py:centred"
+    found = checked(tiny_model, tmp_path, loss={"advantage": {"type": "custom", "target": own}})
+    assert ("loss", f"clipped, advantages by custom {own}") in found
+    assert ("tried", f"advantages of a few rewards: {own}") in found
+
+
+def test_a_grader_is_tried_on_one_row_of_each_kind(tiny_model: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "How many?"}]}
+    rows = [row | {"pieces": 3}, row | {"pieces": 4}, row, row | {"pieces": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:2]))
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sections = {"world": {}, "grader": {"type": "custom", "target": f"{tmp_path}/own.py:OfRows"}}
+    alike = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl"}
+    assert dict(checked(tiny_model, tmp_path, data=alike, **sections))["tried"] == "grader on 'I do not know.': 3"
+    told = (
+        r"more\.jsonl, line 3: grader: tried on the answer 'I do not know\.' to task 'row-3': raised KeyError: 'pieces'"
+    )
+    with pytest.raises(UserError, match=told) as caught:
+        checked(tiny_model, tmp_path, data=alike | {"eval": f"{tmp_path}/more.jsonl"}, **sections)
+    assert str(caught.value).count("tried on") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Huge", "reward is 1e\\+300 for task '.*'; expected a number from"),
+        ("Taken", "parts: 'kl' is a part of the reward"),
+    ],
+)
+def test_a_grader_that_no_run_could_learn_from_is_refused(
+    tiny_model: Path, tmp_path: Path, name: str, told: str
+) -> None:
+    given = {"type": "custom", "target": f"{tmp_path}/own.py:{name}"}
+    if name == "Huge":
+        # One odd answer loses one rollout: it is told, and the check goes on.
+        assert re.search(told, dict(checked(tiny_model, tmp_path, grader=given))["tried"])
+    else:
+        with pytest.raises(UserError, match=told):
+            checked(tiny_model, tmp_path, grader=given)
 
 
 def test_a_grader_that_looks_into_the_users_own_environment_finds_it_open(tiny_model: Path, tmp_path: Path) -> None:

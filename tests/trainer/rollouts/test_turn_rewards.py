@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from envs.errors import UserError
+from envs.errors import UserError, WorldError
 from envs.tools import Rewarded, call_tool, tool
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.penalties import PenalisedGrader, PenaltiesConfig
@@ -78,6 +78,32 @@ def test_a_tools_reward_that_is_no_finite_number_names_the_tool(worth):
     made = ToolCall(call_id="c", name="dig", arguments='{"depth": 1}')
     with pytest.raises(UserError, match="tool 'dig': reward: expected a finite number"):
         asyncio.run(call_tool({"dig": lucky}, made, timeout_s=5))
+
+
+@pytest.mark.parametrize("worth", [1e308, -1e13, 10**400])
+def test_a_tools_reward_that_no_gradient_could_hold_is_the_tools_fault(worth):
+    lucky = replace(dig, function=lambda depth: Rewarded("gold", worth))
+    made = ToolCall(call_id="c", name="dig", arguments='{"depth": 1}')
+    with pytest.raises(WorldError, match=r"tool 'dig': reward is .*; expected a number from -1e\+12 to 1e\+12"):
+        asyncio.run(call_tool({"dig": lucky}, made, timeout_s=5))
+
+
+@pytest.mark.parametrize("by_turn", [(1e308, 1e308), (1e308, -1e308), (math.inf, -math.inf), (math.nan, 0.0)])
+def test_rewards_by_turn_that_no_gradient_could_hold_are_the_graders_fault(by_turn):
+    of = episode(turn(called(1)), turn())
+    with pytest.raises(WorldError, match=r"score: turn 1's reward is .* for task 't'; expected a number from"):
+        graded(of, Grade(reward=1.0, parts={"score": 1.0}, turn_rewards=by_turn))
+
+
+@pytest.mark.parametrize(("part", "penalties"), [("turn_rewards", {}), ("kl", {}), ("tool_calls", {"tool_calls": 1})])
+def test_no_part_of_a_grader_is_called_as_one_of_ours(part, penalties):
+    settings = {name: {"slope": 0.1, "floor": -0.2} for name in penalties}
+    with pytest.raises(UserError, match=f"^task 't': grader: parts: '{part}' is a part of the reward of the trainer's"):
+        graded(episode(turn()), Grade(reward=1.0, parts={part: 1.0}), **settings)
+
+
+def test_the_name_of_a_penalty_that_is_not_set_is_free():
+    assert graded(episode(turn()), Grade(reward=1.0, parts={"tool_calls": 1.0})).parts == {"tool_calls": 1.0}
 
 
 def test_rewards_of_turns_are_a_part_of_the_reward_and_decide_nothing_about_passing():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from graders.penalties import KL
 from trainer.learning.advantages.base import Attempt
 from trainer.types import NO_TURN, Rollout
 
@@ -47,5 +48,5 @@ def with_costs(attempt: Attempt, costs_T: Sequence[float]) -> Attempt:
         attempt,
         reward=attempt.reward - math.fsum(costs_T),
         turn_rewards_T=tuple(r - cost for r, cost in zip(attempt.turn_rewards_T, costs_T, strict=True)),
-        parts={**attempt.parts, "kl": -math.fsum(costs_T)},
+        parts={**attempt.parts, KL: -math.fsum(costs_T)},
     )

@@ -19,7 +19,8 @@ def gdpo(groups: Groups, config: GdpoConfig) -> Advantages:
     largest spread speak for all. Parts are those of the grade: the grader's own, then the penalties. (P, G) attempts
     in, (P, G, T) out, the same for every turn.
 
-    Raises `UserError` where a group's rollouts have different parts, or `weights` names one that is not there.
+    Raises `UserError` where a group's rollouts have different parts or none, and where `weights` names one that is not
+    there or leaves none with a weight.
     """
     sums = [_of_group(group, config) for group in groups]
     flat = iter(normalised([x for group in sums for x in group]))
@@ -41,9 +42,16 @@ def _of_group(group: Sequence[Attempt], config: GdpoConfig) -> list[float | None
         )
     if not names:
         return [None] * len(group)
+    if not names[0]:
+        raise UserError("loss.advantage gdpo: the reward has no parts; expected a grader that gives some")
     if unknown := set(config.weights) - {*names[0], TURN_REWARDS}:
         raise UserError(
             f"loss.advantage.weights: {min(unknown)!r} is no part of the reward; it has {', '.join(names[0]) or 'none'}"
+        )
+    if not any(config.weights.get(name, 1.0) for name in names[0]):
+        raise UserError(
+            f"loss.advantage.weights: those of {', '.join(names[0])}, which are all parts of the reward, are 0: "
+            "nothing would be learned"
         )
     columns = {name: normalised([None if of is None else of[name] for of in parts]) for name in names[0]}
     return [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pkgutil import resolve_name
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from envs.errors import UserError
 from envs.user_code import load_target, looked_at, make, raised_by, required
-from trainer.config.learning import CustomLossConfig, LossSettings
+from trainer.config.learning import CorrectionConfig, CustomLossConfig, LossSettings
 from trainer.learning.losses.base import Loss, LossInputs, token_sums
 from trainer.learning.losses.correction import correction
 from trainer.learning.losses.kl import kl_term
@@ -70,7 +72,7 @@ def check_loss(config: CustomLossConfig) -> None:
     loss, where = _with_what_all_have(_custom(config), config), _where(config)
     for num_tokens in (4, 7):
         inputs = _example(num_tokens, has_reference=config.kl_in_loss)
-        with looked_at(where):
+        with looked_at(where), _told_of_none(where, config):
             value, metrics = loss(inputs)
             (gradient_N,) = torch.autograd.grad(value, inputs.logprobs_N, allow_unused=True)
         if gradient_N is None:
@@ -78,6 +80,26 @@ def check_loss(config: CustomLossConfig) -> None:
         for name, number in {"the loss": value, "its gradient": gradient_N, **metrics}.items():
             if not number.isfinite().all():
                 raise UserError(f"{where}: {name} is {number.detach().tolist()} on the tokens that it is tried on")
+
+
+@contextlib.contextmanager
+def _told_of_none(where: str, config: CustomLossConfig) -> Iterator[None]:
+    """What a loss makes of an input that is None says nothing of the key which would fill it."""
+    try:
+        yield
+    except (TypeError, AttributeError) as e:
+        none = {} if config.kl_in_loss else {"ref_logprobs_N": "loss.kl_coef, with loss.kl.place loss,"}
+        none |= {} if config.tis_cap is not None or config.correction != CorrectionConfig() else _WITHOUT_CORRECTION
+        if "None" not in str(e) or not none:
+            raise
+        told = "; ".join(f"inputs.{name} is None unless {key} is set" for name, key in none.items())
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        raise UserError(
+            f"{where}: raised {type(e).__name__}: {e} ({frame.filename}, line {frame.lineno}); {told}"
+        ) from e
+
+
+_WITHOUT_CORRECTION = {"correction_N": "loss.tis_cap"}
 
 
 def forgotten(config: LossSettings) -> list[str]:

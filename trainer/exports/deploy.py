@@ -106,13 +106,14 @@ class _Server:
             raise UserError(
                 f"{where}: refuses the key ({answer.status_code}); --api-key-env names the variable with it"
             )
-        if answer.status_code == 404 and path.endswith("_lora_adapter"):
+        said = _said(answer)
+        if answer.status_code == 404 and path.endswith("_lora_adapter") and said is None:
             raise UserError(
                 f"{where}: this server takes no adapters while it runs; start it with --enable-lora and "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
         if answer.is_error:
-            raise UserError(f"{where}: {answer.status_code}: {_said(answer)}")
+            raise UserError(f"{where}: {answer.status_code}: {said or ' '.join(answer.text.split())[:500]}")
         if path.endswith("_lora_adapter"):
             return {}
         try:
@@ -124,12 +125,10 @@ class _Server:
         return value
 
 
-def _said(answer: httpx.Response) -> str:
-    """What the server says of the error, in one line."""
-    text = answer.text
+def _said(answer: httpx.Response) -> str | None:
+    """What vLLM says of an error, in one line; None where it is not vLLM that says it."""
     try:
-        error = answer.json().get("error")
-        text = error["message"] if isinstance(error, dict) and isinstance(error.get("message"), str) else text
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:500]
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return " ".join(str(message).split())[:500]

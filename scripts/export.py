@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
+from envs.secrets import keep_secret
 from envs.terminal import run, say
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:
     key = None
     if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
         raise UserError(f"--api-key-env {arguments.api_key_env}: this variable is not set")
+    if key is not None:
+        keep_secret(arguments.api_key_env, key)
     folder = arguments.as_path or str(servable(trained, arguments.to))
     name = arguments.name or SERVED_NAME
     proof = deploy(trained, arguments.deploy, folder, name=name, api_key=key)

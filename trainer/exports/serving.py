@@ -6,13 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from envs.errors import UserError
 from envs.terminal import say
 from trainer.exports.artefact import servable
-from trainer.exports.commands import adapter_command
+from trainer.exports.commands import adapter_command, server
 from trainer.exports.trained import Trained
 from trainer.runs.about import serve_command_of
 
@@ -35,12 +34,9 @@ def serve_words(trained: Trained) -> list[str]:
 def _noted(trained: Trained) -> list[str]:
     """What the run noted at its end, which may have been on another machine."""
     words = shlex.split(serve_command_of(trained.about, trained.adapter))
-    if len(words) < 3:
+    if "--dtype" not in words:
         raise UserError(f"{trained.run / 'run.json'}: notes no serve_command; the command that made the run does anew")
-    if Path(words[0]).is_absolute() and not Path(words[0]).exists():
-        words[0] = sys.executable
-    words[words.index("--model") + 1 if "--model" in words else 2] = str(trained.model_path)
-    return words
+    return [*server(trained.model_path), *words[words.index("--dtype") :]]
 
 
 def _of_step(trained: Trained) -> list[str]:

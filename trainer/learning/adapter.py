@@ -203,7 +203,9 @@ def load_adapter(model: Any, folder: Path) -> None:
             state = load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: is damaged: {e}") from e
-    load_adapter_state(model, state)
+    names = _names_in_file(model, _layers_in_checkpoint(model))
+    own = {file: _in_file(name) for name, file in names.items()}
+    load_adapter_state(model, {own.get(file, file): tensor for file, tensor in state.items()})
 
 
 def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
@@ -238,6 +240,21 @@ def random_changes(model: Any, *, size: float) -> dict[str, dict[str, Tensor]]:
     return kinds
 
 
+def _layers_in_checkpoint(model: Any) -> dict[str, str]:
+    """What the base's layers are called in its checkpoint, by their names in transformers."""
+    renamed = _checkpoint_names(model)
+    return {name.removesuffix(".weight"): there.removesuffix(".weight") for name, there in renamed.items()}
+
+
+def _names_in_file(model: Any, layers: dict[str, str]) -> dict[str, str]:
+    """What the adapter's parameters are called in the file of `save_adapter`, by their own names."""
+    names = {}
+    for name in trainable_parameters(model):
+        layer, _, rest = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        names[name] = _in_file(f"{_PEFT_PREFIX}{layers[layer]}.lora_{rest}")
+    return names
+
+
 def _in_file(name: str) -> str:
     return name.replace(f".{_ADAPTER}.", ".")
 
@@ -248,14 +265,11 @@ def save_adapter(model: Any, folder: Path) -> None:
     Layers go by the names of the base's checkpoint, which vLLM renames for the weights and the adapter alike. Where
     transformers holds the model under others (wrappers of vision), PEFT finds none of them.
     """
-    renamed = _checkpoint_names(model)
-    own = {name.removesuffix(".weight"): there.removesuffix(".weight") for name, there in renamed.items()}
-    tensors = {}
-    for name, parameter in trainable_parameters(model).items():
-        layer, _, rest = name.removeprefix(_PEFT_PREFIX).partition(".lora_")
-        tensors[_in_file(f"{_PEFT_PREFIX}{own[layer]}.lora_{rest}")] = parameter.detach().cpu().contiguous()
+    layers, parameters = _layers_in_checkpoint(model), trainable_parameters(model)
+    names = _names_in_file(model, layers).items()
+    tensors = {file: parameters[name].detach().cpu().contiguous() for name, file in names}
     config = copy.copy(model.peft_config[_ADAPTER])
-    config.target_modules = sorted({own.get(name, name) for name in config.target_modules})
+    config.target_modules = sorted({layers.get(name, name) for name in config.target_modules})
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

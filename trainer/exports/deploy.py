@@ -107,7 +107,7 @@ class _Server:
                 f"{where}: refuses the key ({answer.status_code}); --api-key-env names the variable with it"
             )
         said = _said(answer)
-        if answer.status_code == 404 and path.endswith("_lora_adapter") and said is None:
+        if answer.status_code == 404 and path.endswith("_lora_adapter") and said in (None, "Not Found"):
             raise UserError(
                 f"{where}: this server takes no adapters while it runs; start it with --enable-lora and "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"

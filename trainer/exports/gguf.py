@@ -6,6 +6,7 @@ llama-cpp-python. The wheel that is built of the same sdist quantises.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -87,7 +88,16 @@ def _ftype(quantise: str) -> int:
 def _quantise(file: Path, to: Path, quantise: str) -> None:
     import llama_cpp
 
+    said: list[str] = []
+
+    # It would tell every tensor to the terminal.
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(level: int, text: bytes, data: object) -> None:
+        said.append(text.decode("utf-8", "replace"))
+
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype = _ftype(quantise)
-    if llama_cpp.llama_model_quantize(str(file).encode(), str(to).encode(), how) or not to.is_file():
-        raise UserError(f"--quantise {quantise}: llama.cpp could not quantise {file.name} so; q8_0 takes every model")
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    if llama_cpp.llama_model_quantize(str(file).encode(), str(to).encode(), ctypes.byref(how)) or not to.is_file():
+        why = [line for line in "".join(said).splitlines() if line.strip()][-1:] or ["it wrote no file"]
+        raise UserError(f"--quantise {quantise}: llama.cpp failed: {why[0][:500]}; q8_0 takes every model")

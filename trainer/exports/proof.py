@@ -97,9 +97,11 @@ def prove(
     if wrong := [other for other, told in others.items() if told.is_other]:
         found = min(wrong, key=lambda version: _mean_difference(served, _scores(record, version)))
         told = others[found]
+        # Without a minus before zero.
+        share = round(told.share, 2) + 0.0
         raise UserError(
             f"{name} answers as {_named(found)}, not as step {step}: of what lies between the two on the canary "
-            f"({told.size:.3f} nats a token) it shows {told.share:.0%} (standard error {told.error:.0%})"
+            f"({told.size:.3f} nats a token) it shows {share:.0%} (standard error {told.error:.0%})"
         )
     if not of_base.is_this:
         raise UserError(

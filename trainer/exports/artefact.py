@@ -152,6 +152,10 @@ def _fill(trained: Trained, wanted: Artefact, folder: Path, converter: Converter
         clear(merged)
     card = model_card(trained, form=wanted.form, weights=wanted.quantise or wanted.dtype, chat=chat, template=template)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    # safetensors writes files that only their owner reads, and a server may be another user's.
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)
 
 
 def _write_tokenizer(model_path: Path, folder: Path, template: Path | None) -> None:

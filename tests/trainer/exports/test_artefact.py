@@ -122,6 +122,12 @@ def test_a_template_in_the_tokenizers_settings_gives_way_to_the_trainings(traine
     assert written == (folder / "chat_template.jinja").read_text() and "tool" in written
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_whoever_may_read_the_card_may_read_the_weights(form, request):
+    folder = request.getfixturevalue(form)
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "README.md").stat().st_mode}
+
+
 def test_the_card_states_data_grader_rewards_with_intervals_config_and_commit(trained, merged):
     text = (merged / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

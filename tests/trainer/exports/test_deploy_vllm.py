@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,10 +53,12 @@ def second(taught_run: Path) -> Trained:
 def url(taught_run: Path) -> Iterator[str]:
     """What `scripts/serve.py` becomes."""
     serve = [sys.executable, "scripts/serve.py", str(taught_run), "--", "--api-key", KEY, "--max-loras", "2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        with running_vllm(serve, taught_run.parent / "log") as address:
-            yield address
+    with contextlib.ExitStack() as stack:
+        # For this server alone.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+            address = stack.enter_context(running_vllm(serve, taught_run.parent / "log"))
+        yield address
 
 
 def asked(url: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -96,8 +96,8 @@ class Plot:
         ticks = range(first, math.floor(self.x_high) + 1, stride)
         return Markup("").join(self.x_label(tick, str(tick)) for tick in ticks)
 
-    def x_label(self, value: float, text: str) -> Markup:
-        return draw_text(self.px(value), _HEIGHT - _BOTTOM + 14, text)
+    def x_label(self, value: float, text: str, *, anchor: str = "middle") -> Markup:
+        return draw_text(self.px(value), _HEIGHT - _BOTTOM + 14, text, anchor=anchor)
 
     def bar(self, x: float, width: float, low: float, high: float, colour: int, hover: str, style: str = "") -> Markup:
         """An upright one between two values."""

@@ -91,8 +91,11 @@ def scatter(
     y = axis_of([v for dot in shown_dots for v in dot.ys], percent=y_percent, with_zero=False)
     plot = Plot(x_low=x.low, x_high=x.high, y=y)
     body = plot.frame(x_unit, y_unit)
-    for tick in x.ticks:
+    for tick in x.ticks[:-1]:
         body += plot.x_label(tick, number(tick, percent=x_percent))
+    # The last one ends where the picture does.
+    last = x.ticks[-1]
+    body += plot.x_label(last, number(last, percent=x_percent), anchor="end")
     labels: dict[tuple[int, int], list[str]] = {}
     for dot in sorted(shown_dots, key=lambda dot: dot.colour is not None):
         px, py = plot.px(fmean(dot.xs)), plot.py(fmean(dot.ys))
@@ -102,7 +105,8 @@ def scatter(
         if len(dot.ys) > 1:
             body += draw_rule(style, px, px, plot.py(min(dot.ys)), plot.py(max(dot.ys)))
         body += draw_dot(px, py, dot.colour, dot.hover, radius=4)
-        labels.setdefault((round(px), round(py)), []).append(dot.label)
+        # Above its bars, where it has any.
+        labels.setdefault((round(px), round(py) - 9 * (len(dot.xs) > 1)), []).append(dot.label)
     for (px_, py_), together in labels.items():
         # Inside the picture, whichever side the dot lies on; those of one place side by side.
         is_right = px_ > plot.px(x.low + 0.85 * (x.high - x.low))

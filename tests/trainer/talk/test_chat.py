@@ -27,6 +27,20 @@ from trainer.talk.terminal import Talk, talk
 from trainer.templates.chat import Chat
 
 SCRIPT = str(ROOT / "scripts" / "chat.py")
+SLOW_TOOL = '''import time
+
+
+def wait(seconds: int) -> str:
+    """Wait.
+
+    Args:
+        seconds: so long.
+    """
+    time.sleep(seconds)
+
+
+TOOLS = [wait]
+'''
 in_a_terminal = pytest.mark.skipif(not installed(), reason="tmux is not installed")
 
 
@@ -204,6 +218,32 @@ def test_a_second_ctrl_c_ends_the_program_whatever_it_waits_for(finished_run: Pa
             window.wait(lambda text: "Ctrl-C once more" in text)
             window.keys("C-c")
             window.wait(lambda text: "ended: 130" in text)
+
+
+@in_a_terminal
+def test_a_tool_that_hangs_holds_up_the_turn_and_not_the_end_of_the_program(
+    finished_run: Path, tmp_path: Path, tiny_chat: Chat
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_TOOL)
+    row = {"messages": [{"role": "user", "content": "wait"}], "answer": "1"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+    def waiting(config: dict[str, object]) -> None:
+        config["world"] = {"type": "custom", "target": f"{tmp_path / 'slow.py'}:TOOLS"}
+        config["data"] = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+        config["grader"] = {"type": "exact"}
+
+    with (
+        edited(finished_run, tmp_path, waiting) as run,
+        scripted_policy(tiny_chat, lambda *_: call("wait", seconds=100)) as url,
+    ):
+        command = [sys.executable, SCRIPT, str(run), "--url", url, "--task", "1"]
+        with terminal(command, width=100, height=40) as window:
+            window.wait(lambda text: "→ wait(seconds=100)" in text)
+            window.keys("C-c")
+            window.wait(lambda text: "ending the turn" in text)
+            window.keys("C-c")
+            window.wait(lambda text: "ended: 130" in text, timeout_s=50)
 
 
 def test_the_script_ends_with_one_clear_line(finished_run: Path) -> None:

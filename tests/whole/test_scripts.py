@@ -43,6 +43,13 @@ def test_help_and_a_misspelt_option_are_answered_before_anything_slow_is_loaded(
     assert f"{script}.py: error: " in slipped.stderr and slipped.stderr.startswith("usage: ")
 
 
+def test_a_python_without_the_packages_is_told_in_one_line_where_they_are() -> None:
+    command = [sys.executable, "-I", "-S", "scripts/train.py", "--help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 1 and not told.stdout
+    assert re.fullmatch(r"error: envs is not installed for \S+: run `make setup` once, .*\n", told.stderr)
+
+
 def test_values_may_stand_before_between_and_behind_the_options() -> None:
     words = ["optim.num_steps=a", "--config", "configs/quickstart.yaml", "seed=b", "--check", "rollout.group_size=c"]
     said = ended("train", *words)

@@ -17,7 +17,7 @@ from envs.settings import Settings
 from trainer.config import RunConfig
 from trainer.hosted.schema import HostedJob
 
-RECORDS = ("envs.finance.real.", "trainer.runs.manifest")
+RECORDS = ("envs.finance.real.", "trainer.runs.manifest", "trainer.runs.canary_record")
 """What is read of data sets and checkpoints: nobody sets it."""
 
 

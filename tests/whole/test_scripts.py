@@ -18,7 +18,8 @@ import pytest
 from tests.support import ROOT
 from tests.support.written_runs import make_rollout, write_run
 
-SCRIPTS = ["train", "preflight", "grade", "compare", "report", "sweep", "rehearse_gpu", "watch", "chat", "export", "serve"]
+SCRIPTS = ["train", "preflight", "grade", "compare", "report", "sweep", "rehearse_gpu", "watch", "chat"]
+SCRIPTS += ["export", "serve"]
 # Runs a script as its user does, and tells at the end what it had loaded of what takes long.
 CHILD = """
 import atexit, runpy, sys

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
-from envs.secrets import keep_secret
+from envs.reading.variables import key_of
 from envs.terminal import run, say
 
 if TYPE_CHECKING:
@@ -101,10 +100,8 @@ def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:
     from trainer.exports.deploy import deploy
 
     key = None
-    if arguments.api_key_env is not None and not (key := os.environ.get(arguments.api_key_env)):
+    if arguments.api_key_env is not None and not (key := key_of(arguments.api_key_env, "--api-key-env")):
         raise UserError(f"--api-key-env {arguments.api_key_env}: this variable is not set")
-    if key is not None:
-        keep_secret(arguments.api_key_env, key)
     folder = arguments.as_path or str(servable(trained, arguments.to))
     name = arguments.name or SERVED_NAME
     proof = deploy(trained, arguments.deploy, folder, name=name, api_key=key)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from envs.errors import UserError
 from envs.limits.threads import within
-from envs.reading.variables import expand
+from envs.reading.variables import expand, key_of
 from envs.secrets import hidden_in
 from envs.settings import AsksServers
 from envs.terminal import say
@@ -72,7 +72,7 @@ def check_servers(config: RunConfig, *, patience_s: float = 0.0) -> None:
         waits = True
         time.sleep(_LONG_PAUSE_S)
     for key, name in _keys(config).items():
-        if within(2 * _CONNECT_S, _is_refused, servers[f"{key}.base_url"], os.environ.get(name, "").strip()):
+        if within(2 * _CONNECT_S, _is_refused, servers[f"{key}.base_url"], key_of(name, f"{key}.api_key_env")):
             raise UserError(
                 f"{key}.api_key_env: {hidden_in(servers[f'{key}.base_url'])} refuses the key in {name} (HTTP 401); set "
                 f"{name} to a key of this server's, or {key}.api_key_env to the variable that holds one"

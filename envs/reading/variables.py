@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from envs.errors import UserError
-from envs.secrets import VARIABLE, keep_secret
+from envs.secrets import VARIABLE, keep_header, keep_secret
 
 NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 """What an environment variable may be called."""
@@ -81,3 +81,16 @@ def _of_row(item: Mapping[str, Any], path: str, where: str) -> Any:
         except (KeyError, IndexError, TypeError, ValueError):
             raise UserError(f"{where}: the row has no {{{{item{path}}}}}; its keys are: {', '.join(item)}") from None
     return found
+
+
+def key_of(variable: str, where: str) -> str:
+    """The key that an environment variable holds, from here on kept out of all that is said; empty: it is not set.
+
+    What stands around it (a file's last line break) is cut off. Raises `UserError` that begins with `where`, the option
+    or key that names the variable, for what no header can hold.
+    """
+    key = os.environ.get(variable, "").strip()
+    keep_header("Authorization", key)
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{where}: {variable} holds characters that no header can; expected the key alone, on one line")
+    return key

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import os
 import re
 import time
 from typing import Any
@@ -14,8 +13,7 @@ from urllib.parse import urlsplit
 from envs.clients.bounded import PLAIN, bounded
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import place_in
-from envs.reading.variables import expand
-from envs.secrets import keep_secret
+from envs.reading.variables import expand, key_of
 from envs.text import one_line
 from graders.judges.base import JudgeConfig, JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
 
@@ -173,9 +171,7 @@ class OpenAIJudge:
         )
 
     def _key(self) -> str:
-        key = os.environ.get(self._config.api_key_env, "").strip()
-        keep_secret("api_key", key)
-        return key
+        return key_of(self._config.api_key_env, f"{self._key_of}.api_key_env")
 
 
 def _parameters(request: JudgeRequest) -> dict[str, Any]:

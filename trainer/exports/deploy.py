@@ -7,19 +7,25 @@ does not prove to be is taken out again. What it had under the name before stays
 
 from __future__ import annotations
 
-import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from envs.errors import UserError
+from envs.reading.json_text import read_json
 from trainer.exports.proof import Proof, check_base, prove
 from trainer.exports.trained import Trained
 from trainer.runs.canary_record import read_canary
 
 _TIMEOUT_S = 600.0
 """Of one request: a large adapter is read from a network's disk."""
+_LIST_S = 30.0
+"""Of asking which models there are."""
+_MOST_BYTES = 64 << 20
+"""Of one answer."""
 
 
 def deploy(
@@ -48,7 +54,10 @@ def deploy(
         except UserError as e:
             if not is_new:
                 raise UserError(f"{e}. Unload it there, or choose another --name") from e
-            server.unload(name)
+            try:
+                server.unload(name)
+            except UserError as left:
+                raise UserError(f"{e}. It is still loaded there, since it could not be unloaded: {left}") from e
             raise UserError(f"{e}. It has been unloaded again") from e
 
 
@@ -57,6 +66,7 @@ class _Server:
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
+        self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         try:
             self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout_s)
@@ -83,8 +93,8 @@ class _Server:
             answer = self._ask("POST", "/v1/completions", asked)
             try:
                 told = answer["choices"][0]["prompt_logprobs"][1:]
-                scores += [float(entry[str(i)]["logprob"]) for i, entry in zip(ids[1:], told, strict=True)]
-            except (KeyError, IndexError, TypeError, ValueError):
+                scores += [_finite(entry[str(i)]["logprob"]) for i, entry in zip(ids[1:], told, strict=True)]
+            except (KeyError, IndexError, TypeError, ValueError, OverflowError):
                 raise UserError(f"{self._url}: gives no prompt_logprobs; expected a vLLM server") from None
         return scores
 
@@ -94,10 +104,23 @@ class _Server:
     def unload(self, name: str) -> None:
         self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
+    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        """The whole of it within the time of one request, however slowly it comes."""
+        end = time.monotonic() + (self._timeout_s if body is not None else min(self._timeout_s, _LIST_S))
+        with self._http.stream(method, path, json=body, timeout=end - time.monotonic()) as answer:
+            read = bytearray()
+            for part in answer.iter_bytes():
+                read += part
+                if len(read) > _MOST_BYTES:
+                    raise UserError(f"{self._url}{path}: answers more than {_MOST_BYTES >> 20} MiB; expected vLLM")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("its answer does not end", request=answer.request)
+        return httpx.Response(answer.status_code, content=bytes(read), request=answer.request)
+
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         where = f"{self._url}{path}"
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._answer(method, path, body)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as e:
             raise UserError(f"--deploy {self._url}: is no URL of a server: {e}") from e
         except httpx.HTTPError as e:
@@ -117,18 +140,25 @@ class _Server:
         if path.endswith("_lora_adapter"):
             return {}
         try:
-            value = answer.json()
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            value = read_json(answer.text)
+        except ValueError:
             value = None
         if not isinstance(value, dict):
             raise UserError(f"{where}: answers no JSON object; expected a vLLM server")
         return value
 
 
+def _finite(logprob: Any) -> float:
+    """Raises `ValueError` for what is no log-probability."""
+    if not math.isfinite(value := float(logprob)):
+        raise ValueError("not finite")
+    return value
+
+
 def _said(answer: httpx.Response) -> str | None:
     """What vLLM says of an error, in one line; None where it is not vLLM that says it."""
     try:
-        message = answer.json()["error"]["message"]
+        message = read_json(answer.text)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return None
     return " ".join(str(message).split())[:500]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 
 from envs.errors import UserError, WorldError
-from envs.secrets import hidden_in, keep_secret
+from envs.reading.json_text import read_json
+from envs.reading.variables import key_of
+from envs.secrets import hidden_in
 from trainer.engines.engine import Completion, Sampling
 
 _CONNECT_S = 5.0
@@ -27,8 +28,7 @@ class ServedPolicy:
         self._model = model
         self._api_key_env = api_key_env
         self._stops = list(stop_token_ids)
-        key = os.environ.get(api_key_env, "").strip()
-        keep_secret(api_key_env, key)
+        key = key_of(api_key_env, "--api-key-env")
         try:
             self._http = httpx.AsyncClient(
                 base_url=self._url,
@@ -99,6 +99,6 @@ class ServedPolicy:
         if answer.is_error:
             raise WorldError(f"{self._url}: HTTP {answer.status_code}: {hidden_in(answer.text)[:500]}")
         try:
-            return answer.json()
+            return read_json(answer.text)
         except ValueError:
             raise WorldError(f"{self._url}: does not answer in JSON; expected `vllm serve`") from None

@@ -189,16 +189,20 @@ def _check_response_format(config: RunConfig, offered: Mapping[str, Tool], tasks
     check_schema(schema)
 
 
+def vocabulary_of(model_path: Path) -> int:
+    """Of the model's logits; its tokenizer may have fewer."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().vocab_size)
+
+
 def _grammar(response_format: ResponseFormat | None, *, chat: Chat, model_path: Path) -> Grammar | None:
     schema = schema_text(response_format)
     if response_format is None or schema is None:
         return None
-    from transformers import AutoConfig
-
     chat.check_response_format(response_format.model_dump(mode="json", by_alias=True), schema)
-    vocab_size = AutoConfig.from_pretrained(model_path, trust_remote_code=False).get_text_config().vocab_size
     try:
-        return chat.grammar(schema, vocab_size=vocab_size)
+        return chat.grammar(schema, vocab_size=vocabulary_of(model_path))
     except RuntimeError as e:
         raise UserError(f"rollout.response_format: xgrammar does not take this schema: {in_words(e)}") from e
 

@@ -19,6 +19,8 @@ from trainer.measures.catalogue import CATALOGUE
 from trainer.measures.reference import is_known
 
 _MOST_TRIALS = 10_000
+_LARGEST, _SMALLEST = 1e100, 1e-100
+"""Of bounds, so that what is computed of them is a number."""
 _TAKEN = {
     "output_dir": "each run has a folder of its own",
     "seed": "it is nothing to choose; give seeds, over which every trial is averaged",
@@ -62,7 +64,10 @@ class RangeConfig(Settings):
     low: int | float = Field(description="the lowest")
     high: int | float = Field(description="the highest")
     num: int | None = Field(
-        None, ge=2, description="of a grid: so many values, evenly from low to high; null: each whole number"
+        None,
+        ge=2,
+        le=_MOST_TRIALS,
+        description="of a grid: so many values, evenly from low to high; null: each whole number",
     )
 
     @model_validator(mode="after")
@@ -77,17 +82,23 @@ class LogRangeConfig(Settings):
     type: Literal["log_range"]
     low: int | float = Field(description="the lowest, above 0")
     high: int | float = Field(description="the highest")
-    num: int | None = Field(None, ge=2, description="of a grid: so many values, by equal factors from low to high")
+    num: int | None = Field(
+        None, ge=2, le=_MOST_TRIALS, description="of a grid: so many values, by equal factors from low to high"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> LogRangeConfig:
         if self.low <= 0:
             raise ValueError(f"low: expected a number above 0, as logarithms have no other (got {self.low:g})")
         _check_order(self.low, self.high)
+        if self.low < _SMALLEST:
+            raise ValueError(f"low: expected at least {_SMALLEST:g} (got {self.low:g})")
         return self
 
 
 def _check_order(low: float, high: float) -> None:
+    if max(abs(low), abs(high)) > _LARGEST:
+        raise ValueError(f"expected bounds between {-_LARGEST:g} and {_LARGEST:g}")
     if low >= high:
         raise ValueError(f"low {low:g} is not below high {high:g}; expected the bounds in their order")
 
@@ -214,7 +225,7 @@ class SweepConfig(Settings):
         min_length=1, description="what trials differ in, by dotted key: a list of values, a range or a log_range"
     )
     method: AnyMethod = Field(GridConfig(), description="how trials are chosen")
-    seeds: list[int] | None = Field(
+    seeds: list[Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]] | None = Field(
         None, min_length=1, description="each trial is run with each of them and judged by the mean; null: the base's"
     )
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="what makes a trial a good one")

@@ -16,7 +16,7 @@ from trainer.config import RunConfig, load_config
 from trainer.runs.about import differences, plain_config
 from trainer.runs.files import check_place, names_in, read_object, write_atomically
 from trainer.runs.lock import LOCK_NAME
-from trainer.sweeps.config import GridConfig, SweepConfig, load_sweep
+from trainer.sweeps.config import GridConfig, HalvingConfig, MedianConfig, SweepConfig, TpeConfig, load_sweep
 from trainer.sweeps.space import Point, as_overrides, corner_points, grid_points, in_words
 from trainer.sweeps.work import Slot, slots_of, starter
 
@@ -114,8 +114,25 @@ def _remarks(config: SweepConfig, base: RunConfig) -> Iterator[str]:
             f"objective: eval/reward is what {graded[0]} changes, so that trials are not measured alike; eval/correct "
             "is the same for all, where the grader says what passes"
         )
+    yield from _without_effect(config, base)
     if config.seeds is None and base.eval.num_tasks * base.eval.samples_per_task < 16:
         yield "eval: few rollouts and one seed a trial: the best one may be so by chance"
+
+
+def _without_effect(config: SweepConfig, base: RunConfig) -> Iterator[str]:
+    method, pruner, num_steps = config.method, config.pruner, base.optim.num_steps
+    if isinstance(method, TpeConfig) and method.startup_trials >= method.num_trials:
+        yield (
+            f"method.startup_trials: {method.startup_trials} are drawn at random before TPE draws any, and there are "
+            f"{method.num_trials} trials"
+        )
+    if isinstance(pruner, MedianConfig):
+        if not isinstance(method, GridConfig) and pruner.startup_trials >= method.num_trials:
+            yield f"pruner.startup_trials: {pruner.startup_trials} trials come to their end before any is cut short"
+        if pruner.warmup_steps >= num_steps:
+            yield f"pruner.warmup_steps: no trial is cut short before step {pruner.warmup_steps}, of {num_steps}"
+    if isinstance(pruner, HalvingConfig) and pruner.min_steps >= num_steps:
+        yield f"pruner.min_steps: the first rung is at step {pruner.min_steps}, of {num_steps}: no trial is cut short"
 
 
 def take_folder(plan: Plan) -> tuple[str, bool]:

@@ -46,7 +46,8 @@ def values_of(axis: Axis) -> list[Any]:
     if whole:
         return list(dict.fromkeys(round(value) for value in values))
     # Rounding's last digits would stand in every table.
-    return [float(axis.low), *(float(f"{value:.6g}") for value in values[1:-1]), float(axis.high)]
+    short = [float(axis.low), *(float(f"{value:.6g}") for value in values[1:-1]), float(axis.high)]
+    return short if sorted(set(short)) == short else list(dict.fromkeys(values))
 
 
 def corner_points(space: Mapping[str, Axis]) -> Iterator[Point]:

@@ -22,7 +22,7 @@ from graders.rules.string_check import StringCheckConfig
 from trainer.config import EngineConfig, OverlapConfig, RunConfig, load_config
 from trainer.engines.engine import Sampler
 from trainer.models.machines import check_option
-from trainer.prepare import Prepared, prepare
+from trainer.prepare import Prepared, prepare, vocabulary_of
 from trainer.runs.manifest import adapter_of
 from trainer.talk.served import ServedPolicy
 from trainer.tasks.offer import tools_offered
@@ -206,7 +206,13 @@ def _loaded(
 def _served(prepared: Prepared, options: Options, loop: Loop, stack: contextlib.ExitStack) -> tuple[Sampler, str]:
     assert options.url is not None
     stops = sorted(prepared.chat.stop_token_ids)
-    served = ServedPolicy(options.url, model=options.model, api_key_env=options.api_key_env, stop_token_ids=stops)
+    served = ServedPolicy(
+        options.url,
+        model=options.model,
+        api_key_env=options.api_key_env,
+        stop_token_ids=stops,
+        vocabulary=vocabulary_of(prepared.model_path),
+    )
     stack.callback(lambda: loop.run(served.aclose()))
     first = (*prepared.eval_tasks, *prepared.train_tasks)[0]
     name = loop.run(served.start(prepared.chat.open(first.messages)))

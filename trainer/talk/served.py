@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +23,18 @@ _SERVED_AS = "policy"
 class ServedPolicy:
     """A `Sampler` behind `/v1/completions`. Whether the server's weights are the run's it can't know."""
 
-    def __init__(self, url: str, *, model: str | None, api_key_env: str, stop_token_ids: Sequence[int]) -> None:
-        """`url` with or without /v1; `model` None: the one called `policy`, or the only one."""
+    def __init__(
+        self, url: str, *, model: str | None, api_key_env: str, stop_token_ids: Sequence[int], vocabulary: int
+    ) -> None:
+        """`url` with or without /v1; `model` None: the one called `policy`, or the only one.
+
+        `vocabulary`: the ids of the model's tokens are below it.
+        """
         self._url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._api_key_env = api_key_env
         self._stops = list(stop_token_ids)
+        self._vocabulary = vocabulary
         key = key_of(api_key_env, "--api-key-env")
         try:
             self._http = httpx.AsyncClient(
@@ -46,9 +53,11 @@ class ServedPolicy:
             names = [str(model["id"]) for model in (await self._ask("GET", "/v1/models"))["data"]]
             if self._model is None:
                 self._model = _SERVED_AS if _SERVED_AS in names else names[0] if len(names) == 1 else None
+            if not names:
+                raise UserError(f"--url {self._url}: serves no model")
             if self._model not in names:
                 said = "which of its models is it?" if self._model is None else f"serves no model {self._model!r};"
-                raise UserError(f"--url {self._url}: {said} name one of {', '.join(names) or 'none'} with --model")
+                raise UserError(f"--url {self._url}: {said} name one of {', '.join(names)} with --model")
             await self.generate(prompt_ids, Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0))
         except (KeyError, TypeError, IndexError):
             raise UserError(f"--url {self._url}: does not answer as `vllm serve` does") from None
@@ -75,10 +84,18 @@ class ServedPolicy:
             choice = answer["choices"][0]
             token_ids = [int(token_id) for token_id in choice["token_ids"]]
             logprobs = [float(x) for x in choice["logprobs"]["token_logprobs"]]
-            if len(token_ids) != len(logprobs):
-                raise ValueError("as many log-probabilities as tokens")
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
             raise WorldError(f"{self._url}: gives no token ids back; expected `vllm serve` 0.10.2 or later") from None
+        if (
+            len(token_ids) != len(logprobs)
+            or len(token_ids) > sampling.max_tokens
+            or not all(0 <= token_id < self._vocabulary for token_id in token_ids)
+            or not all(map(math.isfinite, logprobs))
+        ):
+            raise WorldError(
+                f"{self._url}: gives back what no turn of this model is: more tokens than were asked for, or others "
+                "than it has; is it this run's policy that is served there?"
+            )
         finished = choice.get("finish_reason") == "stop"
         return Completion(token_ids=token_ids, logprobs=logprobs, finished=finished, policy_version=0)
 

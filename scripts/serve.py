@@ -17,12 +17,17 @@ from envs.terminal import run, say
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "serve.py [-h] [--step N] run [-- VLLM ARGUMENTS]"
+    parser = argparse.ArgumentParser(
+        usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint's policy of this step")
     given = sys.argv[1:]
     place = given.index("--") if "--" in given else len(given)
-    arguments = parser.parse_args(given[:place])
+    arguments, unknown = parser.parse_known_args(given[:place])
+    if unknown:
+        parser.error(f"{' '.join(unknown)}: what is for vLLM stands behind --: RUN -- {' '.join(unknown)}")
     # vLLM warns while it is imported.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Only now: --help and a misspelt option answer at once.

@@ -175,13 +175,19 @@ async def test_a_source_that_takes_too_long_gives_0_and_names_the_limit():
             r"line 2: grade\(item, sample\) is called as grade\(sample, item\)",
         ),
         ("def grade(item, sample, /, k=1): return 1", "line 1: .* swap the two"),
-        ("def grade(sample, item): return '\0'", r"grader\.source"),
         ("x = " + "(" * 5000 + ")" * 5000, r"grader\.source"),
     ],
 )
 def test_a_source_that_is_no_grader_is_refused_when_it_is_built(source, says):
     with pytest.raises(UserError, match=says):
         PythonGrader(config(source))
+
+
+def test_a_source_with_a_nul_is_no_text_of_a_config():
+    with pytest.raises(ValueError, match="holds a NUL character"):
+        config("def grade(sample, item): return '\0'")
+    with pytest.raises(UserError, match=r"grader\.source"):
+        python.check_source("def grade(sample, item): return '\0'")
 
 
 def test_the_arguments_of_grade_may_have_any_names_but_each_others():

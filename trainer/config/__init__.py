@@ -12,6 +12,7 @@ from trainer.config.learning import LossConfig as LossConfig
 from trainer.config.learning import LossSettings as LossSettings
 from trainer.config.learning import OptimConfig as OptimConfig
 from trainer.config.learning import WarmstartConfig as WarmstartConfig
+from trainer.config.load import laid_over as laid_over
 from trainer.config.load import load_config as load_config
 from trainer.config.load import read_sections as read_sections
 from trainer.config.load import validate_config as validate_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,18 @@ def _merged(below: Any, above: Any, section: str = "") -> Any:
     if "type" in above and types[0] != types[1]:
         return above
     return below | {key: _merged(below[key], value, key) if key in below else value for key, value in above.items()}
+
+
+def laid_over(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` by dotted key, where each that is a mapping lies on what the config has there, as on a `base:`."""
+    sections = read_sections(path, [])
+    laid: dict[str, Any] = {}
+    for key, value in settings.items():
+        below: Any = sections
+        for word in key.split("."):
+            below = below.get(word) if isinstance(below, dict) else None
+        laid[key] = _merged(below, value, key.rpartition(".")[2])
+    return laid
 
 
 def validate_config(data: dict[str, Any], *, source: str) -> RunConfig:

@@ -26,6 +26,7 @@ _TAKEN = {
     "seed": "it is nothing to choose; give seeds, over which every trial is averaged",
     "base": "it names the sweep's config",
     "trackers": "it changes nothing that is measured",
+    "prometheus": "it changes nothing that is measured",
 }
 """What stands nowhere in a space, and why."""
 

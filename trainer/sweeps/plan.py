@@ -12,7 +12,7 @@ from typing import Any
 from envs.errors import UserError, told_of
 from envs.reading.json_text import write_json
 from envs.secrets import without_secrets
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, laid_over, load_config
 from trainer.runs.about import differences, plain_config
 from trainer.runs.files import check_place, names_in, read_object, write_atomically
 from trainer.runs.lock import LOCK_NAME
@@ -24,6 +24,8 @@ _ABOUT = "sweep.json"
 _FOLDERS = ("trials", "logs")
 _GRADED = ("grader", "penalties", "judge", "watch_grader")
 """Sections that the reward comes from."""
+_NOT_MEASURED = ("output_dir", "trackers", "prometheus")
+"""Of the base, likewise."""
 _FREE = ("output_dir", "parallel", "launch", "storage", "beside")
 """What may change between two calls: it changes nothing that has been measured."""
 
@@ -65,7 +67,10 @@ class Plan:
         return self.folder / "logs" / f"{name}.log"
 
     def overrides(self, point: Point, name: str, seed: int) -> list[str]:
-        own = {"seed": seed, "output_dir": str(self.run_folder(name))}
+        own: dict[str, Any] = {"seed": seed, "output_dir": str(self.run_folder(name))}
+        if self.base.prometheus is not None:
+            # Of runs side by side one alone would have the port.
+            own["prometheus"] = None
         return as_overrides({**self.config.settings, **point, **own})
 
     def run_config(self, point: Point, name: str, seed: int) -> RunConfig:
@@ -79,6 +84,7 @@ def make_plan(path: Path, overrides: Sequence[str], *, train: Path, launch: str 
     if launch is not None:
         config = config.model_copy(update={"launch": launch})
     with told_of(f"sweep {path}"):
+        config = config.model_copy(update={"settings": laid_over(config.base, config.settings)})
         own = as_overrides({**config.settings, "output_dir": str(config.output_dir)})
         base = load_config(config.base, own)
         points = grid_points(config.space) if config.method.type == "grid" else None
@@ -114,6 +120,8 @@ def _remarks(config: SweepConfig, base: RunConfig) -> Iterator[str]:
             f"objective: eval/reward is what {graded[0]} changes, so that trials are not measured alike; eval/correct "
             "is the same for all, where the grader says what passes"
         )
+    if base.prometheus is not None:
+        yield "prometheus: trials listen at no port, of which there is one; watch them by scripts/watch.py"
     yield from _without_effect(config, base)
     if config.seeds is None and base.eval.num_tasks * base.eval.samples_per_task < 16:
         yield "eval: few rollouts and one seed a trial: the best one may be so by chance"
@@ -173,7 +181,7 @@ def note_begun(folder: Path) -> None:
 def _written(plan: Plan) -> dict[str, Any]:
     sweep = plan.config.model_dump(mode="json", exclude={*_FREE, "base"})
     # Of the base what it says, wherever it lies: to write it anew must not change trials that have run.
-    base = {key: value for key, value in plain_config(plan.base).items() if key not in ("output_dir", "trackers")}
+    base = {key: value for key, value in plain_config(plan.base).items() if key not in _NOT_MEASURED}
     return {"sweep": _plain(without_secrets(sweep)), "base": _plain(base)}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote
 
 from envs.errors import FoundLate, UserError
 from envs.reading.variables import expand
@@ -185,7 +186,7 @@ class Study:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
-        except (SQLAlchemyError, OptunaError, ImportError, RuntimeError) as e:
+        except (SQLAlchemyError, OptunaError, ImportError, RuntimeError, ValueError) as e:
             cause: BaseException = e
             while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
                 cause = inner
@@ -204,8 +205,8 @@ def _optuna() -> Any:
 
 def _address(config: SweepConfig) -> Mapping[str, Any]:
     if config.storage is None:
-        path: Path = config.output_dir / "study.db"
-        return {"url": f"sqlite:///{path.absolute()}", "engine_kwargs": {"connect_args": {"timeout": _PATIENCE_S}}}
+        path: Path = (config.output_dir / "study.db").absolute()
+        return {"url": f"sqlite:///{quote(str(path))}", "engine_kwargs": {"connect_args": {"timeout": _PATIENCE_S}}}
     url = expand(config.storage, "storage")
     _, _, rest = url.partition("://")
     # Connections that a server has closed meanwhile are opened anew.

@@ -302,8 +302,9 @@ class Sweep:
         enough = min(self._plan.num_trials, max(3, len(self._plan.slots) + 1))
         if all(self._refused) and len(self._refused) >= enough:
             raise UserError(
-                f"every trial was refused, {len(self._refused)} until now; the last one says: {refused}. Put it right, "
-                "and go on with --retry-failed"
+                f"every trial was refused, {len(self._refused)} until now; the last one says: {refused}. Put it right "
+                "and go on with --retry-failed, or, where the sweep's own file or its base has to change, in another "
+                "output_dir"
             )
         self.draw(is_over=False)
 

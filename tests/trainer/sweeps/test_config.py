@@ -22,7 +22,7 @@ from trainer.sweeps.config import (
     label_of,
     load_sweep,
 )
-from trainer.sweeps.plan import make_plan
+from trainer.sweeps.plan import Plan, make_plan
 from trainer.sweeps.space import as_overrides, corner_points, grid_points, short_keys, values_of
 from trainer.sweeps.work import Slot, slots_of
 
@@ -206,3 +206,56 @@ def test_the_page_of_sweeps_names_every_key() -> None:
     kinds = (SweepConfig, RangeConfig, LogRangeConfig, SlotsConfig, GpusConfig)
     missing = {name for kind in kinds for name in kind.model_fields if not re.search(rf"\b{name}\b", page)}
     assert not missing
+
+
+def planned(tmp_path: Path, base: dict[str, Any], **changed: Any) -> Plan:
+    """A sweep over a base of one's own, which lies on the quickstart."""
+    own = tmp_path / "base.yaml"
+    own.write_text(yaml.safe_dump({"base": str(ROOT / "configs" / "quickstart.yaml")} | base))
+    load(tmp_path, base=str(own), **changed)
+    return make_plan(tmp_path / "sweep.yaml", [], train=Path("train.py"), launch=None)
+
+
+TWO = {"space": {"optim.learning_rate": [1e-4, 1e-3]}, "method": {}}
+
+
+def test_a_section_among_the_settings_lies_on_what_the_base_has_there(tmp_path: Path) -> None:
+    settings = {"eval": {"every_steps": 2}, "penalties.tool_calls": {"slope": 0.01}}
+    plan = planned(tmp_path, {"eval": {"num_tasks": 3, "samples_per_task": 1}}, settings=settings, **TWO)
+    run = plan.run_config({"optim.learning_rate": 1e-4}, "trial-0000", 0)
+    assert (run.eval.num_tasks, run.eval.samples_per_task, run.eval.every_steps) == (3, 1, 2)
+    assert run.penalties.tool_calls and (run.penalties.tool_calls.free, run.penalties.tool_calls.slope) == (2, 0.01)
+
+
+def test_trials_listen_at_no_port(tmp_path: Path) -> None:
+    plan = planned(tmp_path, {"prometheus": {"port": 9411}}, **TWO)
+    assert plan.run_config({"optim.learning_rate": 1e-4}, "trial-0000", 0).prometheus is None
+    assert any(remark.startswith("prometheus: trials listen at no port") for remark in plan.remarks)
+    with pytest.raises(UserError, match=r"space: prometheus: it changes nothing that is measured"):
+        planned(tmp_path, {}, space={"prometheus": [None, {"port": 9411}]}, method={})
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"method": {"type": "tpe", "num_trials": 8}}, "method.startup_trials: 8 are drawn at random before TPE draws"),
+        (
+            {"pruner": {"type": "median", "warmup_steps": 10}},
+            "pruner.warmup_steps: no trial is cut short before step 10",
+        ),
+        (
+            {"pruner": {"type": "median", "startup_trials": 4}},
+            "pruner.startup_trials: 4 trials come to their end before",
+        ),
+        ({"pruner": {"type": "successive_halving", "min_steps": 10}}, "pruner.min_steps: the first rung is at step 10"),
+    ],
+)
+def test_what_would_have_no_effect_is_told(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    given = {**TWO, "method": {"type": "random", "num_trials": 4}, "settings": {"eval.every_steps": 2}} | changed
+    plan = planned(tmp_path, {}, **given)
+    assert any(remark.startswith(told) for remark in plan.remarks), plan.remarks
+
+
+def test_values_that_lie_close_are_different_ones() -> None:
+    axis = RangeConfig(type="range", low=1e-4, high=1.00000001e-4, num=4)
+    assert len(set(values_of(axis))) == 4

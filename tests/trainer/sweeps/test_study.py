@@ -213,3 +213,11 @@ def test_what_postgresql_says_names_no_password(postgres: str, tmp_path: Path) -
         text = str(said.value)
         assert text.startswith("storage: can't be used: ") and told in text and "\n" not in text
         assert "hunter" not in text
+
+
+@pytest.mark.parametrize("name", ["q?x", "p%20x", "a b#c", "größe"])
+def test_the_record_lies_in_the_sweeps_folder_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    Study(config(folder), sweep_id="a", is_new=True)
+    assert [path.name for path in folder.iterdir()] == ["study.db"] and [*tmp_path.iterdir()] == [folder]

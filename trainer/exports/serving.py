@@ -10,15 +10,22 @@ from typing import NoReturn
 
 from envs.errors import UserError
 from envs.terminal import say
+from trainer.config import EngineConfig, cpu_cache_gib
 from trainer.exports.artefact import servable
 from trainer.exports.commands import adapter_command, server
 from trainer.exports.trained import Trained
+from trainer.models.machines import has_gpu
 from trainer.runs.about import serve_command_of
 
 
 def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
     """Become the server; `more` are arguments of vLLM's. Raises `UserError`."""
     words = [*serve_words(trained), *more]
+    engine = trained.config.engine
+    if not has_gpu():
+        # Without it vLLM asks for 92 % of the machine's memory, and does not start where others have some of it.
+        cache_gib = cpu_cache_gib(engine) if isinstance(engine, EngineConfig) else 2.0
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(cache_gib))))
     say(shlex.join(words), file=sys.stderr)
     try:
         os.execvp(words[0], words)

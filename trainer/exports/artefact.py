@@ -79,8 +79,7 @@ def export(trained: Trained, wanted: Artefact) -> Path:
     except OSError as e:
         raise UserError(f"{_where(wanted)}{folder}: can't be written: {e.strerror or e}") from e
     finally:
-        if written.exists():
-            shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
     return folder
 
 
@@ -109,7 +108,15 @@ def _checked(trained: Trained, wanted: Artefact, folder: Path) -> Converter | No
                 raise UserError(f"{name}: only with --form gguf")
     elif wanted.dtype and wanted.quantise:
         raise UserError("--dtype: what is quantised has no dtype; leave out --dtype or --quantise")
-    if folder.exists() or folder.is_symlink():
+    if folder == Path():
+        raise UserError("--to: names no folder; expected one that is not there yet")
+    if folder.resolve().is_relative_to(trained.run.resolve()):
+        raise UserError(f"--to {folder}: lies in the run folder, which is the run's own; expected another place")
+    try:
+        is_there = folder.exists() or folder.is_symlink()
+    except OSError as e:
+        raise UserError(f"{_where(wanted)}{folder}: {e.strerror or e}") from e
+    if is_there:
         raise UserError(f"{_where(wanted)}{folder}: is there already; delete it, or choose another with --to")
     check_writable(folder, "--to", is_folder=True)
     return None if wanted.form != "gguf" else Converter.found(wanted.llama_cpp, wanted.quantise)

@@ -12,10 +12,9 @@ from envs.errors import UserError
 from envs.terminal import say
 from trainer.config import EngineConfig, cpu_cache_gib
 from trainer.exports.artefact import servable
-from trainer.exports.commands import adapter_command, server
+from trainer.exports.commands import adapter_command
 from trainer.exports.trained import Trained
 from trainer.models.machines import has_gpu
-from trainer.runs.about import serve_command_of
 
 
 def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
@@ -34,19 +33,10 @@ def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
 
 
 def serve_words(trained: Trained) -> list[str]:
-    """The command that serves a policy of the run on this machine. Raises `UserError`."""
-    return _noted(trained) if trained.is_final else _of_step(trained)
+    """The command that serves a policy of the run on this machine, made of its config. Raises `UserError`.
 
-
-def _noted(trained: Trained) -> list[str]:
-    """What the run noted at its end, which may have been on another machine."""
-    words = shlex.split(serve_command_of(trained.about, trained.adapter))
-    if "--dtype" not in words:
-        raise UserError(f"{trained.run / 'run.json'}: notes no serve_command; the command that made the run does anew")
-    return [*server(trained.model_path), *words[words.index("--dtype") :]]
-
-
-def _of_step(trained: Trained) -> list[str]:
+    What run.json notes is not run: whoever can write a run folder could have it start anything.
+    """
     from trainer.prepare import build_chat
 
     folder = servable(trained)

@@ -216,6 +216,16 @@ def test_a_target_that_exists_stays_as_it_is(run_folder, tmp_path):
     assert "is there already" in refused(run_folder, "--to", tmp_path / "link")
 
 
+def test_a_target_that_no_export_can_be_is_refused_and_leaves_nothing(run_folder, tmp_path):
+    before = sorted(run_folder.rglob("*"))
+    for inside in (run_folder / "export", run_folder / "adapter" / "inner"):
+        assert "lies in the run folder" in refused(run_folder, "--to", inside)
+    assert "names no folder" in refused(run_folder, "--to", "")
+    for length in (250, 300):
+        assert "File name too long" in refused(run_folder, "--to", tmp_path / ("x" * length))
+    assert sorted(run_folder.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

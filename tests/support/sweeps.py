@@ -47,7 +47,7 @@ class SweepUnderTest:
 
     def write(self, **settings: Any) -> None:
         made = {"base": "base.yaml", "output_dir": str(self.folder), **SMALL, **settings}
-        self.path.write_text(yaml.safe_dump({k: v for k, v in made.items() if v is not None}))
+        self.path.write_text(yaml.safe_dump({k: v for k, v in made.items() if v is not None}, sort_keys=False))
 
     @contextmanager
     def at_work(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:

@@ -265,8 +265,9 @@ class Progress:
 
 def sparkline(values: list[float]) -> str:
     """One block character a value, from the lowest to the highest."""
-    low, span = min(values), max(values) - min(values)
-    return "".join(_BARS[round((v - low) / span * (len(_BARS) - 1)) if span else 0] for v in values)
+    # Of halves: the largest floats lie further apart than a float reaches.
+    low, span = min(values) / 2, max(values) / 2 - min(values) / 2
+    return "".join(_BARS[round((v / 2 - low) / span * (len(_BARS) - 1)) if span else 0] for v in values)
 
 
 def _figures(metrics: Mapping[str, float]) -> str:

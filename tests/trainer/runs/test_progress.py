@@ -278,3 +278,4 @@ def test_the_tail_of_a_log_shows_of_a_progress_bar_what_it_showed_last(tmp_path:
 def test_a_sparkline_has_one_mark_a_value_and_takes_a_constant() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([0.3, 0.3]) == "▁▁"
+    assert sparkline([1e308, 0.0, -1e308]) == "█▅▁"

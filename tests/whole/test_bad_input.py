@@ -169,4 +169,4 @@ def test_a_misspelt_key_of_a_data_set_and_a_source_of_neither_kind(tmp_path, set
     data = {"train": {"dataset": "a/b", "spilt": "test"}, "eval": 5}
     message = refused(tmp_path, setting | {"data": data})
     assert "2 problems" in message and "data.train.spilt: unknown key; did you mean split?" in message
-    assert "data.eval: Input is not a valid path" in message and "(got 5)" in message
+    assert "data.eval: expected the path of a JSONL file, or a data set" in message and "(got 5)" in message

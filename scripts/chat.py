@@ -41,6 +41,7 @@ def main() -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    say(f"getting {arguments.run} ready, which takes half a minute or more", file=sys.stderr)
     # Only now: --help and a misspelt option answer at once.
     import secrets
 

@@ -104,6 +104,7 @@ def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:
         raise UserError(f"--api-key-env {arguments.api_key_env}: this variable is not set")
     folder = arguments.as_path or str(servable(trained, arguments.to))
     name = arguments.name or SERVED_NAME
+    say(f"asking {arguments.deploy} for the canary's log-probabilities, of its base and of {name}", file=sys.stderr)
     proof = deploy(trained, arguments.deploy, folder, name=name, api_key=key)
     say(
         f"{name} on {arguments.deploy} answers as {arguments.run} after step {proof.step}: on {proof.num_tokens} tokens"

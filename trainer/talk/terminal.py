@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Callable, Iterator
 
 from rich.text import Text
 
@@ -104,20 +107,21 @@ class Talk:
         return True
 
     def _say(self, text: str) -> None:
-        if self._conversation is not None:
-            self._is_waiting = False
-            self._conversation.say(text)
-        else:
-            self._begin(self._agent.asked(text, self._place))
-        self._listen()
+        self._listen(
+            lambda: self._answer(text) if self._conversation else self._begin(self._agent.asked(text, self._place))
+        )
+
+    def _answer(self, text: str | None) -> None:
+        assert self._conversation is not None
+        self._conversation.say(text)
+        self._is_waiting = False
 
     def _begin_task(self, task: Task) -> None:
         self._reset()
         self._place = task
         for message in task.messages:
             self._tell(message)
-        self._begin(task)
-        self._listen()
+        self._listen(lambda: self._begin(task))
 
     def _begin(self, task: Task) -> None:
         self._num_begun += 1
@@ -125,31 +129,37 @@ class Talk:
 
     def _reset(self) -> None:
         if self._conversation is not None and self._is_waiting:
-            self._is_waiting = False
-            self._conversation.say(None)
-            self._listen()
+            self._listen(lambda: self._answer(None))
 
     # ---- what comes back
 
-    def _listen(self) -> None:
-        """Until it is the person's turn again, or the conversation is over."""
-        was_asked = False
-        while self._conversation is not None and not self._is_waiting:
+    def _listen(self, begin: Callable[[], None]) -> None:
+        """From what begins the turn until it is the person's again, or the conversation is over."""
+        was_asked, has_begun = False, False
+        while not has_begun or (self._conversation is not None and not self._is_waiting):
             try:
+                if not has_begun:
+                    has_begun = True
+                    with _heard_afterwards():
+                        begin()
+                    continue
+                assert self._conversation is not None
                 event = self._conversation.next()
             except KeyboardInterrupt:
                 if was_asked:
                     raise
                 was_asked = True
                 self._show("  (ending the turn; Ctrl-C once more ends the program)", "dim")
-                self._conversation.interrupt()
+                if self._conversation is not None:
+                    self._conversation.interrupt()
                 continue
             match event:
                 case Said(message):
                     self._tell(message)
                 case YourTurn(num_tokens, was_interrupted):
                     self._is_waiting = True
-                    self._show("  (interrupted)" if was_interrupted else f"  ({num_tokens:,} tokens so far)", "dim")
+                    so_far = f"{num_tokens:,} token{'' if num_tokens == 1 else 's'} so far"
+                    self._show(f"  ({'interrupted' if was_interrupted else so_far})", "dim")
                 case Over(rollout):
                     self._conversation = None
                     self._close(rollout)
@@ -212,3 +222,16 @@ def talk(agent: Agent) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives `input` its line editing)
     Talk(agent).run()
+
+
+@contextlib.contextmanager
+def _heard_afterwards() -> Iterator[None]:
+    """A Ctrl-C meanwhile is raised at the end: a turn that is half begun could be neither ended nor gone on with."""
+    heard: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if heard:
+        raise KeyboardInterrupt

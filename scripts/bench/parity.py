@@ -237,7 +237,9 @@ def main() -> None:
         # The run's own folder stays untouched.
         prepared = prepare(trained.config.model_copy(update={"output_dir": Path(folder) / "run"}))
     stops = sorted(prepared.chat.stop_token_ids)
-    length = trained.config.rollout.max_episode_tokens + 1
+    # A tool's last result may go beyond what an episode's turns are held to.
+    longest = max(len(ledger) for rollout in rollouts for ledger in rollout.ledgers)
+    length = 1 + max(longest, 2 * trained.config.rollout.max_episode_tokens)
     arms: dict[str, Callable[[], Artefact]] = {}
     for name, url in (("adapter, vLLM", arguments.adapter_url), ("merged, vLLM", arguments.merged_url)):
         if url is not None:

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,7 +161,9 @@ def print_result(folder: Path) -> None:
         shown.print(to_terminal(before_after_table(comparison)))
     report = folder / "report.html"
     lost = "" if report.is_file() else f" is missing; `python scripts/report.py {folder}` writes it anew"
-    shown.print(f"report   {report}{lost}\nadapter  {adapter}\nserve it with:", highlight=False, markup=False)
+    shown.print(f"report   {report}{lost}\nadapter  {adapter}", highlight=False, markup=False)
+    say(f"talk to it with python scripts/chat.py {shlex.quote(str(folder))}, export it with scripts/export.py")
+    say("serve it with:")
     say(serve_command_of(read_about(folder), adapter))
 
 

@@ -13,11 +13,10 @@ from envs.reading.json_text import read_json
 from envs.reading.variables import key_of
 from envs.secrets import hidden_in
 from trainer.engines.engine import Completion, Sampling
+from trainer.exports.commands import SERVED_NAME
 
 _CONNECT_S = 5.0
 _TURN_S = 600.0
-_SERVED_AS = "policy"
-"""What the command of an exported adapter calls it."""
 
 
 class ServedPolicy:
@@ -52,7 +51,7 @@ class ServedPolicy:
         try:
             names = [str(model["id"]) for model in (await self._ask("GET", "/v1/models"))["data"]]
             if self._model is None:
-                self._model = _SERVED_AS if _SERVED_AS in names else names[0] if len(names) == 1 else None
+                self._model = SERVED_NAME if SERVED_NAME in names else names[0] if len(names) == 1 else None
             if not names:
                 raise UserError(f"--url {self._url}: serves no model")
             if self._model not in names:

@@ -98,7 +98,9 @@ def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:
     from trainer.exports.artefact import servable
     from trainer.exports.commands import SERVED_NAME
     from trainer.exports.deploy import deploy
+    from trainer.reachable import check_url
 
+    check_url("--deploy", arguments.deploy)
     key = None
     if arguments.api_key_env is not None and not (key := key_of(arguments.api_key_env, "--api-key-env")):
         raise UserError(f"--api-key-env {arguments.api_key_env}: this variable is not set")

@@ -18,6 +18,7 @@ from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.exports.proof import Proof, check_base, prove
 from trainer.exports.trained import Trained
+from trainer.reachable import check_url
 from trainer.runs.canary_record import read_canary
 
 _TIMEOUT_S = 600.0
@@ -68,10 +69,8 @@ class _Server:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout_s)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as e:
-            raise UserError(f"--deploy {url}: is no URL of a server: {e}") from e
+        check_url("--deploy", url)
+        self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout_s)
 
     def __enter__(self) -> _Server:
         return self
@@ -121,8 +120,6 @@ class _Server:
         where = f"{self._url}{path}"
         try:
             answer = self._answer(method, path, body)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as e:
-            raise UserError(f"--deploy {self._url}: is no URL of a server: {e}") from e
         except httpx.HTTPError as e:
             raise UserError(f"{where}: no answer ({e or type(e).__name__}); is the server running there?") from e
         if answer.status_code in (401, 403):

@@ -204,14 +204,16 @@ def _optuna() -> Any:
 
 
 def _address(config: SweepConfig) -> Mapping[str, Any]:
+    from sqlalchemy.pool import NullPool
+
+    # A connection for each use: between two evaluations a server may well have closed one, and none is left open.
     if config.storage is None:
         path: Path = (config.output_dir / "study.db").absolute()
-        return {"url": f"sqlite:///{quote(str(path))}", "engine_kwargs": {"connect_args": {"timeout": _PATIENCE_S}}}
-    url = expand(config.storage, "storage")
-    _, _, rest = url.partition("://")
-    # Connections that a server has closed meanwhile are opened anew.
-    arguments = {"connect_args": {"connect_timeout": _PATIENCE_S}, "pool_pre_ping": True}
-    return {"url": f"postgresql+psycopg://{rest}", "engine_kwargs": arguments}
+        url, patience = f"sqlite:///{quote(str(path))}", {"timeout": _PATIENCE_S}
+    else:
+        _, _, rest = expand(config.storage, "storage").partition("://")
+        url, patience = f"postgresql+psycopg://{rest}", {"connect_timeout": _PATIENCE_S}
+    return {"url": url, "engine_kwargs": {"connect_args": patience, "poolclass": NullPool}}
 
 
 def _distribution(axis: Axis) -> BaseDistribution:

@@ -14,6 +14,7 @@ from envs.reading.variables import key_of
 from envs.secrets import hidden_in
 from trainer.engines.engine import Completion, Sampling
 from trainer.exports.commands import SERVED_NAME
+from trainer.reachable import check_url
 
 _CONNECT_S = 5.0
 _TURN_S = 600.0
@@ -35,16 +36,12 @@ class ServedPolicy:
         self._stops = list(stop_token_ids)
         self._vocabulary = vocabulary
         key = key_of(api_key_env, "--api-key-env")
-        try:
-            self._http = httpx.AsyncClient(
-                base_url=self._url,
-                timeout=httpx.Timeout(_TURN_S, connect=_CONNECT_S),
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-            )
-            if httpx.URL(self._url).scheme not in ("http", "https") or not httpx.URL(self._url).host:
-                raise httpx.InvalidURL("expected http://HOST:PORT")
-        except (httpx.InvalidURL, ValueError) as e:
-            raise UserError(f"--url {url}: not the address of a server: {e}") from None
+        check_url("--url", url)
+        self._http = httpx.AsyncClient(
+            base_url=self._url,
+            timeout=httpx.Timeout(_TURN_S, connect=_CONNECT_S),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
 
     async def start(self, prompt_ids: Sequence[int]) -> str:
         """Find the model and have it write one token; its name. Raises `UserError` for whatever stands against it."""

@@ -237,7 +237,7 @@ def test_a_target_that_no_export_can_be_is_refused_and_leaves_nothing(run_folder
         (["--name", "policy"], "--name: only with --deploy"),
         (["--deploy", "http://127.0.0.1:9", "--form", "merged"], "--form: not with --deploy, which takes the adapter"),
         (["--deploy", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: this variable is not"),
-        (["--deploy", "127.0.0.1"], "is no URL of a server"),
+        (["--deploy", "127.0.0.1"], "--deploy 127.0.0.1: not the URL of a server"),
         (["--to", "/dev/null/out"], "--to /dev/null/out: "),
     ],
 )

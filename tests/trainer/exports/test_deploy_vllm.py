@@ -96,7 +96,8 @@ def test_the_command_puts_the_adapter_into_the_running_server_under_a_name(last,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert f"fresh on {url} answers as {last.run} after step 3" in ended.stdout and not ended.stderr
+    assert f"fresh on {url} answers as {last.run} after step 3" in ended.stdout
+    assert ended.stderr == f"asking {url} for the canary's log-probabilities, of its base and of fresh\n"
     assert "fresh" in names(url)
 
 

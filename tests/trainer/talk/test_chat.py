@@ -171,7 +171,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_loaded(finished_run: Path
     assert "--step: only without --url" in refusal(step=2, url="http://127.0.0.1:1")
     assert "--model: only with --url" in refusal(model="policy")
     assert "nobody answers there" in refusal(url="http://127.0.0.1:9")
-    assert "not the address of a server" in refusal(url="ftp://x")
+    assert "not the URL of a server" in refusal(url="ftp://x")
     assert "expected a number from 1 to 6" in refusal(task=0)
     assert "--temperature nan" in refusal(temperature=float("nan"))
     assert "rollout.max_turnz" in refusal(overrides=["rollout.max_turnz=3"])

@@ -35,6 +35,7 @@ from trainer.models.machines import has_gpu, memory_metrics
 from trainer.reachable import check_servers
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
+from trainer.runs.start import start_adapter
 from trainer.tasks.curriculum import load_preflight
 from trainer.tasks.difficulty import Visit
 from trainer.tasks.load import load_demonstrations, load_tasks
@@ -67,6 +68,8 @@ class Prepared:
     eval_tasks: Sequence[Task]
     model_path: Path
     chat: Chat
+    start_adapter: Path | None
+    """Whose weights the policy begins with; None: no change of the base."""
     grammar: Grammar | None
     """Of the answers, where `rollout.response_format` gives them a form."""
 
@@ -164,6 +167,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         eval_tasks=eval_tasks,
         model_path=model_path,
         chat=chat,
+        start_adapter=start_adapter(config),
         grammar=_grammar(config.rollout.response_format, chat=chat, model_path=model_path),
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.base import Sweeps
-from envs.errors import found_late
+from envs.errors import found_late, told_of
 from envs.limits.loops import Loop, LoopThread
 from trainer import processes
 from trainer.engines.canary import Canary
@@ -189,17 +189,14 @@ def open_session(
     start_engine: StartEngine | None,
     *,
     first_step: int,
-    adapter: Path | None = None,
 ) -> Iterator[Session]:
     """Load all of it and publish the policy; what is open closes at the end.
 
-    `start_engine` takes the place of the config's engine, `adapter` is a folder whose adapter takes the place of the
-    policy's own. Raises `UserError`, and `PublishError` when the engine does not run the policy.
+    `start_engine` takes the place of the config's engine. Raises `UserError`, and `PublishError` when the engine does
+    not run the policy.
     """
     sweep_default_roots()
     policy = load_policy(prepared, run, accelerator, progress, loop)
-    if adapter is not None:
-        load_adapter(policy.model, adapter)
     progress.phase(Phase.STARTING)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(open_scratch(prepared, policy))
@@ -266,8 +263,13 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
             progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")
     else:
+        if prepared.start_adapter is not None:
+            with told_of("model.lora.start_from"):
+                load_adapter(policy.model, prepared.start_adapter)
         if config.warmstart is not None:
             _warm_start(prepared, run, policy, progress, loop)
+        if config.loss.kl_coef > 0:
+            policy.keep_as_reference()
         if run.is_main:
             keep_checkpoint(run, write_checkpoint(run, policy, step=0), keep=config.checkpoint.keep)
     processes.wait_for_all()
@@ -299,8 +301,6 @@ def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Pr
 
     policy.imitate(steps, learning_rate=config.warmstart.learning_rate, on_step=on_step)
     run.note(warmstart_loss=losses)
-    if config.loss.kl_coef > 0:
-        policy.keep_as_reference()
 
 
 def open_scratch(prepared: Prepared, policy: Policy) -> Scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,6 +17,11 @@ class LoraConfig(Settings):
     alpha: float = Field(32, gt=0, description="scale: the update is multiplied by alpha / r")
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="module names to adapt, or all-linear"
+    )
+    start_from: Path | None = Field(
+        None,
+        description="what it begins as: the folder of a run (its last adapter), or of a PEFT adapter for the same base "
+        "with the same rank and modules; null: no change of the base at all",
     )
 
 

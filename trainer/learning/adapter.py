@@ -211,7 +211,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
     expected = {_in_file(name): p.shape for name, p in trainable_parameters(model).items()}
     if expected != {name: t.shape for name, t in state.items()}:
-        raise UserError("the checkpoint's adapter does not fit the model: other base, rank or target modules")
+        raise UserError("the adapter does not fit the model: other base, rank or target modules")
     load_weights(model, state)
 
 

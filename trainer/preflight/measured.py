@@ -40,6 +40,7 @@ from trainer.runs.files import append_text, sealed, write_atomically
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_to_json
+from trainer.runs.start import beginning_with
 from trainer.seeds import derive_seed
 from trainer.types import Rollout, RolloutRequest
 
@@ -110,7 +111,9 @@ def preflight(config: RunConfig, options: Options, *, start_engine: StartEngine 
     `WorldError` when every rollout was lost. `start_engine` as in `train`.
     """
     options = _checked(options)
-    measured = config.model_copy(update={"trackers": []} | ({"warmstart": None} if options.adapter else {}))
+    measured = config.model_copy(update={"trackers": []})
+    if options.adapter is not None:
+        measured = beginning_with(measured, options.adapter)
     with tempfile.TemporaryDirectory(prefix="agent-rft-preflight-") as folder:
         # The run's own folder stays untouched: training must find it empty.
         prepared = prepare(measured.model_copy(update={"output_dir": Path(folder) / "run"}), patience_s=PATIENCE_S)
@@ -186,9 +189,7 @@ def _measure(
         stack.callback(lambda: loop.run(prepared.aclose()))
         start = time.perf_counter()
         session = stack.enter_context(
-            open_session(
-                prepared, run, accelerator, progress, loop, start_engine, first_step=0, adapter=options.adapter
-            )
+            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=0)
         )
         start_s = time.perf_counter() - start
         stack.enter_context(found_late())

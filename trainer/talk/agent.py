@@ -24,6 +24,7 @@ from trainer.engines.engine import Sampler
 from trainer.models.machines import check_option
 from trainer.prepare import Prepared, prepare, vocabulary_of
 from trainer.runs.manifest import adapter_of
+from trainer.runs.start import beginning_with
 from trainer.talk.served import ServedPolicy
 from trainer.tasks.offer import tools_offered
 
@@ -105,7 +106,7 @@ def open_agent(options: Options, *, start_engine: StartEngine | None = None) -> 
         # The run's own folder stays as it is, and another process may hold it.
         config = config.model_copy(update={"output_dir": folder / "run"})
         adapter = None if options.url else adapter_of(options.run, options.step)
-        prepared = prepare(config, weights=adapter is not None)
+        prepared = prepare(beginning_with(config, adapter), weights=adapter is not None)
         tasks = [*prepared.eval_tasks, *prepared.train_tasks]
         first = None if options.task is None else _numbered(tasks, str(options.task))
         loop = stack.enter_context(LoopThread())
@@ -113,7 +114,7 @@ def open_agent(options: Options, *, start_engine: StartEngine | None = None) -> 
         if adapter is None:
             sampler, policy = _served(prepared, options, loop, stack)
         else:
-            sampler = _loaded(prepared, adapter, folder / "chat.log", loop, stack, start_engine)
+            sampler = _loaded(prepared, folder / "chat.log", loop, stack, start_engine)
             policy = f"the adapter {adapter} on {config.model.name}"
         temperature = config.eval.temperature if options.temperature is None else options.temperature
         yield Agent(
@@ -158,7 +159,6 @@ def _config(options: Options) -> RunConfig:
         "seed": options.seed,
         "overlap": OverlapConfig(),
         "trackers": [],
-        "warmstart": None,
         "curriculum": None,
         "watch_grader": None,
     }
@@ -175,7 +175,6 @@ def _config(options: Options) -> RunConfig:
 
 def _loaded(
     prepared: Prepared,
-    adapter: Path,
     log: Path,
     loop: Loop,
     stack: contextlib.ExitStack,
@@ -198,7 +197,7 @@ def _loaded(
     with Progress(log, 0) as progress:
         # It stays open when the display has ended.
         session = stack.enter_context(
-            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=0, adapter=adapter)
+            open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=0)
         )
     return session.engine
 

@@ -1,0 +1,120 @@
+"""A run that begins with the adapter of another run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from envs.errors import UserError
+from envs.finance.world import FinanceWorld
+from tests.support.configs import scripted_config
+from tests.support.scripted_engine import engine_starter, finance_script
+from trainer.config import RunConfig
+from trainer.prepare import prepare
+from trainer.runs.start import beginning_with, start_adapter
+from trainer.train import train
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # accelerate leaves its TensorBoard writer to the garbage collector when a run stops with an error.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def config_of(folder: Path, model: Path, start_from: Path | None, *, r: int = 4, steps: int = 1) -> RunConfig:
+    lora = {"r": r, "alpha": 8, "start_from": str(start_from) if start_from else None}
+    sections = {"model": {"lora": lora}, "optim": {"num_steps": steps}, "loss": {"kl_coef": 0.1}}
+    return RunConfig.model_validate(scripted_config(folder, model, **sections))
+
+
+def trained(config: RunConfig) -> Path:
+    train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world)), None, []))
+    return config.output_dir
+
+
+@pytest.fixture(scope="module")
+def first(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(config_of(tmp_path_factory.mktemp("first") / "run", tiny_model, None))
+
+
+@pytest.fixture
+def adapter(first: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return Path(shutil.copytree(first / "adapter", tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("what", ["", "adapter"])
+def test_it_begins_with_the_others_weights_and_goes_on_without_them(first, tiny_model, tmp_path, what):
+    copy = Path(shutil.copytree(first, tmp_path / "copy"))
+    config = config_of(tmp_path / "run", tiny_model, copy / what)
+    trained(config)
+    start = tmp_path / "run" / "checkpoints" / "step-000000" / "adapter" / WEIGHTS
+    assert start.read_bytes() == (first / "adapter" / WEIGHTS).read_bytes()
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (step,) = (line for line in metrics if "loss/kl_to_reference" in line)
+    assert step["loss/kl_to_reference"] == pytest.approx(0, abs=1e-6), "the KL is measured from where the run began"
+    assert (tmp_path / "run" / "adapter" / WEIGHTS).read_bytes() != start.read_bytes()
+    shutil.rmtree(copy)
+    trained(config_of(tmp_path / "run", tiny_model, copy / what, steps=2))
+
+
+def test_what_is_no_adapter_is_told_before_anything_is_loaded(tiny_model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(
+            UserError, match=f"model.lora.start_from .*{name}: is neither the folder of a run nor of an"
+        ):
+            prepare(config_of(tmp_path / "run", tiny_model, tmp_path / name))
+
+
+def test_a_run_that_has_none_yet_is_told(first, tiny_model, tmp_path):
+    shutil.copyfile(first / "config.yaml", tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="holds neither a final adapter nor a checkpoint yet"):
+        start_adapter(config_of(tmp_path / "run", tiny_model, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"r": 8}, r"its r is 8; set model.lora.r to it \(now 4\)"),
+        ({"lora_alpha": 4}, r"its alpha is 4; set model.lora.alpha to it \(now 8\)"),
+        ({"use_dora": True}, "use_dora=True in its adapter_config.json: only plain LoRA"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"r": None}, "adapter_config.json: is no adapter's config: TypeError"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_told_with_the_key_at_fault(adapter, tiny_model, tmp_path, changes, told):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=told):
+        start_adapter(config_of(tmp_path / "run", tiny_model, adapter))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"r": 4}', '{"r": 4, "lora_alpha": '])
+def test_an_adapters_config_that_is_none_is_told(adapter, tiny_model, tmp_path, content):
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"start_from .*adapter_config.json: is no adapter's config"):
+        start_adapter(config_of(tmp_path / "run", tiny_model, adapter))
+
+
+def test_weights_that_do_not_fit_are_told(adapter, tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(adapter / WEIGHTS)
+    state.pop(sorted(state)[0])
+    save_file(state, adapter / WEIGHTS)
+    with pytest.raises(
+        UserError, match=r"model.lora.start_from: .* does not fit the model: other base, rank or target"
+    ):
+        trained(config_of(tmp_path / "run", tiny_model, adapter))
+
+
+def test_what_talks_or_measures_begins_with_the_adapter_it_is_given(first, tiny_model, tmp_path):
+    config = config_of(tmp_path / "run", tiny_model, Path("gone"))
+    assert start_adapter(beginning_with(config, first)) == first / "adapter"
+    assert start_adapter(beginning_with(config, None)) is None

@@ -64,15 +64,15 @@ def config_of(**loss: object) -> RunConfig:
     return RunConfig.model_validate(data)
 
 
-def rewards_of(model: Path, name: str, seed: int) -> list[float]:
-    """The mean reward of each step of a run of two turns by one of `ALGORITHMS`."""
+def rewards_of(model: Path, name: str, seed: int, *, last_step: int = NUM_STEPS) -> list[float]:
+    """The mean reward of each step of a run of two turns by one of `ALGORITHMS`, which may end early."""
     loss = dict(ALGORITHMS[name])
     optim = {"learning_rate": 0.01, "schedule": "linear", "num_steps": NUM_STEPS} | loss.pop("optim", {})
     jitter = loss.pop("jitter", 0.0)
     config = config_of(**loss)
     critic = None if config.loss.gae is None else config.loss.gae.critic
     world = TinyWorld(tiny_policy(model, critic=critic, **optim), num_turns=2, seed=seed, jitter=jitter)
-    return [world.step(config) for _ in range(NUM_STEPS)]
+    return [world.step(config) for _ in range(last_step)]
 
 
 def first_right_of(model: Path, name: str, seed: int) -> list[float]:
@@ -112,14 +112,13 @@ class TinyWorld:
 
     def step(self, config: RunConfig) -> float:
         """One step of training; the mean reward of its rollouts."""
-        rollouts = self._rollouts()
+        rollouts = self.rollouts([task for task in range(NUM_TASKS) for _ in range(GROUP_SIZE)])
         samples, _ = to_samples(rollouts, config, self._policy)
         self._policy.update(samples, config.loss, temperature=1.0, constant_tokens=self._num_turns)
         return sum(r.reward for r in rollouts) / len(rollouts)
 
-    def _rollouts(self) -> list[Rollout]:
-        """Group after group, all of them sampled at once."""
-        tasks = [task for task in range(NUM_TASKS) for _ in range(GROUP_SIZE)]
+    def rollouts(self, tasks: Sequence[int]) -> list[Rollout]:
+        """One of each task named, all of them sampled at once."""
         ledgers = [Ledger() for _ in tasks]
         rewards: list[list[float]] = [[] for _ in tasks]
         for ledger, task in zip(ledgers, tasks, strict=True):

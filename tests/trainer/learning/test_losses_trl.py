@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.support.policy_worker import VOCABULARY, save_tiny_llama, tiny_policy
+from tests.support.tiny_trl import rewards_of_trl, tiny_tokenizer
+from tests.support.tiny_world import rewards_of
 from trainer.config.learning import LOSS_SETTINGS
 from trainer.learning.adapter import trainable_parameters
 from trainer.learning.advantages import group_advantages
@@ -26,17 +28,6 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w1", eos_token="w2", pad_token="w0", unk_token="w3"
-    )
 
 
 def episodes(seed: int) -> list[dict]:
@@ -271,3 +262,10 @@ def test_value_and_gradient_are_those_of_trl(case, model, tmp_path):
         assert metrics["tis_capped_share"] > 0
         mean = logged["sampling/importance_sampling_ratio/mean"]
         assert mean == pytest.approx(metrics["tis_weight"].item() / num_tokens, rel=1e-4)
+
+
+def test_a_whole_run_of_grpo_is_trls_step_for_step(model, tmp_path, one_thread):
+    """The same model, adapter, sampler and rewards: the updates are trl's, so both sample the same rollouts."""
+    trls = rewards_of_trl(model, 0, tmp_path, last_step=6)
+    assert len(trls) == 6 and len(set(trls)) > 3
+    assert rewards_of(model, "clipped, grpo", 0, last_step=6) == trls

@@ -6,21 +6,40 @@ import functools
 import json
 import math
 import operator
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 
 class Settings(BaseModel):
-    """Settings of a user's: unknown keys, NaN, infinite numbers and texts with a NUL, which no path and no program's
-    argument may hold, are refused; values cannot change after loading.
+    """Settings of a user's: unknown keys, NaN, infinite numbers, yes or no in a number's place and texts with a NUL,
+    which no path and no program's argument may hold, are refused; values cannot change after loading.
 
     Where a subclass has another rule for unknown keys, it says so at its head: `class Row(Settings, extra="ignore")`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_no_truth_values(cls, data: Any) -> Any:
+        """Which pydantic would read as 1 and 0."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            if key in cls.model_fields and _holds_truth(value) and _is_number(cls.model_fields[key].annotation):
+                raise ValueError(f"{key}: expected a number, not true or false (which yes, no, on and off are too)")
+        return data
 
     @field_validator("*")
     @classmethod
@@ -65,6 +84,29 @@ def by_type(settings: Mapping[str, type[Settings]], *, without_type: str) -> Any
 
     tagged: Any = [Annotated[one, Tag(name)] for name, one in settings.items()]
     return Annotated[functools.reduce(operator.or_, tagged), Discriminator(type_of), BeforeValidator(no_word)]
+
+
+def _holds_truth(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or any(map(_holds_truth, inner))
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether numbers are taken, alone or in a list or mapping, and nothing that may be true or false."""
+    leaves = _leaves(annotation)
+    return bool(leaves & {int, float}) and leaves <= {int, float, str, Path, type(None)}
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    """What the values of a type are at their innermost; those of a Literal are their types."""
+    inner, origin = typing.get_args(annotation), typing.get_origin(annotation)
+    if origin is Literal:
+        return set(map(type, inner))
+    if origin is Annotated:
+        return _leaves(inner[0])
+    if origin in (dict, Mapping):
+        return _leaves(inner[1])
+    return set().union(*map(_leaves, inner)) if inner else {annotation}
 
 
 def _is_json(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import RunConfig
+from trainer.config.idle import idle_settings
 from trainer.evaluate import evaluate_if_due
 from trainer.learning.samples import num_trained_tokens
 from trainer.measures.exporter import check_port
@@ -40,6 +41,8 @@ def train(
     from trainer.session import open_run
 
     with open_run(prepared, start_engine, beside=beside) as s:
+        for told in idle_settings(config):
+            s.progress.warn(f"no effect: {told}")
         curriculum = Curriculum(config, prepared.train_tasks, s.run, prepared.preflight)
         report = RunningReport(s.run, s.progress)
         evaluate_if_due(s, step=s.first_step)
@@ -62,12 +65,13 @@ def train(
                 write_token_figures(s.run.path, step, samples, update.logprobs)
             with s.checkpoint_if_due(step):
                 clock.lap(Lap.CHECKPOINT)
-                metrics = prefixed("train", summarise(rollouts)) | groups | prefixed("loss", update.metrics) | proof
-                metrics |= s.counted() | curriculum.learn(step, rollouts) | ages
+                # What the parts count comes first, so that none of theirs takes the place of one of ours.
+                metrics = s.counted() | prefixed("train", summarise(rollouts)) | groups
+                metrics |= prefixed("loss", update.metrics) | proof | curriculum.learn(step, rollouts) | ages
                 trained = num_trained_tokens(samples, config.loss)
                 overlaps = config.overlap.max_staleness > 0
                 metrics |= clock.metrics(rollouts, num_trained_tokens=trained, overlaps=overlaps)
-                s.run.log({"step": step, **metrics})
+                s.run.log({"step": step} | metrics | {"step": step})
             s.show(step, metrics)
             evaluate_if_due(s, step=step)
             report.write()

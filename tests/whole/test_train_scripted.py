@@ -271,3 +271,18 @@ def test_prompts_that_leave_no_room_are_an_error_that_names_the_limit(tiny_model
     short = {"max_turn_tokens": 8, "max_episode_tokens": 16}
     with pytest.raises(UserError, match=r"rollout\.max_episode_tokens"):
         start(make_config(tmp_path / "run", tiny_model, rollout=short))
+
+
+def test_figures_of_a_users_own_parts_take_the_place_of_none_of_the_trainers(tiny_model, tmp_path):
+    (tmp_path / "own.py").write_text("""
+class Own:
+    async def grade(self, task, episode): return float(len(episode.answer or "") % 2)
+    def take_metrics(self): return {"own/seen": 4.0, "step": 77.0, "train/reward": -9.0, "loss/grad_norm": -9.0}
+""")
+    own = {"type": "custom", "target": f"{tmp_path / 'own.py'}:Own", "pass_threshold": 0.5}
+    made = scripted_config(tmp_path / "run", tiny_model, optim={"num_steps": 1}, penalties={}) | {"grader": own}
+    made["penalties"] = {}
+    start(RunConfig.model_validate(made))
+    (step,) = (line for line in lines(tmp_path / "run" / "metrics.jsonl") if "own/seen" in line)
+    assert step["step"] == 1 and step["own/seen"] == 4
+    assert step["train/reward"] >= 0 and step["loss/grad_norm"] >= 0

@@ -31,6 +31,7 @@ from graders.user.custom import CustomConfig
 from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
 from trainer.config.advantages import CustomAdvantageConfig, advantage_settings
+from trainer.config.idle import idle_settings
 from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
@@ -78,6 +79,7 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
         yield "figures", f"http://{config.prometheus.host}:{config.prometheus.port}/metrics"
     for key, meant in prepared.resolved().items():
         yield "auto", f"{key}: {meant}"
+    yield from (("no effect", told) for told in idle_settings(config))
 
 
 async def _tried(prepared: Prepared) -> list[str]:

@@ -88,6 +88,16 @@ def test_no_number_may_be_infinite_or_nan(section, name, wrong):
     assert kinds & {"finite_number", "int_type"}, f"{kinds}: not refused for being no finite number"
 
 
+TRUTHS = [(s, name, wrong) for s, name in FIELDS for wrong in holding(s.model_fields[name].annotation, True)]
+
+
+@pytest.mark.parametrize(("section", "name", "wrong"), TRUTHS, ids=[f"{s.__name__}.{name}" for s, name, _ in TRUTHS])
+def test_no_number_may_be_true_or_false(section, name, wrong):
+    field = section.model_fields[name]
+    with pytest.raises(ValidationError, match="expected a number, not true or false"):
+        section.model_validate({field.alias or name: wrong})
+
+
 def test_numbers_of_every_form_are_tried():
     tried = {(section.__name__, name) for section, name, _ in NUMBERS}
     assert len(tried) > 80

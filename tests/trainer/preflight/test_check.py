@@ -217,3 +217,30 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
     else:
         with pytest.raises(UserError, match="open: expected `async def open`"):
             list(check_run(validate_config(sections, source="test")))
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps 3: the learning rate does not come to its peak"),
+        ({"eval": {"every_steps": 3}}, "eval.every_steps 3: optim.num_steps = 3 has no evaluation on the way"),
+        (
+            {"penalties": {"reasoning_tokens": {"slope": 0.001, "floor": -0.1}}},
+            "penalties.reasoning_tokens: without model.reasoning_parser no token counts as reasoning",
+        ),
+        (
+            {"penalties": {"generated_tokens": {"free": 480, "slope": 0.001, "floor": -0.1}}},
+            "penalties.generated_tokens.free 480: no episode has more tokens of its own than 480",
+        ),
+    ],
+)
+def test_what_changes_nothing_in_this_run_is_told(tiny_model: Path, tmp_path: Path, sections: Any, told: str) -> None:
+    assert [t for t in idle(tiny_model, tmp_path, sections) if t.startswith(told)], told
+    less = {"optim": {"warmup_steps": 2}, "eval": {"every_steps": 2}}
+    less |= {"penalties": {"generated_tokens": {"free": 479, "slope": 0.001, "floor": -0.1}}}
+    assert idle(tiny_model, tmp_path, less) == []
+
+
+def idle(model: Path, folder: Path, sections: Any) -> list[str]:
+    config = validate_config(scripted_config(folder / "run", model, **sections), source="test")
+    return [found for what, found in check_run(config) if what == "no effect"]

@@ -15,8 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from envs.errors import UserError
-from envs.terminal import run, say
+from program import UserError, run, say
 
 
 def main() -> int:

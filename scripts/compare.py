@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from envs.errors import UserError
+from program import UserError, console, run, say
+
 from envs.reading.documents import check_writable
-from envs.terminal import console, run, say
 
 
 def main() -> int:

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from envs.errors import UserError
+from program import UserError, run, say
+
 from envs.reading.variables import key_of
-from envs.terminal import run, say
 
 if TYPE_CHECKING:
     from trainer.exports.trained import Trained

@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from envs.errors import UserError
-from envs.terminal import console, run, say, without_control
+from program import UserError, console, run, say
+
+from envs.terminal import without_control
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from envs.errors import UserError
-from envs.terminal import console, run, say
+from program import UserError, console, run, say
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig

@@ -33,14 +33,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
+from program import UserError, run, say
 
-from envs.errors import UserError
-from envs.terminal import run, say
 from trainer.processes import end_on_signals
 from trainer.runs.files import read_lines, read_object, write_atomically
+
+if TYPE_CHECKING:
+    import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -175,6 +176,7 @@ def look_at_environment(*, on_cpu: bool) -> Figures:
 
     if not on_cpu and not torch.cuda.is_available():
         raise UserError("torch sees no GPU; with --cpu the rehearsal takes its smallest form")
+    import psutil
     import vllm
     from vllm.platforms import current_platform
 
@@ -228,6 +230,8 @@ class PeakMemory:
         self._ended.set()
 
     def _watch(self, process: psutil.Process) -> None:
+        import psutil
+
         while not self._ended.wait(_POLL_S):
             with contextlib.suppress(psutil.Error, OSError, subprocess.SubprocessError, ValueError, IndexError):
                 self.gib = max(self.gib, self._now(process))
@@ -241,6 +245,8 @@ class PeakMemory:
 
 def run_piece(piece: Piece, out: Path, *, on_cpu: bool) -> dict[str, Any]:
     """What is written of it: `ok`, seconds, memory, and its figures or why there are none."""
+    import psutil
+
     log = out / "logs" / f"{piece.name}.log"
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     start = time.monotonic()

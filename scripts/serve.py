@@ -12,8 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from envs.errors import UserError
-from envs.terminal import run, say
+from program import UserError, run, say
 
 
 def main() -> int:

@@ -23,14 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-try:
-    from envs.errors import FoundLate, UserError
-    from envs.terminal import console, run, say
-except ModuleNotFoundError as e:
-    sys.exit(
-        f"error: {e.name} is not installed for {sys.executable}: run `make setup` once, then "
-        "`source .venv/bin/activate`, or .venv/bin/python in place of python3"
-    )
+from program import FoundLate, UserError, console, run, say
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig

@@ -26,6 +26,7 @@ import atexit, runpy, sys
 slow = ("pydantic", "aiohttp", "numpy", "torch", "transformers", "vllm")
 atexit.register(lambda: print("loaded:", *[m for m in slow if m in sys.modules]))
 sys.argv = sys.argv[1:]
+sys.path[0] = "scripts"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -44,8 +45,9 @@ def test_help_and_a_misspelt_option_are_answered_before_anything_slow_is_loaded(
     assert f"{script}.py: error: " in slipped.stderr and slipped.stderr.startswith("usage: ")
 
 
-def test_a_python_without_the_packages_is_told_in_one_line_where_they_are() -> None:
-    command = [sys.executable, "-I", "-S", "scripts/train.py", "--help"]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_python_without_the_packages_is_told_in_one_line_where_they_are(script: str) -> None:
+    command = [sys.executable, "-E", "-s", "-S", f"scripts/{script}.py", "--help"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert told.returncode == 1 and not told.stdout
     assert re.fullmatch(r"error: envs is not installed for \S+: run `make setup` once, .*\n", told.stderr)

@@ -21,7 +21,7 @@ other new weights than the trainer's, as long as the update is within `_CLEAR_MO
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,9 +84,13 @@ class Canary:
         self._base = _Reference(name="the base model", engine=scores, trainer=trainer)
         return {"canary/base_mismatch": mismatch}
 
-    async def prove(self, engine: Engine, trainer: Scores, *, version: int) -> dict[str, float]:
-        """Check the engine against the trainer's scores under the adapter. Raises `PublishError`."""
+    async def prove(self, engine: Engine, trainers: Awaitable[Scores], *, version: int) -> dict[str, float]:
+        """Check the engine against the trainer's scores under the adapter, which may be under way meanwhile.
+
+        Raises `PublishError`.
+        """
         scores = await self.score(engine)
+        trainer = await trainers
         metrics = {"canary/mismatch": self._check_mismatch(scores, trainer, f"policy-v{version} was published")}
         for reference in (self._base, self._former):
             if reference is None:

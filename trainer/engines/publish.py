@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from envs.errors import PublishError
 from trainer.engines.canary import Canary, Scores
@@ -18,9 +17,6 @@ from trainer.engines.engine import PROBE_VERSION, Engine, version_name
 from trainer.learning import adapter as lora
 from trainer.learning.policy import Policy
 from trainer.runs.canary_record import KeepRecord, keep_none, of_base, of_policy
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 _PROBE_MOVE = 3.0
 """By how much each kind of layer moves the canary's log-probabilities under the probe (root mean square), in units of
@@ -78,9 +74,8 @@ class Publisher:
         own = lora.adapter_state(model)
         try:
             moves = self._load_probe()
-            folder, trainer = await self._saved(PROBE_VERSION)
-            await self._engine.publish(folder, PROBE_VERSION)
-            return await self._canary.prove_parts(self._engine, trainer, moves)
+            await self._engine.publish(await self._saved(PROBE_VERSION), PROBE_VERSION)
+            return await self._canary.prove_parts(self._engine, self._scores(adapter=True), moves)
         except PublishError as e:
             raise PublishError(f"{type(model.get_base_model()).__name__}: {e}") from e
         finally:
@@ -110,30 +105,32 @@ class Publisher:
     async def publish(self) -> dict[str, float]:
         """Make the engine serve the policy as it is now, and prove it. Raises `PublishError`."""
         version = self._policy.num_updates
-        folder, trainer = await self._saved(version)
-        async with self._hold():
-            await self._engine.publish(folder, version)
-            metrics = await self._canary.prove(self._engine, trainer, version=version)
-        self._keep(of_policy(self._policy.num_steps, trainer))
+        folder = await self._saved(version)
+        # Beside the engine, which loads and scores in processes of its own.
+        trainers = asyncio.ensure_future(asyncio.to_thread(self._scores, adapter=True))
+        try:
+            async with self._hold():
+                await self._engine.publish(folder, version)
+                metrics = await self._canary.prove(self._engine, trainers, version=version)
+        finally:
+            await asyncio.wait([trainers])
+        self._keep(of_policy(self._policy.num_steps, trainers.result()))
         by_version = {int(old.name.removeprefix("policy-v")): old for old in self._scratch.glob("policy-v*")}
         for old in sorted(by_version)[: -self._num_versions]:
             shutil.rmtree(by_version[old])
         return metrics
 
-    async def _saved(self, version: int) -> tuple[Path, Scores]:
-        """The weights as they are now, for the engine to load, and what the trainer says under them."""
+    async def _saved(self, version: int) -> Path:
+        """The weights as they are now, for the engine to load."""
         folder = self._scratch / version_name(version)
-        merged = self._engine.publishes_merged
-        await _beside(self._policy.save_merged if merged else self._policy.save_adapter, folder)
-        return folder, await _beside(self._scores, adapter=True)
+        save = self._policy.save_merged if self._engine.publishes_merged else self._policy.save_adapter
+        if threading.current_thread() is threading.main_thread():
+            save(folder)
+        else:
+            # The loop has a thread of its own: rollouts go on in it meanwhile.
+            await asyncio.to_thread(save, folder)
+        return folder
 
     def _scores(self, *, adapter: bool) -> Scores:
         rows = self._policy.score(self._canary.token_ids, adapter=adapter)
         return [x for row in rows for x in row.tolist()]
-
-
-async def _beside(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Where the loop has a thread of its own, rollouts go on in it meanwhile."""
-    if threading.current_thread() is threading.main_thread():
-        return function(*args, **kwargs)
-    return await asyncio.to_thread(function, *args, **kwargs)

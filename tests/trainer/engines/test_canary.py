@@ -136,6 +136,10 @@ async def test_scores_that_are_no_numbers_are_a_mismatch(tiny_model, policy):
         await published(policy, engine)
 
 
+async def soon(scores: list[float]) -> list[float]:
+    return scores
+
+
 class GivenScores:
     """An engine that has been told what to answer; only `score` is ever called."""
 
@@ -158,7 +162,9 @@ async def judged(share: float, *, noise: float, size: float, seed: int, num_toke
     blur = noise * size / 2**0.5  # of each of the two scorings that are compared
     await canary.note_base(GivenScores([x + rng.gauss(0, blur) for x in before]), before)
     scores = [x + share * u + rng.gauss(0, blur) for x, u in zip(before, update, strict=True)]
-    metrics = await canary.prove(GivenScores(scores), [x + u for x, u in zip(before, update, strict=True)], version=1)
+    metrics = await canary.prove(
+        GivenScores(scores), soon([x + u for x, u in zip(before, update, strict=True)]), version=1
+    )
     return metrics["canary/applied_since_model"]
 
 
@@ -202,7 +208,7 @@ async def judged_through_rounding(*, size: float, stale: bool, seed: int, num_to
         exact = [x + rng.gauss(0, size) for x in exact]
         if not stale or version == 1:
             engine = GivenScores(rounded(exact))
-        await canary.prove(engine, rounded(exact), version=version)
+        await canary.prove(engine, soon(rounded(exact)), version=version)
 
 
 @settings(deadline=None, max_examples=40)

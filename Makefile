@@ -58,7 +58,11 @@ RUN ?= runs/quickstart
 bench: setup
 	$(BIN)/python scripts/bench/rollout_throughput.py $(if $(wildcard $(RUN)/config.yaml),--run $(RUN))
 	$(BIN)/python scripts/bench/training_throughput.py
+	$(BIN)/python scripts/bench/training_throughput.py --groups 1 --arms ours,padded,trl,trl-1
 	$(BIN)/python scripts/bench/publish_time.py
+	$(BIN)/python scripts/bench/tool_calls.py
+	$(BIN)/python scripts/bench/overlap.py
+	$(BIN)/python scripts/bench/simulate.py
 	$(if $(wildcard $(RUN)/metrics.jsonl),$(BIN)/python scripts/bench/step_overhead.py --run $(RUN))
 
 # On a machine with a GPU, at most 25 minutes; FORM=--cpu for the same in small. The same command goes on where it ended.

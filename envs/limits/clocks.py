@@ -12,8 +12,10 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
+from types import TracebackType
 
 from envs.errors import WorldError
 
@@ -29,17 +31,21 @@ class Clock:
     """What is left of one limit. Made by `time_limit`.
 
     The loop is looked at in ticks: of a tick that comes late, the time up to when it was due counts and the rest does
-    not. An end that comes late is put off once, so that answers that came in the meantime are read first.
+    not. An end that comes late, or that an answer may renew, is put off once, so that answers that came in the meantime
+    are read first.
     """
 
-    def __init__(self, limit_s: float | None, timeout: asyncio.Timeout) -> None:
+    def __init__(self, limit_s: float | None, timeout: asyncio.Timeout, renewals: Callable[[], int] | None) -> None:
         self.loop = asyncio.get_running_loop()
         self._timeout = timeout
-        self._left_s = limit_s
+        self._limit_s = self._left_s = limit_s
+        self._renewals = renewals
+        self._num_renewals = renewals() if renewals else 0
         self._num_stops = 0
+        self._runs = False
         self._is_put_off = False
         self._is_over = False
-        self._counted_s = self._due_s = self.loop.time()
+        self._counted_s = self._due_s = 0.0
         self._tick: asyncio.TimerHandle | None = None
         self._wind()
 
@@ -50,26 +56,17 @@ class Clock:
     def stop(self) -> None:
         """Stand still until `go_on`; may be called several times, by tasks side by side."""
         self._num_stops += 1
-        if self._tick is not None:
+        if self._runs:
             self._count()
-            self._tick.cancel()
-            self._tick = None
+            self._runs = False
 
     def go_on(self) -> None:
         self._num_stops -= 1
         self._wind()
 
-    def renew(self, limit_s: float) -> None:
-        """From now on there are so many seconds left."""
-        self.stop()
-        self._left_s = limit_s
-        self._is_put_off = False
-        if not self._timeout.expired():
-            self._timeout.reschedule(None)
-        self.go_on()
-
     def end(self) -> None:
         self._is_over = True
+        self._runs = False
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
@@ -77,8 +74,14 @@ class Clock:
     def _wind(self) -> None:
         if self._left_s is None or self._num_stops or self._is_over or self._timeout.expired():
             return
+        self._runs = True
         self._counted_s = self.loop.time()
         self._due_s = self._counted_s + min(max(self._left_s, 0.0), _TICK_S)
+        if self._tick is not None:
+            # One of before the clock stood still, which costs less to wait for than to replace: it finds out.
+            if self._tick.when() <= self._due_s:
+                return
+            self._tick.cancel()
         self._tick = self.loop.call_at(self._due_s, self._on_tick)
 
     def _count(self) -> None:
@@ -90,31 +93,57 @@ class Clock:
     def _on_tick(self) -> None:
         assert self._left_s is not None
         self._tick = None
-        is_late = self.loop.time() - self._due_s > _LATE_S
+        if not self._runs:
+            return
+        late_s = self.loop.time() - self._due_s
+        if late_s < -_RESOLUTION_S:
+            self._tick = self.loop.call_at(self._due_s, self._on_tick)
+            return
         self._count()
-        if self._left_s <= 0 and is_late and not self._is_put_off:
+        if self._renewals and (num_renewals := self._renewals()) != self._num_renewals:
+            assert self._limit_s is not None
+            self._num_renewals, self._left_s, self._is_put_off = num_renewals, self._limit_s, False
+        if self._left_s <= 0 and (self._renewals or late_s > _LATE_S) and not self._is_put_off:
             self._is_put_off = True
             self._left_s = _LATE_S
         if self._left_s > 0:
             self._wind()
         else:
+            self._runs = False
             self._timeout.reschedule(self.loop.time())
 
 
-@contextlib.asynccontextmanager
-async def time_limit(limit_s: float | None) -> AsyncIterator[Clock]:
+class _Limited:
+    """The body of `time_limit`. Every tool call and every request to the engine stands in one."""
+
+    def __init__(self, limit_s: float | None, renewals: Callable[[], int] | None) -> None:
+        self._limit_s = limit_s
+        self._renewals = renewals
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> Clock:
+        await self._timeout.__aenter__()
+        self._clock = Clock(self._limit_s, self._timeout, self._renewals)
+        self._token = _clocks.set((*_clocks.get(), self._clock))
+        return self._clock
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        _clocks.reset(self._token)
+        self._clock.end()
+        await self._timeout.__aexit__(kind, error, tb)
+
+
+def time_limit(
+    limit_s: float | None, *, renewals: Callable[[], int] | None = None
+) -> AbstractAsyncContextManager[Clock]:
     """Cancel the body after so many seconds of its own and raise `TimeoutError`, as `asyncio.timeout` does.
 
-    Limits may stand within each other. None: no limit.
+    Limits may stand within each other. None: no limit. `renewals` is asked now and then: whenever it says another
+    number than before, the whole limit is left again.
     """
-    async with asyncio.timeout(None) as timeout:
-        clock = Clock(limit_s, timeout)
-        token = _clocks.set((*_clocks.get(), clock))
-        try:
-            yield clock
-        finally:
-            _clocks.reset(token)
-            clock.end()
+    return _Limited(limit_s, renewals)
 
 
 @contextlib.contextmanager
@@ -145,22 +174,22 @@ def blocking_limit(limit_s: float, what: str) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, left_s, others_interval_s)
 
 
-@contextlib.contextmanager
-def stopped_clocks() -> Iterator[None]:
+class stopped_clocks:
     """All limits that this task stands under stand still in the body: what is waited for there is ours.
 
     Not covered: others who wait for this task, such as those who asked a judge the same question; a task that was begun
     under a limit and outlives it, waiting for us: the limit stands still as long.
     """
-    loop = asyncio.get_running_loop()
-    # A tool in a thread may run a loop of its own.
-    clocks = [clock for clock in _clocks.get() if clock.loop is loop]
-    for clock in clocks:
-        clock.stop()
-    try:
-        yield
-    finally:
-        for clock in clocks:
+
+    def __enter__(self) -> None:
+        loop = asyncio.get_running_loop()
+        # A tool in a thread may run a loop of its own.
+        self._clocks = [clock for clock in _clocks.get() if clock.loop is loop]
+        for clock in self._clocks:
+            clock.stop()
+
+    def __exit__(self, *_: object) -> None:
+        for clock in self._clocks:
             clock.go_on()
 
 

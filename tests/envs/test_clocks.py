@@ -60,6 +60,30 @@ async def test_no_clock_runs_while_ours_is_waited_for_and_all_go_on_afterwards()
     assert inner.expired() and not outer.expired()
 
 
+async def test_a_clock_that_stands_and_goes_on_many_times_counts_what_it_ran_and_no_more():
+    async with time_limit(30) as clock:
+        start = clock.loop.time()
+        for _ in range(40):
+            await asyncio.sleep(0.01)
+            with stopped_clocks():
+                await asyncio.sleep(0.01)
+        whole_s = clock.loop.time() - start
+        clock.stop()
+        assert 0.4 - 0.001 <= 30 - clock._left_s <= whole_s - 0.4 + 0.001
+        clock.go_on()
+
+
+async def test_a_limit_ends_in_time_though_its_clock_stood_still_before():
+    async with asyncio.timeout(30):
+        with pytest.raises(TimeoutError):
+            async with time_limit(0.2) as clock:
+                for _ in range(5):
+                    with stopped_clocks():
+                        await asyncio.sleep(0.05)
+                await asyncio.Event().wait()
+        assert clock.expired()
+
+
 async def test_a_clock_stands_still_as_long_as_one_of_the_tasks_in_it_waits_for_us():
     async def wait(seconds: float) -> None:
         with stopped_clocks():
@@ -321,12 +345,13 @@ async def test_an_engine_that_answers_nothing_any_more_ends_the_run_though_every
 
 
 async def test_an_answer_that_comes_as_the_time_ends_gives_the_others_theirs_anew():
+    answers: list[int] = []
     async with asyncio.timeout(30):
-        async with time_limit(0.05) as clock:
-            while clock._left_s:  # noqa: ASYNC110
+        async with time_limit(0.3, renewals=lambda: len(answers)) as clock:
+            while not clock._is_put_off:  # noqa: ASYNC110
                 await asyncio.sleep(0)
-            clock.renew(30)
-            await asyncio.sleep(0.05)
+            answers.append(1)
+            await asyncio.sleep(0.2)
 
 
 async def test_each_answer_gives_those_that_still_wait_the_whole_time_anew():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from envs.errors import EngineHungError
-from envs.limits.clocks import Clock, time_limit
+from envs.limits.clocks import time_limit
 from trainer.engines.engine import Completion, Engine, EngineStart, KeepsBase, Sampling, Sleeps, keeps_versions
 
 _T = TypeVar("_T")
@@ -31,7 +31,7 @@ class WatchedEngine:
         """`limit_s`: the longest time without any answer while one is waited for, seconds."""
         self.engine = engine
         self._limit_s = limit_s
-        self._open: set[Clock] = set()
+        self._num_answers = 0
         self._may_begin = asyncio.Event()
         self._may_begin.set()
         self._have_ended = asyncio.Event()
@@ -112,12 +112,8 @@ class WatchedEngine:
 
     async def _answered(self, what: str, answer: Awaitable[_T]) -> _T:
         try:
-            async with time_limit(self._limit_s) as clock:
-                self._open.add(clock)
-                try:
-                    answered = await answer
-                finally:
-                    self._open.discard(clock)
+            async with time_limit(self._limit_s, renewals=lambda: self._num_answers) as clock:
+                answered = await answer
         except TimeoutError:
             if not clock.expired():
                 raise
@@ -126,6 +122,5 @@ class WatchedEngine:
                 "(engine.hung_after_s); its log says more with VLLM_LOGGING_LEVEL=INFO. Start the same command again: "
                 "the run goes on where its last checkpoint stands"
             ) from None
-        for other in self._open:
-            other.renew(self._limit_s)
+        self._num_answers += 1
         return answered

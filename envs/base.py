@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from envs.tools import Tool
 from envs.types import Episode, Message, Task
@@ -94,6 +94,16 @@ class OrdersCalls(Protocol):
 
     @property
     def calls_in_order(self) -> bool: ...
+
+
+def of_env(
+    env: Env, member: Literal["observation", "respond", "is_over", "turn_reward", "final_state", "calls_in_order"]
+) -> Any:
+    """A member that an environment may have besides; None where it has none.
+
+    The same as `isinstance` of its protocol says, which takes Python 3.11 ten times as long: some are asked every turn.
+    """
+    return getattr(env, member, None)
 
 
 @runtime_checkable

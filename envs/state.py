@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from envs.base import Env, HasState
+from envs.base import Env, of_env
 from envs.errors import WorldError
 from envs.limits.clocks import time_limit
 
@@ -15,11 +15,12 @@ async def read_state(env: Env, *, timeout_s: float) -> dict[str, Any]:
 
     Raises `WorldError` where it does not answer in time, and plain errors, with a note, for what is no JSON: a bug.
     """
-    if not isinstance(env, HasState):
+    final_state = of_env(env, "final_state")
+    if final_state is None:
         return {}
     try:
         async with time_limit(timeout_s) as limit:
-            state = await env.final_state()
+            state = await final_state()
     except TimeoutError:
         if not limit.expired():
             raise

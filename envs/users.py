@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from envs.base import Env, Responds
+from envs.base import Env, of_env
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
 from envs.errors import UserError, WorldError
 from envs.reading.variables import NAME, expand
@@ -145,8 +145,8 @@ async def hear(env: Env, users: Users | None, exchange: Exchange) -> str | None:
     """
     if users is not None:
         reply = await users.reply(exchange)
-    elif isinstance(env, Responds):
-        reply = await env.respond(exchange.messages[-1])
+    elif (respond := of_env(env, "respond")) is not None:
+        reply = await respond(exchange.messages[-1])
     else:
         return None
     if reply is not None and not isinstance(reply, str):

@@ -7,6 +7,7 @@ sampled token is trainable exactly once.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,8 +160,7 @@ class Ledger:
         assert version >= 0 and self._token_ids, "a sampled token has a policy version and a prompt before it"
         if turn is None:
             turn = 1 + max(self._turns, default=NO_TURN)
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            assert math.isfinite(logprob), f"the engine gave log-probability {logprob} for token {token_id}"
+        assert all(map(math.isfinite, logprobs)), _not_finite(token_ids, logprobs)
         ids = list(map(int, token_ids))
         self._extend(ids, list(map(float, logprobs)), trainable=True, version=version, turn=turn)
 
@@ -211,7 +211,12 @@ class Ledger:
 
 def completion_ids(rows: Iterable[Ledger]) -> tuple[int, ...]:
     """What stands behind the prompt: of each row everything from its first sampled token to its last."""
-    return tuple(token_id for row in rows for token_id in row.completion_ids)
+    return tuple(itertools.chain.from_iterable(row.completion_ids for row in rows))
+
+
+def _not_finite(token_ids: Sequence[int], logprobs: Sequence[float]) -> str:
+    token_id, logprob = next((t, x) for t, x in zip(token_ids, logprobs, strict=True) if not math.isfinite(x))
+    return f"the engine gave log-probability {logprob} for token {token_id}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

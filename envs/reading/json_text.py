@@ -18,7 +18,7 @@ def read_json(text: str, *, finite: bool = True) -> Any:
     `finite` refuses NaN and infinite numbers (1e999), which Python takes and JSON has not: no server could read them.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite) if finite else json.loads(text)
+        return _FINITE.decode(text) if finite and text[:1] != "\ufeff" else json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg}") from None
     except (ValueError, RecursionError):
@@ -110,3 +110,7 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number[:40]} is beyond the range of numbers")
     return value
+
+
+_FINITE = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+"""What `json.loads`, which refuses a byte order mark besides, makes anew for every text."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from envs.base import OrdersCalls
+from envs.base import of_env
 from envs.errors import first_error
 from envs.tools import call_tool
 from envs.types import Message, ToolCall, ToolErrorKind, ToolResult
@@ -53,7 +53,7 @@ class ToolCalls:
         """Side by side, unless the environment wants them one after the other."""
         tools = live.tools
         live.waiting_for = next((c.name for c in calls if c.name in tools and tools[c.name].is_remote), "")
-        if isinstance(live.env, OrdersCalls) and live.env.calls_in_order:
+        if len(calls) <= 1 or of_env(live.env, "calls_in_order"):
             done = [await self._run(live, call) for call in calls]
         else:
             # Where one call fails for good, the others must not go on in an environment that is being closed.

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from envs.base import Ends, Observes, RewardsTurns, World
+from envs.base import World, of_env
 from envs.errors import WorldError
 from envs.limits.clocks import blocking_limit, stopped_clocks, time_limit
 from envs.tools import finite_reward
@@ -22,7 +22,7 @@ from trainer.rollouts.calls import ToolCalls
 from trainer.rollouts.live import Live
 from trainer.seeds import derive_seed
 from trainer.tasks.offer import tools_offered
-from trainer.templates.chat import Chat, Continuation, ParsedTurn, TemplateRefused
+from trainer.templates.chat import Chat, Continuation, OfferedTools, ParsedTurn, TemplateRefused
 from trainer.types import Ledger
 
 MALFORMED_ANSWER = f"{NOT_PARSED}. Write it exactly in the format given, or answer the question."
@@ -65,7 +65,7 @@ class Player:
                 with blocking_limit(limit_s, "make_env"):
                     live.env = self._world.make_env()
                 await live.env.open(live.request.task, live.rollout_id)
-                if isinstance(live.env, Observes) and (observation := live.env.observation):
+                if observation := of_env(live.env, "observation"):
                     prompt = live.messages[-1]
                     live.messages[-1] = replace(prompt, content=prompt.content + observation)
                 return await self._turns(live, temperature), ""
@@ -91,7 +91,7 @@ class Player:
                 return StopReason.MAX_EPISODE_TOKENS
             before = list(live.messages)
             completion, stop = await self._turn(live, number, min(config.max_turn_tokens, room), temperature)
-            if isinstance(live.env, RewardsTurns) and (reward := live.env.turn_reward) is not None:
+            if (reward := of_env(live.env, "turn_reward")) is not None:
                 whose = f"{type(live.env).__name__}.turn_reward"
                 live.turns[-1] = replace(live.turns[-1], env_reward=finite_reward(reward, whose))
             if stop is not None:
@@ -124,8 +124,7 @@ class Player:
                 return completion, stop
         elif was_over_budget:
             return completion, StopReason.MAX_TOOL_CALLS
-        is_over = isinstance(live.env, Ends) and live.env.is_over
-        return completion, StopReason.ENDED if is_over else None
+        return completion, StopReason.ENDED if of_env(live.env, "is_over") else None
 
     async def _generate(
         self, live: Live, number: int, max_tokens: int, temperature: float
@@ -219,5 +218,5 @@ class Player:
             return False
         live.seen_tools = seen
         live.tools = tools_offered(live.request.task, dict(seen), self._config)
-        before, live.schemas = live.schemas, [t.schema() for t in live.tools.values()]
+        before, live.schemas = live.schemas, OfferedTools(t.schema() for t in live.tools.values())
         return live.schemas != before

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from envs.base import Env
 from envs.tools import Tool
 from envs.types import Episode, Message, Task, Turn
 from trainer.rollouts.admission import Place
+from trainer.templates.chat import OfferedTools
 from trainer.types import Ledger, RolloutRequest
 
 
@@ -41,7 +41,7 @@ class Live:
     """What the environment had when it was last looked at."""
     tools: dict[str, Tool] = field(default_factory=dict)
     """What the model is offered of them."""
-    schemas: list[dict[str, Any]] = field(default_factory=list)
+    schemas: OfferedTools = field(default_factory=OfferedTools)
     version: int | None = None
     """The policy version of its first turn."""
     num_tool_calls: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from envs.base import Act, Ends, Env, ExpertTurn, Observes, Thinks, World
+from envs.base import Act, Env, ExpertTurn, Thinks, World, of_env
 from envs.tools import Tool, call_tool
 from envs.types import Message, Task, ToolCall, Turn
 from envs.users import Exchange, ScriptUsers, Users, hear
@@ -116,7 +116,7 @@ async def play_expert(
         return play.shown()
     await env.open(task, rollout_id)
     try:
-        if isinstance(env, Observes) and (observation := env.observation):
+        if observation := of_env(env, "observation"):
             play.messages[-1] = replace(play.messages[-1], content=play.messages[-1].content + observation)
         for number, turn in enumerate(turns, start=1):
             play.look_at_tools()
@@ -125,7 +125,7 @@ async def play_expert(
                 await play.say(act, reasoning)
             else:
                 await play.call(act, reasoning)
-            if number == len(turns) or (isinstance(env, Ends) and env.is_over):
+            if number == len(turns) or of_env(env, "is_over"):
                 break
             if not isinstance(act, str) and play.rollout.answer == "tool_calls":
                 break

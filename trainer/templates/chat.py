@@ -26,6 +26,7 @@ from envs.reading.json_text import read_json
 from envs.types import NOT_RUN, Message
 from trainer.templates.call_signs import opening_tag, tag_after
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused, calls_as_text, shape_of
+from trainer.templates.detokenizer import Detokenizer
 from trainer.templates.ends import PROBE_RESULT, End, find_ends, num_common
 from trainer.templates.fallback import (
     ANSWER,
@@ -34,12 +35,12 @@ from trainer.templates.fallback import (
     PROBE_CALL,
     PROBE_TOOL,
     choose_template,
-    is_shipped,
 )
 from trainer.templates.grammar import Grammar
-from trainer.templates.local import added_by, is_local
+from trainer.templates.local import GoneOn
 from trainer.templates.special_tokens import SpecialTokens, stop_token_ids
 from trainer.templates.turn_parser import (
+    OfferedTools,
     ParsedTurn,
     ToolSchema,
     TurnParser,
@@ -48,10 +49,9 @@ from trainer.templates.turn_parser import (
     with_cached_vocabulary,
 )
 
-__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "ParsedTurn", "TemplateRefused", "ToolSchema"]
+__all__ = ["FALLBACK_TEMPLATE", "Chat", "Continuation", "OfferedTools", "ParsedTurn", "TemplateRefused", "ToolSchema"]
 
 _MOST_SHAPES = 4096
-_RENDERED_WHOLE = {4**i for i in range(1, 12)}
 _UNCLOSED_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 
 
@@ -105,6 +105,7 @@ class Chat:
         if not tokenizer.is_fast:
             raise UserError(f"model.name: the tokenizer of {model} has no tokenizer.json; a fast tokenizer is needed")
         self._tokenizer = with_cached_vocabulary(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer)
         self._template_kwargs = dict(template_kwargs or {})
         template, self._why_fallback = choose_template(self._tokenizer, chat_template, self._template_kwargs)
         self._renderer = Renderer(self._tokenizer, template, self._template_kwargs)
@@ -116,8 +117,11 @@ class Chat:
         probe_tool = self._parser.normalized_tools(tools_key([PROBE_TOOL]))
         self._answer_end, self._call_end = find_ends(self._tokenizer, self._renderer, self.stop_token_ids, probe_tool)
         self._taken_shapes: set[tuple[str, str]] = set()
+        self._gone_on = GoneOn(self._render, template or self._tokenizer.chat_template, self._renderer.names)
         # A demonstration's prompt is the text that the turn before it was extended to.
         self._render_cached = functools.lru_cache(maxsize=16)(self._render_uncached)
+        # The rollouts of a group begin alike.
+        self._begun = functools.lru_cache(maxsize=16)(self._begun_uncached)
         self._prime = self._encode(self._render([HELLO], (), generate=True))[-16:]
         # Without the reasoning parser: some take a turn that closes no reasoning for nothing but reasoning.
         written = self._prove_parser(self._turn_parser(tool_parser, None))
@@ -141,8 +145,8 @@ class Chat:
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, strict: bool = True
     ) -> Continuation:
         """As `open`, with the text that `extend` goes on from."""
-        text = self._render(messages, tools, generate=True, strict=strict)
-        return Continuation(token_ids=self._encode(text), forked=True, drifted=False, text=text)
+        text, token_ids = self._begun(tuple(messages), tools_key(tools), strict)
+        return Continuation(token_ids=list(token_ids), forked=True, drifted=False, text=text)
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
         """The prompt of `open`, under `strict`, as text."""
@@ -173,10 +177,10 @@ class Chat:
         written = self.decode(sampled[:-1] if stopped else sampled)
         end = self._end_of(turn)
         kept = prompt + written + end.text
-        text = self._rendered_on(prompt, before, turn, answers, tools, generate=True)
+        text = self._gone_on.text(prompt, before, turn, answers, tools, generate=True)
         drifted = not text.startswith(kept)
         if drifted:
-            full = self._rendered_on(prompt, before, turn, (), tools, generate=False)
+            full = self._gone_on.text(prompt, before, turn, (), tools, generate=False)
             kept = self._until_end(full, num_common(prompt, full), end)
             if not (kept.startswith(prompt) and text.startswith(kept)):
                 return Continuation(token_ids=self._encode(text), forked=True, drifted=False, text=text)
@@ -246,7 +250,7 @@ class Chat:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text, special tokens included. For people and for comparison; never to be encoded again."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        return self._detokenizer.whole(token_ids)
 
     # ---- answers with a form
 
@@ -295,35 +299,9 @@ class Chat:
                 raise
             return self._renderer.render_as_text(messages, tools, generate=generate)
 
-    @functools.cached_property
-    def _is_local(self) -> bool:
-        """Only of templates that are shipped: probes can't know what one of a user's looks at."""
-        template = self._renderer.template or self._tokenizer.chat_template
-        return isinstance(template, str) and is_shipped(template) and is_local(self._render, [PROBE_TOOL])
-
-    @functools.cached_property
-    def _lists_tools_apart(self) -> bool:
-        """Whether what is added reads the same without any tools, which then need not be listed."""
-        return self._renderer.template == FALLBACK_TEMPLATE.read_text() and is_local(self._render, ())
-
-    def _rendered_on(
-        self,
-        prompt: str,
-        before: Sequence[Message],
-        turn: Message,
-        answers: Sequence[Message],
-        tools: Sequence[ToolSchema],
-        *,
-        generate: bool,
-    ) -> str:
-        """The whole conversation, of which `prompt` is what `before` was rendered to."""
-        # Now and then all of it is rendered, less often the longer it is: were the proof fooled, the row would fork.
-        if self._is_local and len(before) // 2 not in _RENDERED_WHOLE:
-            listed = () if self._lists_tools_apart else tools
-            added = added_by(self._render, turn, answers, listed, generate=generate)
-            if added is not None:
-                return prompt + added
-        return self._render([*before, turn, *answers], tools, generate=generate)
+    def _begun_uncached(self, messages: tuple[Message, ...], tools_json: str, strict: bool) -> tuple[str, list[int]]:
+        text = self._render_cached(messages, tools_json, True, strict)
+        return text, self._encode(text)
 
     def num_tokens(self, text: str) -> int:
         return len(self._encode(text))

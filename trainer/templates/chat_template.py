@@ -38,7 +38,7 @@ class Renderer:
         """`template` None is the tokenizer's own, which may differ with and without tools."""
         self.template = template
         self._tokenizer = tokenizer
-        self._names = {**tokenizer.special_tokens_map, **template_kwargs}
+        self.names = {**tokenizer.special_tokens_map, **template_kwargs}
         """What a template may speak of besides messages and tools, as `apply_chat_template` hands it on."""
 
     def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, *, generate: bool) -> str:
@@ -54,7 +54,7 @@ class Renderer:
                 tools=tools,
                 chat_template=template,
                 add_generation_prompt=generate,
-                **self._names,
+                **self.names,
             )
         except Exception as e:  # a template's own refusal, and whatever its expressions trip over (TypeError, ...)
             reason = str(e) if type(e).__module__.startswith("jinja2") else f"{type(e).__name__}: {e}"

@@ -11,11 +11,12 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError, nearest
+from envs.messages import as_object
 from envs.types import Message, ToolCall
 from trainer.templates.chat_template import HELLO, Renderer, TemplateRefused
 from trainer.templates.turn_parser import ToolSchema, content_is_a_list
@@ -38,6 +39,26 @@ PROBE_CALL = Message(
     tool_calls=(ToolCall(call_id="call00000", name="probe_tool", arguments=json.dumps({"text": PROBE})),),
 )
 ANSWER = Message(role="assistant", content="Zebra.")
+
+
+def added_by_fallback(turn: Message, answers: Sequence[Message], eos_token: str, *, generate: bool) -> str:
+    """What the ChatML fallback writes behind a prompt, by hand: in a tenth of the time that Jinja takes.
+
+    Whoever uses it has compared the two (`trainer.templates.local`).
+    """
+    parts = [_fallback_body(turn)]
+    parts += [f"<|im_start|>{answer.role}\n{_fallback_body(answer)}" for answer in answers]
+    return f"{eos_token}\n".join([*parts, "<|im_start|>assistant\n" if generate else ""])
+
+
+def _fallback_body(message: Message) -> str:
+    reasoning = f"<think>{message.reasoning}</think>" if message.reasoning else ""
+    return reasoning + message.content + "\n".join(map(_fallback_call, message.tool_calls))
+
+
+def _fallback_call(call: ToolCall) -> str:
+    name, arguments = (json.dumps(x, ensure_ascii=False) for x in (call.name, as_object(call.arguments)))
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
 
 
 def choose_template(tokenizer: Any, setting: str, template_kwargs: Mapping[str, Any]) -> tuple[str | None, str]:

@@ -6,15 +6,26 @@ and a turn costs the same however long the episode is.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from envs.types import Message, ToolCall
 from trainer.templates.chat_template import HELLO, TemplateRefused
-from trainer.templates.fallback import ANSWER, PROBE_CALL, PROBE_TOOL
+from trainer.templates.fallback import (
+    ANSWER,
+    FALLBACK_TEMPLATE,
+    PROBE_CALL,
+    PROBE_TOOL,
+    added_by_fallback,
+    is_shipped,
+)
 from trainer.templates.turn_parser import ToolSchema
+
+_RENDERED_WHOLE = {4**i for i in range(1, 12)}
 
 
 class Render(Protocol):
@@ -23,14 +34,82 @@ class Render(Protocol):
     ) -> str: ...
 
 
+class Added(Protocol):
+    """What a turn and its answers add to any prompt; None where that depends on the prompt."""
+
+    def __call__(self, turn: Message, answers: Sequence[Message], *, generate: bool) -> str | None: ...
+
+
+class GoneOn:
+    """Conversations that go on, rendered from where they stood as far as the template allows it.
+
+    Only templates that are shipped: probes can't know what one of a user's looks at.
+    """
+
+    def __init__(self, render: Render, template: Any, names: Mapping[str, Any]) -> None:
+        """`template` is the text of the one that `render` uses, `names` what it is given besides the messages."""
+        self._render = render
+        self._template = template
+        self._names = names
+
+    def text(
+        self,
+        prompt: str,
+        before: Sequence[Message],
+        turn: Message,
+        answers: Sequence[Message],
+        tools: Sequence[ToolSchema],
+        *,
+        generate: bool,
+    ) -> str:
+        """The whole conversation, of which `prompt` is what `before` was rendered to. `generate`: a turn begins."""
+        if (added_by := self._added_by(tools)) and not _is_rendered_whole(before, prompt):
+            added = added_by(turn, answers, generate=generate)
+            if added is not None:
+                return prompt + added
+        return self._render([*before, turn, *answers], tools, generate=generate)
+
+    def _added_by(self, tools: Sequence[ToolSchema]) -> Added | None:
+        if self._is_by_hand:
+            return self._by_hand
+        return functools.partial(added_by, self._render, tools) if self._is_local else None
+
+    @functools.cached_property
+    def _is_by_hand(self) -> bool:
+        return self._template == FALLBACK_TEMPLATE.read_text() and is_added(self._render, self._by_hand)
+
+    @functools.cached_property
+    def _is_local(self) -> bool:
+        return isinstance(self._template, str) and is_shipped(self._template) and is_local(self._render, [PROBE_TOOL])
+
+    def _by_hand(self, turn: Message, answers: Sequence[Message], *, generate: bool) -> str | None:
+        if not _is_of_calls(turn, answers):
+            return None
+        try:
+            return added_by_fallback(turn, answers, str(self._names["eos_token"]), generate=generate)
+        except RecursionError:
+            # Arguments nested too deep, which the template refuses.
+            return None
+
+
+def _is_rendered_whole(before: Sequence[Message], prompt: str) -> bool:
+    """Of some conversations, whichever run they stand in, all is rendered now and then, less often the longer they are:
+    were the proof fooled, the row would fork."""
+    return len(before) // 2 in _RENDERED_WHOLE and zlib.crc32(prompt.encode("utf-8", "replace")) % 8 == 0
+
+
+def _is_of_calls(turn: Message, answers: Sequence[Message]) -> bool:
+    return bool(turn.tool_calls) and all(answer.role == "tool" for answer in answers)
+
+
 def added_by(
-    render: Render, turn: Message, answers: Sequence[Message], tools: Sequence[ToolSchema], *, generate: bool
+    render: Render, tools: Sequence[ToolSchema], turn: Message, answers: Sequence[Message], *, generate: bool
 ) -> str | None:
     """What a turn of calls and its results add to any prompt under a local template; `generate`: the next one begins.
 
     None where they may change what stands before them: a user's message may (reasoning before it is dropped, say).
     """
-    if not turn.tool_calls or any(answer.role != "tool" for answer in answers):
+    if not _is_of_calls(turn, answers):
         return None
     head = render([HELLO], tools, generate=True)
     try:
@@ -41,7 +120,12 @@ def added_by(
 
 
 def is_local(render: Render, tools: Sequence[ToolSchema]) -> bool:
-    """Whether `added_by` under these tools is what is added to conversations with a tool.
+    """Whether `added_by` under these tools is what is added to conversations with a tool."""
+    return is_added(render, functools.partial(added_by, render, tools))
+
+
+def is_added(render: Render, added_by: Added) -> bool:
+    """Whether that is what is added to conversations with a tool.
 
     Tried on turns of several kinds after conversations of several kinds and lengths. Those that the template refuses
     say nothing; of each kind of conversation some turn must be taken.
@@ -54,7 +138,7 @@ def is_local(render: Render, tools: Sequence[ToolSchema]) -> bool:
         num_taken = 0
         for turn, *answers in _turns():
             for more, generate in ((answers, True), ([], False)):
-                added = added_by(render, turn, more, tools, generate=generate)
+                added = added_by(turn, more, generate=generate)
                 if added is None:
                     continue
                 num_taken += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.types import Message, ToolCall
+from trainer.templates.detokenizer import Detokenizer
 
 
 class SpecialTokens:
@@ -27,7 +28,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any, *, stop_token_ids: Collection[int], template_ids: Collection[int]) -> None:
         """`template_ids`: all tokens of conversations that show what the template writes."""
-        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         written = {i for i in added if i in template_ids}
         special = {i for i, token in added.items() if token.special}
@@ -42,8 +43,8 @@ class SpecialTokens:
 
     def num_spelled(self, token_ids: Sequence[int]) -> int:
         """How many of them generated tokens spell out of ordinary ones."""
-        text = str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
-        return max(0, self.num_in(text) - sum(token_id in self._ids for token_id in token_ids))
+        num_real = sum(map(self._ids.__contains__, token_ids))
+        return max(0, self.num_in(self._detokenizer.whole(token_ids)) - num_real)
 
     def of_turns_in(self, message: Message) -> str:
         """The first token in the message's texts that begins or ends turns; empty where none does."""

@@ -5,21 +5,25 @@ Every import of vLLM that the chat needs stands in this file; the names are the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from envs.errors import UserError
 from envs.types import Message, ToolCall
 from trainer.templates.call_signs import after_reasoning, is_attempt
+from trainer.templates.detokenizer import Detokenizer
 
 ToolSchema = Mapping[str, Any]
 """A tool as Chat Completions JSON: `{"type": "function", "function": {...}}`."""
 
 
+_MOST_KEPT = 1024
+"""Lists of tools of which something is kept."""
 _OF_GPT_OSS = {"openai", "openai_gptoss"}
 
 
@@ -62,9 +66,11 @@ class TurnParser:
         self.tool_parser = tool_parser
         self._reasoning_name = reasoning_parser
         self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
         self._template_kwargs = dict(template_kwargs)
         self._stop_token_ids = stop_token_ids
-        self._requests: dict[str, Any] = {}
+        self._request = functools.lru_cache(maxsize=_MOST_KEPT)(self._request_of)
+        self._normalized = functools.lru_cache(maxsize=_MOST_KEPT)(self._normalized_of)
         self._markers: tuple[str, ...] = ()
         self._reasoning_ends: tuple[str, ...] = ()
         try:
@@ -99,21 +105,22 @@ class TurnParser:
         finished = bool(token_ids) and token_ids[-1] in self._stop_token_ids
         body = token_ids[:-1] if finished else token_ids
         request = self._request(tools_key(tools))
-        pieces = self._pieces(body, prime, skip_special_tokens=request.skip_special_tokens)
-        text = "".join(pieces)
+        skips = bool(request.skip_special_tokens)
+        text = self._detokenizer.streamed(body, prime, skip_special_tokens=skips)
         try:
             parser = self._new_parser(request.tools)
             reasoning, content, calls = parser.parse(
                 text, request, enable_auto_tools=True, model_output_token_ids=list(token_ids)
             )
             message = _message(content, reasoning, calls or [], turn)
+            pieces = functools.partial(self._detokenizer.pieces, body, prime, skip_special_tokens=skips)
             num_reasoning_tokens = _num_reasoning_tokens(parser, body, pieces, message.reasoning)
         except Exception:  # parsers raise whatever their own code trips over: RecursionError, ValueError, KeyError, ...
             message = Message(role="assistant", content=text)
             return ParsedTurn(message=message, malformed=bool(tools), num_reasoning_tokens=0, finished=finished)
         malformed = False
         if tools and not message.tool_calls:
-            raw = "".join(self._pieces(body, prime, skip_special_tokens=False))
+            raw = self._detokenizer.streamed(body, prime, skip_special_tokens=False) if skips else text
             after = after_reasoning(raw, self._reasoning_ends)
             if after is raw and message.reasoning and message.content.strip():
                 # Reasoning that ends in no tag, as the parser split it off.
@@ -125,8 +132,7 @@ class TurnParser:
 
     def normalized_tools(self, tools_json: str) -> list[dict[str, Any]] | None:
         """The tools as `vllm serve` hands them to the template: its own field order, unknown keys dropped."""
-        request = self._request(tools_json)
-        return [tool.model_dump() for tool in request.tools] if request.tools else None
+        return self._normalized(tools_json)
 
     def check_response_format(self, response_format: Mapping[str, Any], schema: str) -> None:
         """Raise `UserError` where the parsers make something else of a request's format than its JSON schema."""
@@ -144,47 +150,38 @@ class TurnParser:
                 "response_format out, or ask for the form in the prompt"
             )
 
-    def _pieces(self, body: Sequence[int], prime: Sequence[int], *, skip_special_tokens: bool) -> list[str]:
-        """The text of each token as vLLM's incremental detokenizer gives it: half a character gives nothing."""
-        from tokenizers.decoders import DecodeStream
-
-        backend = self._tokenizer._tokenizer
-        stream = DecodeStream(ids=list(prime), skip_special_tokens=skip_special_tokens)
-        pieces = []
-        for token_id in body:
-            try:
-                piece = stream.step(backend, token_id)
-            except Exception as e:  # tokenizers' own exception class is not exported
-                if "Invalid prefix" not in str(e):
-                    raise
-                # Bytes that are no UTF-8: vLLM starts the stream afresh and goes on.
-                stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-                piece = stream.step(backend, token_id)
-            pieces.append(piece or "")
-        return pieces
-
     def _new_parser(self, tools: Any) -> Any:
         # Parsers carry state, so each turn gets its own, as each request does in `vllm serve`.
         return self._parser_class(self._tokenizer, tools, chat_template_kwargs=self._template_kwargs)
 
-    def _request(self, tools_json: str) -> Any:
+    def _request_of(self, tools_json: str) -> Any:
         """The Chat Completions request that offers these tools, as the parsers have adjusted it."""
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-        if tools_json not in self._requests:
-            tools = json.loads(tools_json)
-            offered = {"tools": tools, "tool_choice": "auto"} if tools else {}
-            try:
-                request = ChatCompletionRequest.model_validate({"model": "policy", "messages": [], **offered})
-            except ValueError as e:
-                raise UserError(f"tools: not a Chat Completions tool schema: {e}") from e
-            self._requests[tools_json] = self._new_parser(request.tools).adjust_request(request)
-        return self._requests[tools_json]
+        tools = json.loads(tools_json)
+        offered = {"tools": tools, "tool_choice": "auto"} if tools else {}
+        try:
+            request = ChatCompletionRequest.model_validate({"model": "policy", "messages": [], **offered})
+        except ValueError as e:
+            raise UserError(f"tools: not a Chat Completions tool schema: {e}") from e
+        return self._new_parser(request.tools).adjust_request(request)
+
+    def _normalized_of(self, tools_json: str) -> list[dict[str, Any]] | None:
+        request = self._request(tools_json)
+        return [tool.model_dump() for tool in request.tools] if request.tools else None
+
+
+class OfferedTools(tuple[ToolSchema, ...]):
+    """Tools that stay as they are over many turns: their key is made once."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        return json.dumps(self)
 
 
 def tools_key(tools: Sequence[ToolSchema]) -> str:
     """The tools as JSON text, under which what depends on them is kept."""
-    return json.dumps(list(tools))
+    return tools.key if isinstance(tools, OfferedTools) else json.dumps(list(tools))
 
 
 def _message(content: str | None, reasoning: str | None, calls: Sequence[Any], turn: int) -> Message:
@@ -200,13 +197,16 @@ def _message(content: str | None, reasoning: str | None, calls: Sequence[Any], t
     )
 
 
-def _num_reasoning_tokens(parser: Any, body: Sequence[int], pieces: Sequence[str], reasoning: str) -> int:
+def _num_reasoning_tokens(
+    parser: Any, body: Sequence[int], pieces_of_body: Callable[[], list[str]], reasoning: str
+) -> int:
     if not reasoning:
         return 0
     # Asked of the reasoning parser itself: vLLM 0.25's composed parser does not hand the count on.
     if count := parser.reasoning_parser.count_reasoning_tokens(list(body)):
         return int(count)
     # vLLM counts from the token that opens it; the prompt may have opened it already, or the tag be several tokens.
+    pieces = pieces_of_body()
     begin = "".join(pieces).find(reasoning)
     places = itertools.accumulate((len(piece) for piece in pieces), initial=0)
     return sum(start < begin + len(reasoning) and stop > begin for start, stop in itertools.pairwise(places))

@@ -12,7 +12,7 @@ from tests.support.template_families import FAMILIES, family_chat
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
 from trainer.templates.chat import Chat, TemplateRefused
 from trainer.templates.fallback import PROBE_TOOL
-from trainer.templates.local import is_local
+from trainer.templates.local import added_by, is_local
 
 TOOLS = [
     {
@@ -78,6 +78,29 @@ def test_what_is_added_is_what_the_whole_conversation_reads(name: str, smollm2: 
             messages += [turn, *answers]
             num_compared += 1
     assert num_compared > 10
+
+
+HOSTILE = ["", "\n", " a ", "<tool_call>", "</think>", "é \u2028", "{{ x }} {% y %}", "'\"&<>\\", "<|im_end|>\n"]
+ARGUMENTS = [
+    '{"a": 1.50, "b": [1, 2, {"c": "é\\u00e9\\n\\"<&>"}]}',
+    *("{}", "null", "not json", "[1]", '{"a": NaN, "b": 1e999, "c": 1e400}', '{"a": "\\ud800"}', '{"a": 1, "a": 2}'),
+    '{"a":' * 150 + "1" + "}" * 150,
+]
+
+
+def test_what_the_fallback_adds_is_written_by_hand_as_the_template_writes_it(smollm2: Path) -> None:
+    chat, rng = Chat(smollm2), random.Random(0)
+    assert chat.uses_fallback and chat._gone_on._is_by_hand
+    for _ in range(2000):
+        calls = tuple(
+            ToolCall(call_id=f"call{i:05d}", name=rng.choice(["f", 'se"é']), arguments=rng.choice(ARGUMENTS))
+            for i in range(rng.choice([1, 2, 3]))
+        )
+        turn = Message(role="assistant", content=rng.choice(HOSTILE), reasoning=rng.choice(HOSTILE), tool_calls=calls)
+        answers = [Message(role="tool", content=rng.choice(HOSTILE), call_id=c.call_id, name=c.name) for c in calls]
+        for more, generate in ((answers, True), ([], False)):
+            by_hand = chat._gone_on._by_hand(turn, more, generate=generate)
+            assert by_hand == added_by(chat._render, [], turn, more, generate=generate)
 
 
 @pytest.mark.parametrize("why", NOT_LOCAL)

@@ -10,6 +10,8 @@ from typing import Any
 
 from envs.reading.json_text import read_json
 
+_ANY_SIGN = re.compile(r"[<{\[(]|action", re.I)
+"""Without any of these nothing below finds a call: most answers are told from calls at once."""
 _TAG = re.compile(r"\s*(<[^<>\s{}]+>|\[[A-Z_]{3,}\])")
 # <tool_call>, <|tool_call..., <seed:tool_call>, <start_function_call>, also cut off or misspelt; the opening tags and
 # special tokens of other dialects.
@@ -68,6 +70,8 @@ def is_attempt(text: str, names: Sequence[str], markers: Sequence[str] = ()) -> 
     answer, JSON that is more than a call or whose `name` is no tool's. *Not covered*: unmarked text that describes a
     call in words, and a tool as an element of its own name around text (`<search>Acme</search>`): both are answers.
     """
+    if not (_ANY_SIGN.search(text) or any(marker in text for marker in markers)):
+        return False
     spoken = _QUOTED.sub(" ", text)
     bare = _FENCE.sub("", text)
     if not spoken.strip():

@@ -35,7 +35,7 @@ from trainer.models.machines import has_gpu, memory_metrics
 from trainer.reachable import check_servers
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
-from trainer.runs.start import start_adapter
+from trainer.runs.resuming import start_adapter
 from trainer.tasks.curriculum import load_preflight
 from trainer.tasks.difficulty import Visit
 from trainer.tasks.load import load_demonstrations, load_tasks

@@ -40,7 +40,7 @@ from trainer.runs.files import append_text, sealed, write_atomically
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.records import rollout_to_json
-from trainer.runs.start import beginning_with
+from trainer.runs.resuming import beginning_with
 from trainer.seeds import derive_seed
 from trainer.types import Rollout, RolloutRequest
 

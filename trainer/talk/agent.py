@@ -24,7 +24,7 @@ from trainer.engines.engine import Sampler
 from trainer.models.machines import check_option
 from trainer.prepare import Prepared, prepare, vocabulary_of
 from trainer.runs.manifest import adapter_of
-from trainer.runs.start import beginning_with
+from trainer.runs.resuming import beginning_with
 from trainer.talk.served import ServedPolicy
 from trainer.tasks.offer import tools_offered
 

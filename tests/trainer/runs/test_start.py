@@ -14,7 +14,7 @@ from tests.support.configs import scripted_config
 from tests.support.scripted_engine import engine_starter, finance_script
 from trainer.config import RunConfig
 from trainer.prepare import prepare
-from trainer.runs.start import beginning_with, start_adapter
+from trainer.runs.resuming import beginning_with, start_adapter
 from trainer.train import train
 
 pytestmark = [

@@ -18,9 +18,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Tag,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 class Settings(BaseModel):
@@ -36,9 +38,14 @@ class Settings(BaseModel):
     @classmethod
     def _numbers_are_no_truth_values(cls, data: Any) -> Any:
         """Which pydantic would read as 1 and 0."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            if key in cls.model_fields and _holds_truth(value) and _is_number(cls.model_fields[key].annotation):
-                raise ValueError(f"{key}: expected a number, not true or false (which yes, no, on and off are too)")
+        told = PydanticCustomError("truth_value", "expected a number, not true or false (yes, no, on and off are such)")
+        wrong = [
+            InitErrorDetails(type=told, loc=(key,), input=value)
+            for key, value in (data.items() if isinstance(data, dict) else ())
+            if key in cls.model_fields and _holds_truth(value) and _is_number(cls.model_fields[key].annotation)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
         return data
 
     @field_validator("*")

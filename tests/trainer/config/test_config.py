@@ -168,7 +168,7 @@ BY_TURN = {"slope": 0.1, "floor": -0.2, "by_turn": True}
         ({"rollout": {"zzz": 1}}, "rollout.zzz: unknown key; known keys: answer, episode_t"),
         ({"grader": {"type": "numeric", "partial_credt": 1}}, "grader.partial_credt: unknown key; did you mean"),
         ({"penalties": {"tool_calls": {"slop": 1, "slope": 1, "floor": -0.1}}}, "penalties.tool_calls.slop: unknown"),
-        ({"model": {"lora": {"rank": 8}}}, "model.lora.rank: unknown key; known keys: alpha, r, target_modules"),
+        ({"model": {"lora": {"rank": 8}}}, "model.lora.rank: unknown key; known keys: alpha, r, start_from, "),
         ({"world": {"type": "finance", "num_company": 9}}, "world.num_company: unknown key; did you mean num_compan"),
         ({"optim": {"num_steps": "many"}}, "optim.num_steps: Input should be a valid integer"),
         ({"optim": {"learning_rate": -1}}, "optim.learning_rate: Input should be greater than 0 (got -1)"),

@@ -67,7 +67,7 @@ def load(folder: Path, *overrides: str, **changed: Any) -> SweepConfig:
         ({"space": {"a": LOG | {"low": 5e-324}}}, "space.a: low: expected at least 1e-100"),
         ({"space": {"a": {"type": "range", "low": 0, "high": 1, "num": 10**9}}}, "less than or equal to 10000"),
         ({"seeds": [1, 10**23]}, "seeds.1: Input should be less than 9223372036854775808"),
-        ({"seeds": [True, 0]}, "seeds.0: Input should be a valid integer"),
+        ({"seeds": [True, 0]}, "seeds: expected a number, not true or false"),
         ({"method": {}}, "space.optim.learning_rate.num: required of a grid"),
         ({"method": {"type": "random"}}, "method.num_trials: required, but not given"),
         ({"method": {"type": "tpe", "num_trials": 1}}, "method.num_trials: Input should be greater than or equal to 2"),

@@ -311,6 +311,7 @@ def test_a_sample_that_cannot_be_read_is_named_by_file_and_line(
 def test_the_command_starts_without_the_training_stack(files: Files) -> None:
     code = (
         "import runpy, sys\n"
+        "sys.path[0] = 'scripts'\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as e:\n    assert e.code == 0, e.code\n"
         "heavy = {'torch', 'vllm', 'transformers', 'trl', 'datasets', 'trainer'} & set(sys.modules)\n"

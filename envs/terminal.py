@@ -66,12 +66,22 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.excepthook = _tell
     try:
         code = main()
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as e:
+        if not was_interrupted(e):
+            raise
         code = 130
         # A terminal that was closed takes no more words.
         with contextlib.suppress(OSError):
             say("interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether it is Ctrl-C's, or went wrong while that was dealt with, such as a loop that closes half-way."""
+    told: BaseException | None = error
+    while told is not None and not isinstance(told, KeyboardInterrupt):
+        told = told.__context__
+    return told is not None
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

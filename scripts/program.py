@@ -8,6 +8,7 @@ try:
     from envs.terminal import console as console
     from envs.terminal import run as run
     from envs.terminal import say as say
+    from envs.terminal import was_interrupted as was_interrupted
 except ModuleNotFoundError as e:
     sys.exit(
         f"error: {e.name} is not installed for {sys.executable}: run `make setup` once, then "

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from program import FoundLate, UserError, console, run, say
+from program import FoundLate, UserError, console, run, say, was_interrupted
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -61,16 +61,18 @@ def main() -> int:
             if arguments.check:
                 return _check(job.config)
             folder = _train_job(job, is_main=is_main)
-    except UserError as e:
+    except (Exception, KeyboardInterrupt) as e:
+        if was_interrupted(e):
+            # A terminal that was closed takes no more words.
+            with contextlib.suppress(OSError):
+                if is_main:
+                    say("interrupted; the same command resumes the run", file=sys.stderr)
+            return 130
+        if not isinstance(e, UserError):
+            raise
         if is_main or isinstance(e, FoundLate):
             say(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        # A terminal that was closed takes no more words.
-        with contextlib.suppress(OSError):
-            if is_main:
-                say("interrupted; the same command resumes the run", file=sys.stderr)
-        return 130
     if is_main:
         print_result(folder)
     return 0

@@ -113,7 +113,8 @@ class Publisher:
                 await self._engine.publish(folder, version)
                 metrics = await self._canary.prove(self._engine, trainers, version=version)
         finally:
-            await asyncio.wait([trainers])
+            # Whatever ends it first is told; what else went wrong meanwhile is not.
+            await asyncio.gather(trainers, return_exceptions=True)
         self._keep(of_policy(self._policy.num_steps, trainers.result()))
         by_version = {int(old.name.removeprefix("policy-v")): old for old in self._scratch.glob("policy-v*")}
         for old in sorted(by_version)[: -self._num_versions]:

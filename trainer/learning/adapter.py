@@ -203,6 +203,9 @@ def load_adapter(model: Any, folder: Path) -> None:
             state = load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: is damaged: {e}") from e
+    for name, tensor in state.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds what is no adapter's: whole numbers, NaN or infinite ones")
     names = _names_in_file(model, _layers_in_checkpoint(model))
     own = {file: _in_file(name) for name, file in names.items()}
     load_adapter_state(model, {own.get(file, file): tensor for file, tensor in state.items()})

@@ -73,6 +73,8 @@ def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
     if config.warmstart is not None:
         shown = f"{len(prepared.demonstrations)} conversations" if prepared.demonstrations else "the world's expert"
         yield "warm start", f"{config.warmstart.num_steps} steps of {config.warmstart.episodes_per_step}: {shown}"
+    if prepared.start_adapter is not None:
+        yield "begins as", str(prepared.start_adapter)
     yield "model", f"{config.model.name}, calls read by {config.model.tool_parser}"
     yield "engine", _engine(prepared)
     if config.prometheus is not None:

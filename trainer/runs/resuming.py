@@ -5,30 +5,39 @@ Whether that is whole, and what to do where it is not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from envs.errors import UserError
+from envs.reading.json_text import read_json
 from trainer.config import RunConfig
 from trainer.runs.about import read_about
-from trainer.runs.files import digest, step_files
+from trainer.runs.files import digest, open_to_read, step_files
 from trainer.runs.manifest import NAME, RESTS_ON, adapter_of, checkpoints, fault_of, read_manifest
 from trainer.types import Kind
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_LIKE_ANY = {
+    *("r", "lora_alpha", "target_modules", "exclude_modules", "base_model_name_or_path", "task_type", "revision"),
+    *(
+        "inference_mode",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "auto_mapping",
+        "peft_version",
+        "megatron_core",
+        "qalora_group_size",
+    ),
+}
+"""Keys of an adapter's config that say nothing of what it computes, or are looked at apart."""
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_rslora": (False,),
-    "use_dora": (False,),
     "bias": ("none",),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": ([],),
-    "layers_to_transform": ([],),
+    # Others change the base's own weights (pissa, olora, corda, loftq): over the base as it is they are another policy.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-"""What else PEFT's adapters may be, by key, with what this trainer's are; null means the same."""
+"""What may stand under a key; under every other one nothing (null, false, empty), whatever PEFT calls it one day."""
 
 
 def check_resumable(run: Path, run_id: str) -> list[str]:
@@ -115,21 +124,37 @@ def start_adapter(config: RunConfig) -> Path | None:
     lora = config.model.lora
     if lora.start_from is None or checkpoints(config.output_dir):
         return None
-    folder = lora.start_from
-    key = f"model.lora.start_from {folder}"
-    if not (folder / _WEIGHTS).is_file():
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{key}: is neither the folder of a run nor of an adapter ({_WEIGHTS})")
-        folder = adapter_of(folder)
+    from safetensors import SafetensorError
+
+    key = f"model.lora.start_from {lora.start_from}"
     try:
-        told = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        rank, alpha = int(told["r"]), float(told["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{key}: {folder / _CONFIG}: is no adapter's config: {e!r}") from e
+        folder = lora.start_from
+        if not (folder / _WEIGHTS).is_file():
+            if not (folder / "config.yaml").is_file():
+                raise UserError(f"{key}: is neither the folder of a run nor of an adapter ({_WEIGHTS})")
+            folder = adapter_of(folder)
+        told = read_json((folder / _CONFIG).read_text(encoding="utf-8"))
+        rank, alpha = told["r"], told["lora_alpha"]
+        if type(rank) is not int or not isinstance(alpha, int | float):
+            raise TypeError(f"r {rank!r}, lora_alpha {alpha!r}")
+        _check_whole(folder / _WEIGHTS)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
+        raise UserError(f"{key}: can't be read as an adapter ({_WEIGHTS}, {_CONFIG}): {e!r}"[:1000]) from e
     for name, of_adapter, own in (("r", rank, lora.r), ("alpha", alpha, lora.alpha)):
         if of_adapter != own:
             raise UserError(f"{key}: its {name} is {of_adapter:g}; set model.lora.{name} to it (now {own:g})")
-    for name, plain in _PLAIN.items():
-        if told.get(name) is not None and told[name] not in plain:
-            raise UserError(f"{key}: {name}={told[name]!r} in its {_CONFIG}: only plain LoRA can be gone on with")
+    for name, value in told.items():
+        if name not in _LIKE_ANY and value and value not in _PLAIN.get(name, ()):
+            raise UserError(f"{key}: {name}={value!r} in its {_CONFIG}: only plain LoRA can be gone on with"[:1000])
     return folder
+
+
+def _check_whole(weights: Path) -> None:
+    """Raise `SafetensorError`, `ValueError` or `OSError` unless all is there that the file's header names."""
+    from safetensors import safe_open
+
+    with open_to_read(weights), safe_open(weights, framework="np") as file:
+        if not file.keys():
+            raise ValueError(f"{weights.name} holds no weights")

@@ -85,7 +85,13 @@ def test_a_run_that_has_none_yet_is_told(first, tiny_model, tmp_path):
         ({"use_dora": True}, "use_dora=True in its adapter_config.json: only plain LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
-        ({"r": None}, "adapter_config.json: is no adapter's config: TypeError"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' in its adapter_config.json: only plain LoRA"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\]"),
+        ({"a_way_of_tomorrow": 0.5}, "a_way_of_tomorrow=0.5"),
+        ({"r": None}, r"can't be read as an adapter .*TypeError\('r None"),
+        ({"r": 4.7}, r"r 4\.7"),
+        ({"r": float("inf")}, "can't be read as an adapter"),
     ],
 )
 def test_an_adapter_of_another_kind_is_told_with_the_key_at_fault(adapter, tiny_model, tmp_path, changes, told):
@@ -95,11 +101,34 @@ def test_an_adapter_of_another_kind_is_told_with_the_key_at_fault(adapter, tiny_
         start_adapter(config_of(tmp_path / "run", tiny_model, adapter))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"r": 4}', '{"r": 4, "lora_alpha": '])
+@pytest.mark.parametrize("content", ["", "[]", '{"r": 4}', '{"r": 4, "lora_alpha": ', "[" * 100_000])
 def test_an_adapters_config_that_is_none_is_told(adapter, tiny_model, tmp_path, content):
     (adapter / "adapter_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"start_from .*adapter_config.json: is no adapter's config"):
+    with pytest.raises(UserError, match=r"start_from .*: can't be read as an adapter"):
         start_adapter(config_of(tmp_path / "run", tiny_model, adapter))
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_weights_that_are_cut_off_are_told_before_anything_is_loaded(adapter, tiny_model, tmp_path, size):
+    whole = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(whole[:size])
+    with pytest.raises(UserError, match=r"start_from .*: can't be read as an adapter"):
+        start_adapter(config_of(tmp_path / "run", tiny_model, adapter))
+
+
+def test_a_path_that_is_none_is_told(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"start_from x+.*: can't be read as an adapter"):
+        start_adapter(config_of(tmp_path / "run", tiny_model, Path("x" * 300)))
+
+
+def test_weights_that_are_no_numbers_of_an_adapter_are_told(adapter, tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(adapter / WEIGHTS)
+    for wrong in (lambda t: t * float("nan"), lambda t: t.to(int)):
+        save_file({name: wrong(tensor) for name, tensor in state.items()}, adapter / WEIGHTS)
+        with pytest.raises(UserError, match=r"start_from: .*holds what is no adapter's"):
+            trained(config_of(tmp_path / "run", tiny_model, adapter))
 
 
 def test_weights_that_do_not_fit_are_told(adapter, tiny_model, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from envs.errors import PublishError, ToolError, UserError, WorldError
-from envs.terminal import clean, console, say
+from envs.terminal import clean, console, run, say
 from tests.support import ROOT
 
 EVIL = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\x08\r\u202eb\ud800c"
@@ -69,6 +69,24 @@ def test_every_script_prints_by_the_one_rule(script: str) -> None:
     assert "Console()" not in text and "    run(main)" in text
     # JSON for other programs, whose texts are escaped.
     assert text.count("print(") - text.count(".print(") == (script == "grade")
+
+
+def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def ends(first: BaseException, then: str) -> int:
+        try:
+            raise first
+        finally:
+            raise RuntimeError(then)
+
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: ends(KeyboardInterrupt(), "Event loop stopped before Future completed."))
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(RuntimeError, match="no interrupt"):
+        run(lambda: ends(ValueError(), "no interrupt"))
 
 
 def test_a_traceback_of_a_script_is_clean() -> None:

@@ -20,15 +20,8 @@ from trainer.types import Kind
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LIKE_ANY = {
     *("r", "lora_alpha", "target_modules", "exclude_modules", "base_model_name_or_path", "task_type", "revision"),
-    *(
-        "inference_mode",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "auto_mapping",
-        "peft_version",
-        "megatron_core",
-        "qalora_group_size",
-    ),
+    *("inference_mode", "lora_dropout", "fan_in_fan_out", "auto_mapping", "peft_version"),
+    *("megatron_core", "qalora_group_size", "eva_config"),
 }
 """Keys of an adapter's config that say nothing of what it computes, or are looked at apart."""
 _PLAIN: dict[str, tuple[Any, ...]] = {

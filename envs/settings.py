@@ -38,11 +38,11 @@ class Settings(BaseModel):
     @classmethod
     def _numbers_are_no_truth_values(cls, data: Any) -> Any:
         """Which pydantic would read as 1 and 0."""
-        told = PydanticCustomError("truth_value", "expected a number, not true or false (yes, no, on and off are such)")
+        given = data if isinstance(data, dict) else {}
         wrong = [
-            InitErrorDetails(type=told, loc=(key,), input=value)
-            for key, value in (data.items() if isinstance(data, dict) else ())
-            if key in cls.model_fields and _holds_truth(value) and _is_number(cls.model_fields[key].annotation)
+            InitErrorDetails(type=_TRUTH_VALUE, loc=(key,), input=given[key])
+            for key in _numbers_of(cls)
+            if key in given and _holds_truth(given[key])
         ]
         if wrong:
             raise ValidationError.from_exception_data(cls.__name__, wrong)
@@ -91,6 +91,15 @@ def by_type(settings: Mapping[str, type[Settings]], *, without_type: str) -> Any
 
     tagged: Any = [Annotated[one, Tag(name)] for name, one in settings.items()]
     return Annotated[functools.reduce(operator.or_, tagged), Discriminator(type_of), BeforeValidator(no_word)]
+
+
+_TRUTH_VALUE = PydanticCustomError("truth_value", "expected a number, not true or false (yes, no, on and off are such)")
+
+
+@functools.cache
+def _numbers_of(settings: type[Settings]) -> tuple[str, ...]:
+    """The keys that take numbers, worked out once."""
+    return tuple(key for key, field in settings.model_fields.items() if _is_number(field.annotation))
 
 
 def _holds_truth(value: Any) -> bool:

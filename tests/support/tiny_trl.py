@@ -119,10 +119,6 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def _trls(model: Path, folder: Path, settings: dict[str, Any], seed: int) -> list[float]:
-    return rewards_of_trl(model, seed, folder, **settings)
-
-
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -130,7 +126,7 @@ def main() -> None:
         model = save_tiny_llama(folder / "model")
         print("| trainer | mean reward over the run, by seed | last ten steps |\n|---|---|---|")
         arms: dict[str, Callable[[int], list[float]]] = {
-            f"trl, {name}": partial(_trls, model, folder, settings) for name, settings in TRLS.items()
+            f"trl, {name}": partial(rewards_of_trl, model, folder=folder, **settings) for name, settings in TRLS.items()
         } | {name: partial(rewards_of, model, name) for name in OURS}
         for name, run in arms.items():
             runs = [run(seed) for seed in range(NUM_SEEDS)]

@@ -127,7 +127,10 @@ class Chat:
         written = self._prove_parser(self._turn_parser(tool_parser, None))
         self._learn_signs(written)
         self.special = SpecialTokens(
-            tokenizer, stop_token_ids=self.stop_token_ids, template_ids=set(self._encode(self._shown_whole()))
+            tokenizer,
+            self._detokenizer,
+            stop_token_ids=self.stop_token_ids,
+            template_ids=set(self._encode(self._shown_whole())),
         )
 
     # ---- messages → token ids
@@ -329,6 +332,7 @@ class Chat:
     def _turn_parser(self, tool_parser: str, reasoning_parser: str | None) -> TurnParser:
         return TurnParser(
             self._tokenizer,
+            self._detokenizer,
             tool_parser=tool_parser,
             reasoning_parser=reasoning_parser,
             template_kwargs=self._template_kwargs,

@@ -26,9 +26,16 @@ class SpecialTokens:
     *Not covered*: tokens that a tokenizer normalises, and those that are special to the template alone.
     """
 
-    def __init__(self, tokenizer: Any, *, stop_token_ids: Collection[int], template_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        detokenizer: Detokenizer,
+        *,
+        stop_token_ids: Collection[int],
+        template_ids: Collection[int],
+    ) -> None:
         """`template_ids`: all tokens of conversations that show what the template writes."""
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = detokenizer
         added = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip()}
         written = {i for i in added if i in template_ids}
         special = {i for i, token in added.items() if token.special}

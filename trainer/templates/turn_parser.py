@@ -53,6 +53,7 @@ class TurnParser:
     def __init__(
         self,
         tokenizer: Any,
+        detokenizer: Detokenizer,
         *,
         tool_parser: str,
         reasoning_parser: str | None,
@@ -66,7 +67,7 @@ class TurnParser:
         self.tool_parser = tool_parser
         self._reasoning_name = reasoning_parser
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = detokenizer
         self._template_kwargs = dict(template_kwargs)
         self._stop_token_ids = stop_token_ids
         self._request = functools.lru_cache(maxsize=_MOST_KEPT)(self._request_of)

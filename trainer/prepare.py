@@ -148,6 +148,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
             watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
     check_servers(config, patience_s=patience_s)
     _check_family(config, engine, trains=weights)
+    adapter = _start_adapter(config)
     model_path = resolve_model(config.model.name) if weights else resolve_texts(config.model.name)
     chat = build_chat(config, model_path)
     _check_prompts(config, env.tools, chat, tasks)
@@ -167,7 +168,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         eval_tasks=eval_tasks,
         model_path=model_path,
         chat=chat,
-        start_adapter=start_adapter(config),
+        start_adapter=adapter,
         grammar=_grammar(config.rollout.response_format, chat=chat, model_path=model_path),
     )
 
@@ -357,6 +358,16 @@ def _checked_engine(config: RunConfig) -> Engine:
             "out, or the engine's sleep and wake_up"
         )
     return engine
+
+
+def _start_adapter(config: RunConfig) -> Path | None:
+    """What `model.lora.start_from` names. Raises `UserError` where the run's model can't begin with it."""
+    if (adapter := start_adapter(config)) is not None:
+        from trainer.learning.adapter import check_adapter
+
+        with told_of("model.lora.start_from"):
+            check_adapter(adapter, resolve_config(config.model.name), config.model)
+    return adapter
 
 
 def _check_family(config: RunConfig, engine: Engine, *, trains: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.base import Sweeps
-from envs.errors import found_late, told_of
+from envs.errors import found_late
 from envs.limits.loops import Loop, LoopThread
 from trainer import processes
 from trainer.engines.canary import Canary
@@ -264,8 +264,7 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
         progress.say(f"resumed after step {step} from {folder}")
     else:
         if prepared.start_adapter is not None:
-            with told_of("model.lora.start_from"):
-                load_adapter(policy.model, prepared.start_adapter)
+            load_adapter(policy.model, prepared.start_adapter)
         if config.warmstart is not None:
             _warm_start(prepared, run, policy, progress, loop)
         if config.loss.kl_coef > 0:

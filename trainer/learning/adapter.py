@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -197,6 +197,11 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 def load_adapter(model: Any, folder: Path) -> None:
     """Load the adapter that `save_adapter` wrote. Raises `UserError` where it is damaged or does not fit."""
+    load_adapter_state(model, _own_names(model, read_adapter(folder)))
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The weights in the file that `save_adapter` wrote. Raises `UserError` for a damaged one."""
     path = folder / "adapter_model.safetensors"
     try:
         with open_to_read(path):
@@ -206,16 +211,47 @@ def load_adapter(model: Any, folder: Path) -> None:
     for name, tensor in state.items():
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{path}: {name} holds what is no adapter's: whole numbers, NaN or infinite ones")
+    return state
+
+
+def check_adapter(folder: Path, model_path: Path, config: ModelConfig) -> None:
+    """Raise `UserError` where `load_adapter` would, of the model at `model_path` without its weights."""
+    model_class, model_config = model_class_of(model_path)
+    with torch.device("meta"):
+        model = _with_adapter(model_class(model_config), config.lora)
+    _check_fits(model, _own_names(model, read_adapter(folder)))
+
+
+def _own_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = _names_in_file(model, _layers_in_checkpoint(model))
     own = {file: _in_file(name) for name, file in names.items()}
-    load_adapter_state(model, {own.get(file, file): tensor for file, tensor in state.items()})
+    return {own.get(file, file): tensor for file, tensor in state.items()}
 
 
 def load_adapter_state(model: Any, state: dict[str, Tensor]) -> None:
-    expected = {_in_file(name): p.shape for name, p in trainable_parameters(model).items()}
-    if expected != {name: t.shape for name, t in state.items()}:
-        raise UserError("the adapter does not fit the model: other base, rank or target modules")
+    _check_fits(model, state)
     load_weights(model, state)
+
+
+def _check_fits(model: Any, state: dict[str, Tensor]) -> None:
+    expected = {_in_file(name): p.shape for name, p in trainable_parameters(model).items()}
+    lacks, has_more = _layers(expected.keys() - state.keys()), _layers(state.keys() - expected.keys())
+    where = "the adapter does not fit the model: other base, rank or target modules"
+    if lacks or has_more:
+        both = (("lacks", lacks), ("has besides", has_more))
+        raise UserError(f"{where} ({'; '.join(f'it {what} {_few(names)}' for what, names in both if names)})")
+    for name, shape in expected.items():
+        if state[name].shape != shape:
+            raise UserError(f"{where} ({name} is {tuple(state[name].shape)}, expected {tuple(shape)})")
+
+
+def _layers(names: Iterable[str]) -> list[str]:
+    """The last names of layers with these weights."""
+    return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def load_weights(model: Any, weights: dict[str, Tensor]) -> None:

@@ -111,8 +111,8 @@ def beginning_with(config: RunConfig, adapter: Path | None) -> RunConfig:
 def start_adapter(config: RunConfig) -> Path | None:
     """The folder of the adapter that `model.lora.start_from` names; None without, and where a run goes on already.
 
-    *Covered*: that it is there, is a plain LoRA, and has the config's rank and scale. *Not covered*: whether its base
-    is the run's; its shapes are compared as it is loaded. Raises `UserError`.
+    *Covered*: that it is there, is a plain LoRA, and has the config's rank and scale. *Not covered*: whether it fits
+    the run's model (`trainer.learning.adapter.check_adapter`), or was made over its base. Raises `UserError`.
     """
     lora = config.model.lora
     if lora.start_from is None or checkpoints(config.output_dir):

@@ -128,19 +128,28 @@ def test_weights_that_are_no_numbers_of_an_adapter_are_told(adapter, tiny_model,
     for wrong in (lambda t: t * float("nan"), lambda t: t.to(int)):
         save_file({name: wrong(tensor) for name, tensor in state.items()}, adapter / WEIGHTS)
         with pytest.raises(UserError, match=r"start_from: .*holds what is no adapter's"):
-            trained(config_of(tmp_path / "run", tiny_model, adapter))
+            prepare(config_of(tmp_path / "run", tiny_model, adapter))
 
 
-def test_weights_that_do_not_fit_are_told(adapter, tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: {n: t for n, t in state.items() if "q_proj" not in n}, r"\(it lacks q_proj\)"),
+        (
+            lambda state: state | {"base_model.model.x.lora_A.weight": next(iter(state.values())).clone()},
+            "has besides x",
+        ),
+        (lambda state: {n: t[..., :-1].contiguous() for n, t in state.items()}, r"is \(4, 31\), expected"),
+    ],
+)
+def test_weights_that_do_not_fit_are_told_before_the_model_is_loaded(adapter, tiny_model, tmp_path, change, told):
     from safetensors.torch import load_file, save_file
 
-    state = load_file(adapter / WEIGHTS)
-    state.pop(sorted(state)[0])
-    save_file(state, adapter / WEIGHTS)
-    with pytest.raises(
-        UserError, match=r"model.lora.start_from: .* does not fit the model: other base, rank or target"
-    ):
-        trained(config_of(tmp_path / "run", tiny_model, adapter))
+    save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
+    wrong = rf"model.lora.start_from: the adapter does not fit the model: other base, rank or target modules .*{told}"
+    with pytest.raises(UserError, match=wrong):
+        prepare(config_of(tmp_path / "run", tiny_model, adapter))
+    assert not (tmp_path / "run").exists(), "the folder is another run's still"
 
 
 def test_what_talks_or_measures_begins_with_the_adapter_it_is_given(first, tiny_model, tmp_path):

@@ -64,6 +64,7 @@ bench: setup
 	$(BIN)/python scripts/bench/overlap.py
 	$(BIN)/python scripts/bench/simulate.py
 	$(if $(wildcard $(RUN)/metrics.jsonl),$(BIN)/python scripts/bench/step_overhead.py --run $(RUN))
+	$(if $(wildcard $(RUN)/adapter),$(BIN)/python scripts/bench/whole_step.py --run $(RUN))
 
 # On a machine with a GPU, at most 25 minutes; FORM=--cpu for the same in small. The same command goes on where it ended.
 FORM ?=

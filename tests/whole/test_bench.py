@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,45 @@ def test_step_figures_leave_evaluations_out(bench: Any) -> None:
     assert figures[0].verdict == "< 0.05: missed"
     with pytest.raises(UserError, match="no finished training step"):
         step_figures([{"step": 0, "eval/reward": 0.1}])
+
+
+def test_a_whole_step_is_compared_by_token_and_not_by_what_either_side_happened_to_sample(bench: Any) -> None:
+    whole_step = bench("whole_step")
+    step = {"step": 12.0, "rollouts": 8.0, "training": 3.0, "publish": 1.0, "sampled": 400.0, "trained": 300.0}
+    twice = {name: 2 * value for name, value in step.items()}
+    of_step, of_both = (whole_step.figures_of("ours", steps) for steps in ([step], [step, twice]))
+    assert {f.name: f.values for f in of_step} == {
+        "ours: step": [12.0],
+        "ours: publish": [1.0],
+        "ours: sampled": [400.0],
+        "ours: rollouts, ms a sampled token": [20.0],
+        "ours: training, ms a trained token": [10.0],
+        "ours: step, ms a sampled token": [30.0],
+    }
+    assert all(f.values[0] == f.values[1] for f in of_both if f.unit == "ms")
+
+
+def test_trls_clocks_take_the_publish_off_the_rollouts_that_it_is_made_in(bench: Any) -> None:
+    whole_step = bench("whole_step")
+
+    class Trainer:
+        def sync(self) -> None:
+            time.sleep(0.05)
+
+        def generate(self) -> None:
+            self.sync()
+            time.sleep(0.1)
+
+    trainer, clocks = Trainer(), whole_step.Clocks()
+    clocks.watch(trainer, "generate", "rollouts")
+    clocks.watch(trainer, "sync", "publish", within="rollouts")
+    clocks.begin()
+    trainer.generate()
+    clocks.count("sampled", 3)
+    clocks.end()
+    [step] = clocks.steps
+    assert step["sampled"] == 3 and step["publish"] >= 0.05 and step["rollouts"] >= 0.1
+    assert step["rollouts"] + step["publish"] + step["training"] == pytest.approx(step["step"])
 
 
 def test_random_groups_share_a_prompt_and_train_what_no_tool_wrote(bench: Any) -> None:

@@ -264,7 +264,7 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
         progress.say(f"resumed after step {step} from {folder}")
     else:
         if prepared.start_adapter is not None:
-            load_adapter(policy.model, prepared.start_adapter)
+            load_adapter(policy.model, prepared.start_adapter, links=True)
         if config.warmstart is not None:
             _warm_start(prepared, run, policy, progress, loop)
         if config.loss.kl_coef > 0:

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -195,14 +195,17 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     return {_in_file(name): p.detach().cpu().clone() for name, p in trainable_parameters(model).items()}
 
 
-def load_adapter(model: Any, folder: Path) -> None:
-    """Load the adapter that `save_adapter` wrote. Raises `UserError` where it is damaged or does not fit."""
-    load_adapter_state(model, _own_names(model, read_adapter(folder)))
+def load_adapter(model: Any, folder: Path, *, links: bool = False) -> None:
+    """Load the adapter that `save_adapter` wrote. Raises `UserError` where it is damaged or does not fit.
+
+    With `links` the file may be one, as in a hub's cache.
+    """
+    load_adapter_state(model, _own_names(model, _read_adapter(folder, links=links)))
 
 
-def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """The weights in the file that `save_adapter` wrote. Raises `UserError` for a damaged one."""
+def _read_adapter(folder: Path, *, links: bool) -> dict[str, Tensor]:
     path = folder / "adapter_model.safetensors"
+    path = path.resolve() if links else path
     try:
         with open_to_read(path):
             state = load_file(path)
@@ -215,11 +218,11 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def check_adapter(folder: Path, model_path: Path, config: ModelConfig) -> None:
-    """Raise `UserError` where `load_adapter` would, of the model at `model_path` without its weights."""
+    """Raise `UserError` where `load_adapter` (with `links`) would, of the model at `model_path` without its weights."""
     model_class, model_config = model_class_of(model_path)
     with torch.device("meta"):
         model = _with_adapter(model_class(model_config), config.lora)
-    _check_fits(model, _own_names(model, read_adapter(folder)))
+    _check_fits(model, _own_names(model, _read_adapter(folder, links=True)))
 
 
 def _own_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,7 +242,8 @@ def _check_fits(model: Any, state: dict[str, Tensor]) -> None:
     where = "the adapter does not fit the model: other base, rank or target modules"
     if lacks or has_more:
         both = (("lacks", lacks), ("has besides", has_more))
-        raise UserError(f"{where} ({'; '.join(f'it {what} {_few(names)}' for what, names in both if names)})")
+        told = [f"it {what} {', '.join(names[:8])}" for what, names in both if names]
+        raise UserError(f"{where} ({'; '.join(told)})")
     for name, shape in expected.items():
         if state[name].shape != shape:
             raise UserError(f"{where} ({name} is {tuple(state[name].shape)}, expected {tuple(shape)})")
@@ -248,10 +252,6 @@ def _check_fits(model: Any, state: dict[str, Tensor]) -> None:
 def _layers(names: Iterable[str]) -> list[str]:
     """The last names of layers with these weights."""
     return sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names})
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def load_weights(model: Any, weights: dict[str, Tensor]) -> None:

@@ -130,7 +130,7 @@ def start_adapter(config: RunConfig) -> Path | None:
         rank, alpha = told["r"], told["lora_alpha"]
         if type(rank) is not int or not isinstance(alpha, int | float):
             raise TypeError(f"r {rank!r}, lora_alpha {alpha!r}")
-        _check_whole(folder / _WEIGHTS)
+        _check_whole((folder / _WEIGHTS).resolve())
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:

@@ -62,6 +62,16 @@ def test_it_begins_with_the_others_weights_and_goes_on_without_them(first, tiny_
     trained(config_of(tmp_path / "run", tiny_model, copy / what, steps=2))
 
 
+def test_its_files_may_be_links_as_in_a_hubs_cache(adapter, tiny_model, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in adapter.iterdir():
+        (cache / path.name).symlink_to(path)
+    trained(config_of(tmp_path / "run", tiny_model, cache))
+    start = tmp_path / "run" / "checkpoints" / "step-000000" / "adapter" / WEIGHTS
+    assert start.read_bytes() == (adapter / WEIGHTS).read_bytes()
+
+
 def test_what_is_no_adapter_is_told_before_anything_is_loaded(tiny_model, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):

@@ -113,11 +113,12 @@ def add_adapter(model: Any, name: str, lora: LoraConfig, *, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def as_adapter(model: Any, name: str) -> Iterator[None]:
-    """The adapter `name` in place of the policy's. A backward pass belongs inside, where activations are recomputed."""
+def as_adapter(model: Any, name: str | None) -> Iterator[None]:
+    """The adapter `name` in place of the policy's; None: the base alone. All learn still: after PEFT's own
+    `disable_adapter` one alone does. A backward pass belongs inside, where activations are recomputed."""
     layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
     for layer in layers:
-        layer._active_adapter = [name]
+        layer._active_adapter = [] if name is None else [name]
     try:
         yield
     finally:

@@ -29,7 +29,7 @@ class Reader:
     def logprobs(self, microbatch: Microbatch, temperature: float, *, adapter: bool) -> Tensor:
         """(N,) log-probabilities of the microbatch's trainable tokens, with a gradient where grad mode is on."""
         if not adapter:
-            with self._model.disable_adapter():
+            with lora.as_adapter(self._model, None):
                 return self.logprobs(microbatch, temperature, adapter=True)
         return self.of_tokens(microbatch, temperature, wants_entropy=False)[0]
 

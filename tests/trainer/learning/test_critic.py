@@ -178,6 +178,19 @@ def test_it_learns_what_it_is_told_and_leaves_the_policys_log_probabilities_to_t
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_its_adapter_learns_on_after_the_base_was_asked(model):
+    """As every run asks it, for the canary; PEFT's own way to the base freezes all adapters but the policy's."""
+    asked, other, samples = with_critic(model), with_critic(model), random_samples()
+    base = asked.logprobs(samples, temperature=1.0, adapter=False)
+    for _ in range(3):
+        for policy in (asked, other):
+            update(policy, returned(samples, policy.values(samples)))
+    for one, two in zip(asked.critic.parameters, other.critic.parameters, strict=True):
+        assert torch.equal(one, two) and one.any()
+    for then, now in zip(base, asked.logprobs(samples, temperature=1.0, adapter=False), strict=True):
+        torch.testing.assert_close(then, now, rtol=0, atol=0)
+
+
 def test_where_all_advantages_are_0_the_critic_learns_and_the_policy_stays(model):
     """Its moments and the decay of weights would move it: the rule is that of every loss."""
     policy, samples = with_critic(model, weight_decay=0.1), random_samples()

@@ -59,9 +59,10 @@ def load_checkpoint(policy: Policy, folder: Path) -> None:
     """
     path = folder / STATE if (folder / STATE).exists() else folder / OLD_STATE
     weights = adapter_state(policy.model)
+    of_critic = [] if policy.critic is None else policy.critic.parameters
     try:
-        # Adapter, reference and two moments: whatever is much larger is no state of this policy.
-        most = 4 * sum(4 * w.numel() for w in weights.values()) + _MOST_OVERHEAD_BYTES
+        # Weights, reference and two moments: whatever is much larger is no state of this policy.
+        most = 4 * sum(4 * w.numel() for w in (*weights.values(), *of_critic)) + _MOST_OVERHEAD_BYTES
         with open_to_read(path, ours=True) as file:
             size = file.seek(0, 2)
         if size > most:

@@ -60,6 +60,11 @@ class Critic:
             max_grad_norm=max_grad_norm,
         )
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that learns: its adapter's and its head's."""
+        return self._parameters
+
     def values(self, microbatch: Microbatch) -> Tensor:
         """(N,) of the states before the trainable tokens; no gradient."""
         with lora.as_adapter(self._model, _ADAPTER), torch.no_grad():

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from envs.errors import UserError
 from envs.types import Episode, StopReason, Task
 from graders.types import Grade
 from tests.support import ROOT
@@ -266,6 +267,21 @@ def test_a_checkpoint_goes_on_with_the_critic_exactly(model, tmp_path):
     assert one["num_updates"] == other["num_updates"] == 2
     assert all(torch.equal(a, b) for a, b in zip(one["critic"]["weights"], other["critic"]["weights"], strict=True))
     assert all(torch.equal(one["adapter"][name], other["adapter"][name]) for name in one["adapter"])
+
+
+def test_a_critic_larger_than_the_policy_is_read_from_its_checkpoint(model, tmp_path, monkeypatch):
+    from trainer.learning import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_MOST_OVERHEAD_BYTES", 2**16)
+    large, again = with_critic(model, r=128), with_critic(model, r=128)
+    update(large, returned(random_samples(), large.values(random_samples())))
+    (folder := tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    checkpoint.save_file(checkpoint._flat(large.state_dict()), folder / checkpoint.STATE)
+    checkpoint.load_checkpoint(again, folder)
+    pairs = zip(large.critic.parameters, again.critic.parameters, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(UserError, match="bytes, where this model's state takes"):
+        checkpoint.load_checkpoint(tiny_policy(model), folder)
 
 
 def test_two_processes_make_the_same_critic_as_one(model, tmp_path):

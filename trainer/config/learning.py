@@ -144,15 +144,10 @@ class LossSettings(Settings):
         return self.kl_coef > 0 and self.kl.place == "loss"
 
     @property
-    def moves_without_advantage(self) -> bool:
-        """The policy's gradient at a token is not 0 though its advantage is."""
-        has_bonus = self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
-        return self.kl_in_loss or has_bonus
-
-    @property
     def trains_without_advantage(self) -> bool:
-        """Tokens have a gradient though their advantage is 0: of the policy, or of the critic."""
-        return self.moves_without_advantage or self.gae is not None
+        """Tokens may have a gradient though their advantage is 0: of the policy, or of the critic."""
+        has_bonus = self.entropy is not None and (self.entropy.coef > 0 or self.entropy.floor is not None)
+        return self.kl_in_loss or has_bonus or self.gae is not None
 
     @model_validator(mode="after")
     def _kl_has_a_weight(self) -> LossSettings:

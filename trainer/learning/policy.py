@@ -218,10 +218,10 @@ class Policy:
         Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
         `constant_tokens` is the constant of normalisation `constant`.
 
-        A minibatch in which nothing has a gradient (all advantages 0, no KL term, no bonus for entropy) makes no update
-        of the policy and is counted in `skipped_updates`: momentum and decay would else move the adapter without any
-        evidence. A critic learns from it all the same. A step without samples makes none. Where `loss.kl.refresh_steps`
-        says so, what the step leaves is the reference from here on.
+        A minibatch in which nothing has a gradient (all advantages 0, no KL term, no bonus for entropy at work) makes
+        no update of the policy and is counted in `skipped_updates`: momentum and decay would else move the adapter
+        without any evidence. A critic learns from it all the same. A step without samples makes none. Where
+        `loss.kl.refresh_steps` says so, what the step leaves is the reference from here on.
         """
         assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
@@ -232,11 +232,12 @@ class Policy:
         needs_old = self._optim.num_epochs * len(minibatches) > 1
         work = [list(self._work(m, loss, temperature, constant_tokens, needs_old=needs_old)) for m in minibatches]
         function = self._made(loss)
+        has_bonus = self._entropy is not None and self._entropy.applied > 0
         done = _Done()
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
                 if any(has_gradient(s, loss) for s in minibatch):
-                    moves = loss.moves_without_advantage or any(s.has_advantage for s in minibatch)
+                    moves = loss.kl_in_loss or has_bonus or any(s.has_advantage for s in minibatch)
                     self._learn_from(works, function, temperature, gradient_scale(minibatch), done, moves=moves)
         self.num_steps += 1
         if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
@@ -249,7 +250,7 @@ class Policy:
         }
         if done.critic_norms:
             means["critic_grad_norm"] = sum(done.critic_norms) / len(done.critic_norms)
-        if self._entropy is not None and done.norms:
+        if self._entropy is not None and "entropy" in means:
             means["entropy_coef"] = self._entropy.applied
             self._entropy.learn(means["entropy"])
         return Update(metrics=means, logprobs=self._of_all_processes(samples, done.old))

@@ -88,6 +88,21 @@ def test_a_bonus_for_entropy_raises_it_without_any_advantage_and_its_weight_is_i
     assert step(again) == seen[2] and step(again) == seen[3]
 
 
+def test_above_the_floor_a_step_without_any_advantage_makes_no_update_and_is_measured(model):
+    """Momentum and decay would move the adapter, and the bonus that could is not at work."""
+    policy, samples = tiny_policy(model, weight_decay=0.1), random_samples()
+    flat = [replace(s, advantages=(0.0,) * len(s.token_ids)) for s in samples]
+    loss = LossConfig(entropy={"coef": 0.1, "floor": 0.01})
+    policy.update(samples, loss, temperature=1.0, constant_tokens=64)
+    before = policy.state_dict()
+    metrics = policy.update(flat, loss, temperature=1.0, constant_tokens=64).metrics
+    assert (metrics["skipped_updates"], metrics["entropy_coef"], policy.num_updates) == (1.0, 0.0, 1)
+    assert metrics["entropy"] > 0.01
+    after = policy.state_dict()
+    assert all(torch.equal(before["adapter"][name], weight) for name, weight in after["adapter"].items())
+    assert after["entropy"] == (pytest.approx(0.09), metrics["entropy"])
+
+
 def test_entropy_is_measured_where_it_has_no_weight_and_rows_without_advantage_then_cost_nothing(model):
     samples = random_samples()
     plain, measured = tiny_policy(model), tiny_policy(model)

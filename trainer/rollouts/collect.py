@@ -48,7 +48,7 @@ def to_samples(
     where a critic makes the advantages. Returns the samples and figures of the groups.
     """
     size = config.rollout.group_size
-    attempts = [attempt_of(rollout) for rollout in rollouts]
+    attempts = _attempts(rollouts, config)
     # The user's own is asked once a step, since it may keep what it learns; it sees the KL taken off.
     asked_later = advantage_settings(config.loss.advantage).type in {"gae", "custom"}
     is_tied = [] if asked_later else _tied(attempts, config)
@@ -90,12 +90,20 @@ def with_fresh_groups(
     if config.rollout.tied_groups != "replace":
         return rollouts
     for _ in range(config.rollout.replacement_rounds):
-        is_tied = _tied([attempt_of(rollout) for rollout in rollouts], config)
+        is_tied = _tied(_attempts(rollouts, config), config)
         missing = config.rollout.tasks_per_step - is_tied.count(False)
         if missing <= 0:
             break
         rollouts = rollouts + more(len(is_tied), missing)
     return rollouts
+
+
+def _attempts(rollouts: Sequence[Rollout], config: RunConfig) -> list[Attempt]:
+    """What the rewards are before a KL is taken off: a part `kl` of 0, where one is going to be."""
+    attempts = [attempt_of(rollout) for rollout in rollouts]
+    if not config.loss.kl_in_reward:
+        return attempts
+    return [with_costs(attempt, [0.0] * len(attempt.turn_rewards_T)) for attempt in attempts]
 
 
 def _tied(attempts: Sequence[Attempt], config: RunConfig) -> list[bool]:

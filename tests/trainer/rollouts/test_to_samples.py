@@ -96,6 +96,24 @@ def test_a_kl_in_the_reward_is_taken_off_before_advantages_are_made():
     assert first.advantages[-1] < first.advantages[2] < 0
 
 
+def test_gdpo_may_weigh_the_kl_as_a_part_of_the_reward():
+    """It is one only when it has been taken off, and which groups are tied is told before."""
+    group = [rollout(0, 1.0, [[5]]), rollout(1, 0.0, [[5]]), rollout(2, 1.0, [[5]])]
+
+    def divergences(samples, loss, temperature):
+        return [[1.0], [1.0], [0.0]]
+
+    def advantages(weight: float) -> list[float]:
+        gdpo = {"type": "gdpo", "weights": {"kl": weight}}
+        of = config(3, advantage=gdpo, kl_coef=0.5, kl={"place": "reward", "estimator": "k1"})
+        return [s.advantage for s in to_samples(group, of, SimpleNamespace(divergences=divergences))[0]]
+
+    first, _, third = advantages(0.0)
+    assert first == third > 0
+    first, _, third = advantages(0.5)
+    assert 0 < first < third
+
+
 def test_rollouts_in_the_same_state_are_those_that_were_shown_the_same_tokens():
     same, other = rollout(0, 1.0, [[5], [7]]), rollout(1, 1.0, [[6], [7]])
     states, others = attempt_of(same).states_T, attempt_of(other).states_T

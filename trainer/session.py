@@ -105,7 +105,10 @@ class Session:
         update = self.policy.update(
             samples, config.loss, temperature=rollout.temperature, constant_tokens=rollout.max_episode_tokens
         )
-        mismatch, tolerance = update.metrics.get("mismatch_abs", 0.0), config.engine.canary_mean_tolerance
+        # What was sampled under earlier weights differs by what was learned since.
+        has_stale = any("/staleness_" in name for name in update.metrics)
+        mismatch = update.metrics.get("mismatch_abs/staleness_0" if has_stale else "mismatch_abs", 0.0)
+        tolerance = config.engine.canary_mean_tolerance
         if mismatch > tolerance:
             # The canary is scored, and never sampled.
             self.progress.warn(

@@ -94,6 +94,8 @@ def test_tokens_are_as_old_as_allowed_and_no_older(tiny_model: Path, tmp_path: P
     stale = [row for row in rows if row["staleness/mean"] > 0]
     assert all(row["loss/mismatch_abs"] > 1e-3 for row in stale)
     assert rows[0]["loss/mismatch_abs"] < 1e-4
+    assert max(row["loss/mismatch_abs"] for row in rows) > RunConfig.model_validate(config).engine.canary_mean_tolerance
+    assert "sampled with other log-probabilities" not in (folder / "run.log").read_text(), "it is age, not the engine"
     evaluated = {}
     for path in (folder / "evals").iterdir():
         versions = {v for row in lines(path) for ledger in row["ledgers"] for *_, v in ledger["sampled"]}

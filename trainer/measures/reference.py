@@ -54,6 +54,7 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("loss/mismatch_ratio_p95", "95th percentile of the ratio trainer to sampler, to 1 %"),
         ("loss/mismatch_ratio_p99", "its 99th percentile"),
         ("loss/mismatch_kl/staleness_VERSIONS", "`loss/mismatch_kl` of the tokens sampled so many updates before"),
+        ("loss/mismatch_abs/staleness_VERSIONS", "`loss/mismatch_abs` of them"),
         ("loss/num_tokens/staleness_VERSIONS", "how many they are, where tokens differ in it"),
         ("loss/tis_weight", "weight by which the mismatch is corrected"),
         ("loss/tis_capped_share", "share of tokens whose weight was capped"),

@@ -301,8 +301,9 @@ def test_the_mismatch_is_told_by_staleness_where_tokens_differ_in_it():
     fields = {name: getattr(inputs, name) for name in LossInputs.__slots__}
     loss = loss_of(config_of("clipped"))
     _, fresh = loss(LossInputs(**fields | {"staleness_N": torch.zeros(n, dtype=torch.int64)}))
-    assert not [name for name in fresh if "staleness" in name]
-    staleness = torch.arange(n) % 3
+    assert not [name for name in reduce_metrics([fresh]) if "staleness" in name]
+    # The first half has no stale token: what is told of the fresh ones counts them all the same.
+    staleness = torch.cat((torch.zeros(10, dtype=torch.int64), torch.arange(n - 10) % 3))
     halves = []
     for part in (slice(0, 10), slice(10, n)):
         cut = {name: None if t is None else t[part] for name, t in (fields | {"staleness_N": staleness}).items()}
@@ -312,4 +313,5 @@ def test_the_mismatch_is_told_by_staleness_where_tokens_differ_in_it():
     kl = diff.exp() - diff - 1
     for k in range(3):
         assert means[f"mismatch_kl/staleness_{k}"] == pytest.approx(kl[staleness == k].mean().item(), rel=1e-4)
+        assert means[f"mismatch_abs/staleness_{k}"] == pytest.approx(diff[staleness == k].abs().mean().item(), rel=1e-4)
         assert means[f"num_tokens/staleness_{k}"] == (staleness == k).sum().item()

@@ -108,6 +108,7 @@ _HISTOGRAM = "_histogram"
 _LOG_RANGE, _LOG_WIDTH = 4.0, 0.01
 """Ratios are counted by their logarithm, from -4 to 4; what lies beyond counts in the outermost bins."""
 _QUANTILES = {"p95": 0.95, "p99": 0.99}
+_FRESH = "/staleness_0"
 _SQUARES, _EFFECTIVE = "weight_square", "effective_samples"
 
 
@@ -120,7 +121,7 @@ def log_histogram(logs_N: Tensor) -> Tensor:
 
 def token_sums(inputs: LossInputs) -> dict[str, Tensor]:
     """What is told of every loss: the number of tokens, by which sums become means, and how far sampler and trainer
-    differ, at each staleness too where tokens differ in it.
+    differ, at each staleness too.
 
     The sampler drew the tokens, so KL(sampler ‖ trainer) is the divergence that its tokens can estimate.
     """
@@ -133,11 +134,12 @@ def token_sums(inputs: LossInputs) -> dict[str, Tensor]:
         "mismatch_abs_max": mismatch_N.abs().max(),
         "mismatch_ratio_histogram": log_histogram(mismatch_N),
     }
-    if inputs.staleness_N is not None and inputs.staleness_N.any():
+    if inputs.staleness_N is not None:
         for staleness in sorted(set(inputs.staleness_N.tolist())):
             is_its_own_N = inputs.staleness_N == staleness
             sums[f"num_tokens/staleness_{staleness}"] = is_its_own_N.sum()
             sums[f"mismatch_kl/staleness_{staleness}"] = kl_N[is_its_own_N].sum()
+            sums[f"mismatch_abs/staleness_{staleness}"] = mismatch_N[is_its_own_N].abs().sum()
     return sums
 
 
@@ -146,7 +148,8 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     NAME               a sum over tokens: its mean a token
     NAME_max           a maximum
-    NAME/PART          a sum over some of the tokens: its mean over those, which num_tokens/PART counts
+    NAME/PART          a sum over some of the tokens: its mean over those, which num_tokens/PART counts; not told of
+                       staleness_0 where that is all of them
     NAME_histogram     counts by `log_histogram`: NAME_p95 and NAME_p99, ratios, to 1 %
     weight_square      beside `tis_weight`: `effective_samples`, (Σ w)² / (N Σ w²), the share of the tokens that the
                        weighted ones are worth (Kish 1965)
@@ -157,6 +160,8 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             new = torch.as_tensor(value).detach().cpu().double()
             old = totals.get(name)
             totals[name] = new if old is None else torch.maximum(old, new) if name.endswith("_max") else old + new
+    if totals.get(f"num_tokens{_FRESH}") == totals.get("num_tokens"):
+        totals = {name: total for name, total in totals.items() if not name.endswith(_FRESH)}
     metrics: dict[str, float] = {}
     for name, total in totals.items():
         if name.endswith(_HISTOGRAM):

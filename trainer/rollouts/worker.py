@@ -49,7 +49,8 @@ class Flight:
     is_cut: bool = False
 
     def cut(self) -> None:
-        """End those that are not done, as far as they have come."""
+        """End those that are not done, as far as they have come; of those that only close their environment nothing
+        is lost."""
         self.is_cut = True
         for task in self.tasks:
             task.cancel()
@@ -114,7 +115,7 @@ class RolloutWorker:
             attempts: list[Live] = []
             try:
                 place = Place(self._places, (flight.step, number))
-                rollout = await self._with_retries(request, temperature, place, attempts)
+                rollout = await self._with_retries(request, temperature, place, attempts, flight)
             except asyncio.CancelledError:
                 if not flight.is_cut:
                     raise
@@ -127,7 +128,7 @@ class RolloutWorker:
         return [t.result() for t in flight.tasks]
 
     async def _with_retries(
-        self, request: RolloutRequest, temperature: float, place: Place, attempts: list[Live]
+        self, request: RolloutRequest, temperature: float, place: Place, attempts: list[Live], flight: Flight
     ) -> Rollout:
         """`attempts` holds what there is of each, the newest last."""
         unclosed: tuple[str, ...] = ()
@@ -138,15 +139,15 @@ class RolloutWorker:
                 await place.take()
                 live = Live(request=request, rollout_id=rollout_id, place=place, messages=list(request.task.messages))
                 attempts.append(live)
-                rollout = await self._attempt(live, temperature)
+                rollout = await self._attempt(live, temperature, flight)
             finally:
                 place.leave()
             unclosed += rollout.unclosed
-            if rollout.episode.stop_reason is not StopReason.WORLD_FAULT:
+            if flight.is_cut or rollout.episode.stop_reason is not StopReason.WORLD_FAULT:
                 break
         return replace(rollout, unclosed=unclosed, num_attempts=rollout.num_attempts + attempt)
 
-    async def _attempt(self, live: Live, temperature: float) -> Rollout:
+    async def _attempt(self, live: Live, temperature: float, flight: Flight) -> Rollout:
         """One episode and its grading, in an environment of its own."""
         episode: Episode | None = None
         graded, unclosed = Graded(), ""
@@ -161,7 +162,7 @@ class RolloutWorker:
         finally:
             live.place.leave()
             self._num_in_flight -= 1
-            unclosed = await self._close(live.env, episode)
+            unclosed = await self._closed(live.env, episode, flight)
             if self._live:
                 self._live.closed(live.rollout_id)
         return Rollout(
@@ -198,6 +199,17 @@ class RolloutWorker:
             latency_s=time.perf_counter() - start,
             completion_ids=completion_ids(live.ledgers),
         )
+
+    async def _closed(self, env: Env, episode: Episode | None, flight: Flight) -> str:
+        """As `_close`, to its end though it be cancelled meanwhile: what is half closed nobody would release."""
+        closing = asyncio.ensure_future(self._close(env, episode))
+        try:
+            return await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            why = await closing
+            if not flight.is_cut:
+                raise
+            return why
 
     async def _close(self, env: Env, episode: Episode | None) -> str:
         """Why it did not close; empty where it did. The rollout is over, and nothing that fails here may cost it."""

@@ -16,7 +16,7 @@ from envs.limits.loops import LoopThread
 from envs.tools import Tool, tool
 from envs.types import Episode, Message, StopReason, Task
 from graders.types import Grade
-from tests.support.episodes import CONFIG, TASK, TOOLS, LengthGrader, World
+from tests.support.episodes import CONFIG, TASK, TOOLS, Env, LengthGrader, World
 from tests.support.run_server import lines
 from tests.support.scripted_engine import Writer, call
 from trainer.config import OverlapConfig, RolloutConfig, RunConfig
@@ -112,6 +112,27 @@ def test_a_straggler_is_cut_off_as_far_as_it_has_come_and_masked(chat, config):
     assert written[-1]["episode"]["stop_reason"] == "deadline" and len(written) == 3
     samples, _ = to_samples([slow, *quick], config.model_copy(update={"rollout": RolloutConfig(group_size=3)}))
     assert {sample.rollout_id for sample in samples} <= {"s1-1", "s1-2"}
+
+
+def test_a_rollout_that_has_only_to_close_at_the_deadline_keeps_its_grade_and_closes(chat, config):
+    class Slow(Env):
+        async def close(self, episode: Episode | None) -> None:
+            await asyncio.sleep(1.5)
+            await super().close(episode)
+
+    class SlowWorld(World):
+        def make_env(self) -> Env:
+            return Slow(self)
+
+    world = SlowWorld({})
+    worker = RolloutWorker(
+        world=world, grader=LengthGrader(), chat=chat, engine=Writer(chat, lambda prompt, seed: "42"), config=CONFIG
+    )
+    with open_stream(config, worker, deadline_s=1) as stream:
+        stream.submit(Kind.TRAIN, 1, requests(1, "a"), temperature=1.0)
+        (rollout,) = stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
+    assert rollout.episode.stop_reason is StopReason.ANSWERED and rollout.reward == 1.0 and not rollout.unclosed
+    assert world.closed == [("s1-0", rollout.episode)]
 
 
 def test_what_nobody_takes_is_ended_and_closed(chat, config):

@@ -13,7 +13,7 @@ from trainer.config.run import RunConfig
 
 def idle_settings(config: RunConfig) -> list[str]:
     """A line for each, which begins with its key."""
-    return [*_beyond_the_run(config), *_beyond_an_episode(config)]
+    return [*_beyond_the_run(config), *_beyond_a_step(config), *_beyond_an_episode(config)]
 
 
 def _beyond_the_run(config: RunConfig) -> Iterator[str]:
@@ -25,6 +25,15 @@ def _beyond_the_run(config: RunConfig) -> Iterator[str]:
         )
     if 0 < steps <= config.eval.every_steps:
         yield f"eval.every_steps {config.eval.every_steps}: optim.num_steps = {steps} has no evaluation on the way"
+
+
+def _beyond_a_step(config: RunConfig) -> Iterator[str]:
+    rollouts = config.rollout.tasks_per_step * config.rollout.group_size
+    if config.optim.minibatches > rollouts:
+        yield (
+            f"optim.minibatches {config.optim.minibatches}: no rollout is cut, so that the {rollouts} of a step "
+            "(rollout.tasks_per_step · group_size) make as many minibatches at most"
+        )
 
 
 def _beyond_an_episode(config: RunConfig) -> Iterator[str]:

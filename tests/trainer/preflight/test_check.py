@@ -223,6 +223,7 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
     ("sections", "told"),
     [
         ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps 3: the learning rate does not come to its peak"),
+        ({"optim": {"minibatches": 9}}, "optim.minibatches 9: no rollout is cut, so that the 8 of a step"),
         ({"eval": {"every_steps": 3}}, "eval.every_steps 3: optim.num_steps = 3 has no evaluation on the way"),
         (
             {"penalties": {"reasoning_tokens": {"slope": 0.001, "floor": -0.1}}},

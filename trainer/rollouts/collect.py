@@ -62,13 +62,17 @@ def to_samples(
         assert policy is not None, "a critic's advantages need the policy"
         rows = [[] if r.reward is None else _rows(r, 0.0) for r in rollouts]
         return with_critics_advantages(rows, attempts, rollouts, config.loss.gae, policy.values), metrics
-    advantages = estimator_of(config.loss.advantage)(groups)
-    is_tied = is_tied or _without_advantage(advantages)
     skips = config.rollout.tied_groups != "keep"
+    # What is left out counts in no mean and spread of the step either.
+    asked = [g for g in range(len(groups)) if not (skips and is_tied and is_tied[g])]
+    advantages = estimator_of(config.loss.advantage)([groups[g] for g in asked])
+    is_tied = is_tied or _without_advantage(advantages)
     samples = [
         sample
-        for i, of in enumerate(of for group in advantages for of in group)
-        if of is not None and not (skips and is_tied[i // size])
+        for g, group in zip(asked, advantages, strict=True)
+        if not (skips and is_tied[g])
+        for i, of in enumerate(group, g * size)
+        if of is not None
         for sample in _rows(rollouts[i], of)
     ]
     metrics["groups/tied_share"] = fmean(is_tied)

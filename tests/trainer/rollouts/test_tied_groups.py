@@ -41,6 +41,15 @@ def test_what_becomes_of_groups_without_an_advantage(advantage, rule, samples):
     assert metrics.get("groups/replacements") == (2.0 if rule == "replace" else None)
 
 
+@pytest.mark.parametrize("advantage", BY_GROUP)
+@pytest.mark.parametrize("rule", ["skip", "replace"])
+def test_groups_that_are_left_out_count_in_no_mean_or_spread_of_the_step(advantage, rule):
+    """Many zeros beside it would make the group that teaches stand out the more."""
+    alone, _ = to_samples(rollouts_of([1.0, 0.0]), with_rule(rule, advantage=advantage))
+    among, _ = to_samples(rollouts_of([1.0, 0.0, *[0.5] * 8]), with_rule(rule, advantage=advantage))
+    assert [s.advantages for s in among] == [s.advantages for s in alone]
+
+
 def test_a_kl_taken_off_the_reward_unties_no_group():
     in_reward = {"kl_coef": 0.5, "kl": {"place": "reward", "estimator": "k1"}}
 

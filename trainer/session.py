@@ -261,7 +261,7 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
-        rewound = run.rewind(step, ahead=config.overlap.max_staleness)
+        rewound = run.rewind(step, ahead=config.overlap.max_staleness, num_rollouts=config.rollout.num_rollouts)
         for told in (*run.remarks, *rewound, *(forgotten(config.loss) if step else ())):
             progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")

@@ -206,6 +206,12 @@ def test_a_step_in_which_all_rollouts_are_lost_stops_the_run(tiny_model, tmp_pat
         WorldError, match=r"no rollout of the step has a grade: 8 lost to faults of the world, most often: .*failed"
     ):
         start(config, Faults(failing_requests=frozenset(range(1, 1000))))
+    # With the world back the same command goes on, and does not read again that all were lost.
+    start(config)
+    rows = lines(config.output_dir / "rollouts" / "step-000001.jsonl")
+    assert len(rows) == 8 and all(row["grade"] for row in rows)
+    told = "not one of the 8 rollouts of step 1 has a grade: they are made again"
+    assert told in (config.output_dir / "run.log").read_text()
 
 
 def test_steps_without_variance_are_said_aloud_and_the_third_stops_the_run(tiny_model, tmp_path, capfd):

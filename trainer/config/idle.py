@@ -28,7 +28,7 @@ def _beyond_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def _beyond_a_step(config: RunConfig) -> Iterator[str]:
-    rollouts = config.rollout.tasks_per_step * config.rollout.group_size
+    rollouts = config.rollout.num_rollouts
     if config.optim.minibatches > rollouts:
         yield (
             f"optim.minibatches {config.optim.minibatches}: no rollout is cut, so that the {rollouts} of a step "

@@ -74,6 +74,11 @@ class RolloutConfig(Settings):
         2, ge=0, description="fresh attempts at an episode lost to a fault of the world, and at a grading that failed"
     )
 
+    @property
+    def num_rollouts(self) -> int:
+        """Of a step, without those that replace others."""
+        return self.tasks_per_step * self.group_size
+
 
 class OverlapConfig(Settings):
     """Rollouts that go on while the trainer trains."""

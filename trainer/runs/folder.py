@@ -59,7 +59,7 @@ from trainer.runs.files import (
 from trainer.runs.lock import LOCK_NAME, RunLock
 from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
 from trainer.runs.records import rollout_in, rollout_to_json
-from trainer.runs.resuming import check_resumable, export_is_whole
+from trainer.runs.resuming import check_resumable, drop_ungraded, export_is_whole
 from trainer.types import Kind, Rollout
 
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
@@ -336,13 +336,12 @@ class RunFolder:
         if self.is_main and newest is not None and newest[0] == step:
             renew_manifest(newest[1], self.path)
 
-    def rewind(self, step: int, *, ahead: int = 0) -> list[str]:
+    def rewind(self, step: int, *, ahead: int = 0, num_rollouts: int = 1) -> list[str]:
         """Forget what was written after the checkpoint of `step`, but for the rollouts of the step in flight.
 
-        Of so many steps more where rollouts run `ahead`.
-
-        Later evaluations go too: they are of a policy that will be trained anew. So do rollouts in flight that are
-        damaged. Returns what the user has to be told.
+        Of so many steps more where rollouts run `ahead`. Later evaluations go too: they are of a policy that will be
+        trained anew. So do rollouts in flight that are damaged, and a step's whole `num_rollouts` of which none has a
+        grade. Returns what the user has to be told.
         """
         if not self.is_main:
             return []
@@ -373,7 +372,7 @@ class RunFolder:
                     is_over = kind == Kind.EVAL and is_evaluated
                     then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
                     told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
-        return told
+        return told + drop_ungraded(self.path, range(step + 1, step + 2 + ahead), num_rollouts=num_rollouts)
 
 
 def _refuse_changed_files(path: Path, config: RunConfig) -> None:

@@ -5,7 +5,7 @@ Whether that is whole, and what to do where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.config import RunConfig
 from trainer.runs.about import read_about
-from trainer.runs.files import digest, open_to_read, step_files
+from trainer.runs.files import clear, digest, open_to_read, step_files, whole_lines
 from trainer.runs.manifest import NAME, RESTS_ON, adapter_of, checkpoints, fault_of, read_manifest
+from trainer.runs.records import rollout_in
 from trainer.types import Kind
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -88,6 +89,23 @@ def export_is_whole(run: Path, about: Mapping[str, Any]) -> bool:
 def export_digests(adapter: Path) -> dict[str, str]:
     """The SHA-256 of each file of an exported adapter. Raises `OSError`."""
     return {path.name: digest(path)[1] for path in sorted(adapter.glob("*")) if path.is_file()}
+
+
+def drop_ungraded(run: Path, steps: Iterable[int], *, num_rollouts: int) -> list[str]:
+    """Delete the training rollouts of a step that has its `num_rollouts`, or more, and not one with a grade.
+
+    It has stopped the run, or would: where the world is there again, they are worth another try. Returns what the user
+    has to be told.
+    """
+    told = []
+    for step in steps:
+        files = step_files(run / Kind.TRAIN, step)
+        graded = [r is None or r.grade is not None for file in files for r in map(rollout_in, whole_lines(file))]
+        if len(graded) >= num_rollouts and not any(graded):
+            for file in files:
+                clear(file)
+            told.append(f"not one of the {len(graded)} rollouts of step {step} has a grade: they are made again")
+    return told
 
 
 def _refuse_leftovers(run: Path) -> None:

@@ -40,6 +40,7 @@ class Optimizer:
     def step(self, scale: float) -> float:
         """One update from the gradients of all processes, out of which `scale` is taken; their norm before clipping.
 
+        None is made where the norm is 0: momentum and decay would move the parameters without any evidence.
         Collective. Raises `FloatingPointError` where the norm is not finite; nothing is changed then.
         """
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
@@ -48,6 +49,9 @@ class Optimizer:
         norm = float(flat.norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
+        if not norm:
+            self._adamw.zero_grad()
+            return norm
         sizes = [p.numel() for p in self._parameters]
         flat *= min(1.0, self._max_grad_norm / (norm + 1e-6))
         for parameter, gradient in zip(self._parameters, torch.split(flat, sizes), strict=True):
@@ -55,10 +59,6 @@ class Optimizer:
         self._adamw.step()
         self._adamw.zero_grad()
         return norm
-
-    def drop_gradients(self) -> None:
-        """Without an update."""
-        self._adamw.zero_grad()
 
     def moments(self) -> list[dict[str, Tensor]]:
         """Copies on the CPU of what AdamW keeps of each parameter; empty before its first update."""

@@ -218,10 +218,10 @@ class Policy:
         Every process passes the same samples, all of them; the work is split here. `temperature` is the sampler's.
         `constant_tokens` is the constant of normalisation `constant`.
 
-        A minibatch in which nothing has a gradient (all advantages 0, no KL term, no bonus for entropy at work) makes
-        no update of the policy and is counted in `skipped_updates`: momentum and decay would else move the adapter
-        without any evidence. A critic learns from it all the same. A step without samples makes none. Where
-        `loss.kl.refresh_steps` says so, what the step leaves is the reference from here on.
+        A minibatch in which nothing has a gradient (all advantages 0 or all tokens masked, no KL term, no bonus for
+        entropy at work) makes no update of the policy and is counted in `skipped_updates`: momentum and decay would
+        else move the adapter without any evidence. A critic learns from it all the same. A step without samples makes
+        none. Where `loss.kl.refresh_steps` says so, what the step leaves is the reference from here on.
         """
         assert all(s.num_trainable for s in samples), "samples without trainable tokens"
         assert all(p.dtype == torch.float32 and p.requires_grad for p in self._parameters), "the adapter was recast"
@@ -232,13 +232,11 @@ class Policy:
         needs_old = self._optim.num_epochs * len(minibatches) > 1
         work = [list(self._work(m, loss, temperature, constant_tokens, needs_old=needs_old)) for m in minibatches]
         function = self._made(loss)
-        has_bonus = self._entropy is not None and self._entropy.applied > 0
         done = _Done()
         for _ in range(self._optim.num_epochs):
             for minibatch, works in zip(minibatches, work, strict=True):
                 if any(has_gradient(s, loss) for s in minibatch):
-                    moves = loss.kl_in_loss or has_bonus or any(s.has_advantage for s in minibatch)
-                    self._learn_from(works, function, temperature, gradient_scale(minibatch), done, moves=moves)
+                    self._learn_from(works, function, temperature, gradient_scale(minibatch), done)
         self.num_steps += 1
         if loss.has_reference and loss.kl.refresh_steps and self.num_steps % loss.kl.refresh_steps == 0:
             self.keep_as_reference()
@@ -255,10 +253,8 @@ class Policy:
             self._entropy.learn(means["entropy"])
         return Update(metrics=means, logprobs=self._of_all_processes(samples, done.old))
 
-    def _learn_from(
-        self, works: Sequence[Work], loss: Loss, temperature: float, scale: float, done: _Done, *, moves: bool
-    ) -> None:
-        """One minibatch's updates, of the critic and, once that has warmed up, of the policy where it `moves`."""
+    def _learn_from(self, works: Sequence[Work], loss: Loss, temperature: float, scale: float, done: _Done) -> None:
+        """One minibatch's updates, of the critic and, once that has warmed up, of the policy."""
         learns = self.critic is None or self.num_steps >= self.critic.config.warmup_steps
         for work in works:
             metrics: dict[str, Tensor] = {}
@@ -269,11 +265,9 @@ class Policy:
                 metrics |= self.critic.accumulate(work, scale)
                 metrics["num_tokens"] = torch.tensor(float(len(work.weights_N)))
             done.parts.append(metrics)
-        if learns and moves:
-            done.norms.append(self._optimizer.step(scale))
+        if learns and (norm := self._optimizer.step(scale)):
+            done.norms.append(norm)
             self.num_updates += 1
-        else:
-            self._optimizer.drop_gradients()
         if self.critic is not None:
             done.critic_norms.append(self.critic.step(scale))
 

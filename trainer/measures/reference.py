@@ -67,7 +67,7 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("loss/critic_grad_norm", "of its gradient before clipping, mean over updates"),
         ("loss/grad_norm", "norm of the gradient before clipping, mean over updates"),
         ("loss/learning_rate", "of the step"),
-        ("loss/skipped_updates", "minibatches without an advantage"),
+        ("loss/skipped_updates", "minibatches without a gradient"),
     ),
     "of the proof that the engine runs the trained policy": (
         ("canary/mismatch", "mean absolute difference of log-probability between engine and trainer"),

@@ -246,6 +246,17 @@ def test_a_step_without_any_advantage_makes_no_update_and_says_so(model):
     assert all(torch.equal(before[n], t) for n, t in weights(policy).items())
 
 
+def test_a_step_whose_tokens_are_all_masked_makes_no_update_and_says_so(model):
+    """Momentum and decay would move the adapter though there is no gradient."""
+    policy = tiny_policy(model, weight_decay=0.1)
+    run_updates(policy, 1)
+    before = weights(policy)
+    masked = LossConfig(correction={"mean_range": [0.999, 1.001]})
+    metrics = policy.update(random_samples(), masked, temperature=1.0, constant_tokens=64).metrics
+    assert (metrics["mismatch_masked_share"], metrics["skipped_updates"], policy.num_updates) == (1.0, 1.0, 1)
+    assert all(torch.equal(before[n], t) for n, t in weights(policy).items())
+
+
 def test_a_step_without_samples_makes_no_update(model):
     policy = tiny_policy(model)
     update = policy.update([], PG, temperature=1.0, constant_tokens=64)

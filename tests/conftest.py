@@ -34,7 +34,8 @@ def _starts_engines(file: str) -> bool:
 
 
 LONGEST = [
-    f"test_{name}.py" for name in ("damaged_folder", "resume", "warmstart", "sandbox_escapes", "train_scripted", "bfcl")
+    f"test_{name}.py"
+    for name in ("damaged_folder", "resume", "warmstart", "sweep", "sandbox_escapes", "train_scripted", "bfcl")
 ]
 """Of the files that start no engine; the first three share a server where they go to one worker."""
 

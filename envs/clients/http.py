@@ -9,20 +9,24 @@ kept: they would tie rollouts together), other methods than POST, use from two e
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import aiohttp
 from yarl import URL
 
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import stopped_clocks
 from envs.reading.variables import expand, uses
 from envs.secrets import keep_header
+
+if TYPE_CHECKING:
+    # A fifth of what a script takes to start, for runs that ask no server.
+    import aiohttp
 
 _RETRIED_STATUSES = (408, 425, 429)
 """The server says "later"; what to do about that is not the model's to learn."""
@@ -110,6 +114,8 @@ class HttpServer:
     """
 
     def __init__(self, limits: HttpLimits) -> None:
+        # Now, and not while a loop would wait for it.
+        importlib.import_module("aiohttp")
         self._limits = limits
         self._session: aiohttp.ClientSession | None = None
         self._failures_in_a_row = 0
@@ -124,6 +130,8 @@ class HttpServer:
         return self._is_open
 
     def session(self) -> aiohttp.ClientSession:
+        import aiohttp
+
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 # Callers bound their concurrency themselves. A connection for each request: what comes late on one that
@@ -296,6 +304,8 @@ class HttpCaller:
 
     async def _attempt(self, body: bytes, check: Callable[[HttpReply], object], is_probe: bool) -> HttpReply:
         """One attempt, its outcome told to the breaker on every path."""
+        import aiohttp
+
         self._metrics["requests"] += 1
         try:
             reply = await self._send(body)
@@ -315,6 +325,8 @@ class HttpCaller:
         return reply
 
     async def _send(self, body: bytes) -> HttpReply:
+        import aiohttp
+
         limit_s = self._limits.timeout_s
         url = self._url
         timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=min(limit_s, _MAX_CONNECT_S))

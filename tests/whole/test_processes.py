@@ -180,7 +180,9 @@ IN_TOUCH = """
 
 def test_processes_wait_for_the_slowest_on_a_group_of_their_own_and_hear_signals_meanwhile(tmp_path):
     result = run_script(tmp_path, TORCHRUN, IN_TOUCH, ACCELERATE_USE_CPU="true")
-    assert sorted(result.stdout.split()) == ["heard", "well", "well"], result.stderr[-3000:]
+    # Lines of two processes may run into each other.
+    said = result.stdout
+    assert (said.count("heard"), said.count("well")) == (1, 2), said + result.stderr[-3000:]
 
 
 def test_alone_a_process_talks_to_itself():

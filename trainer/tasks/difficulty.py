@@ -29,6 +29,9 @@ from typing import Any
 from envs.errors import UserError
 from trainer.seeds import hash_of
 
+_ROUNDING = 1e-12
+"""By so much, relative to the larger of them and 1, sums of the same parts in another order may differ."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskStats:
@@ -78,16 +81,18 @@ class Rule:
 
 
 def stats_of(rewards: Sequence[float | None]) -> TaskStats:
-    """Of the rewards that are there; None is a masked rollout."""
+    """Of the rewards that are there; None is a masked rollout. What only rounding tells apart is equal."""
     present = [r for r in rewards if r is not None]
     if not present:
         return TaskStats(n=0, mean=0.0, best=0.0, worst=0.0, std=0.0)
     n = len(present)
-    # A rounded mean of equal rewards would leave a residue.
-    tied = max(present) == min(present)
-    mean = present[0] if tied else math.fsum(present) / n
-    variance = 0.0 if tied else math.fsum((r - mean) ** 2 for r in present) / (n - 1)
-    return TaskStats(n=n, mean=mean, best=max(present), worst=min(present), std=math.sqrt(variance))
+    best, worst = max(present), min(present)
+    if best - worst <= _ROUNDING * max(1.0, abs(best), abs(worst)):
+        # A rounded mean of equal rewards would leave a residue.
+        return TaskStats(n=n, mean=best, best=best, worst=best, std=0.0)
+    mean = math.fsum(present) / n
+    variance = math.fsum((r - mean) ** 2 for r in present) / (n - 1)
+    return TaskStats(n=n, mean=mean, best=best, worst=worst, std=math.sqrt(variance))
 
 
 def pooled(parts: Sequence[TaskStats]) -> TaskStats:

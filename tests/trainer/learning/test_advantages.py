@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from trainer.learning.advantages import STD_EPS, group_advantages
+from trainer.learning.advantages.base import normalised
 
 REWARDS = st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3))
 GROUPS = st.lists(st.one_of(st.none(), REWARDS), min_size=1, max_size=12)
@@ -63,6 +64,15 @@ def test_equal_rewards_give_exact_zeros_and_are_flagged(masked, reward, n, mode)
     group = group_advantages([*masked, *[reward] * n], mode)
     assert group.tied and group.std == 0.0
     assert group.advantages == (*masked, *[0.0] * n)
+
+
+@pytest.mark.parametrize("mode", ["grpo", "dr_grpo", "rloo"])
+def test_rewards_that_only_rounding_tells_apart_are_tied(mode):
+    for rewards in ([0.1 + 0.2, 0.3, None, 0.3], [0.1 + 0.2 - 0.3, 0.0], [1e6 + 0.1 + 0.2, 1e6 + 0.3]):
+        group = group_advantages(rewards, mode)
+        assert group.tied and group.std == 0.0 and not any(group.advantages)
+    assert normalised([0.1 + 0.2, 0.3]) == [0.0, 0.0]
+    assert not group_advantages([0.3, 0.3 + 1e-9], mode).tied
 
 
 def test_a_wholly_masked_group_is_tied_and_has_no_advantage():

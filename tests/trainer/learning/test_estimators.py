@@ -182,12 +182,19 @@ def test_gdpo_is_trls_normalize_then_sum(weights, seed):
 
 def test_gdpo_tells_rollouts_with_the_same_sum_apart():
     group = [
-        attempt(1.0, parts={"right": 1.0, "short": 0.0}),
-        attempt(1.0, parts={"right": 0.0, "short": 1.0}),
-        attempt(1.0, parts={"right": 0.0, "short": 1.0}),
+        attempt(2.0, parts={"right": 2.0, "short": 0.0, "kind": 0.0}),
+        attempt(2.0, parts={"right": 0.0, "short": 1.0, "kind": 1.0}),
+        attempt(2.0, parts={"right": 1.0, "short": 1.0, "kind": 0.0}),
     ]
     assert estimator_of("grpo")([group]) == [[(0.0,)] * 3]
-    assert any(xs[0] for xs in estimator_of("gdpo")([group])[0])
+    [(first,), (second,), (third,)] = estimator_of("gdpo")([group])[0]
+    assert first == pytest.approx(-1, abs=0.001) and second == pytest.approx(1, abs=0.001) and third == pytest.approx(0)
+
+
+def test_parts_of_which_one_is_what_the_other_lacks_teach_gdpo_nothing():
+    """Normalised they are each other's opposite; what is left of their sum is rounding."""
+    group = [attempt(1.0, parts={"right": x, "wrong": 1 - x}) for x in (1.0, 0.0, 0.0, 0.3)]
+    assert estimator_of("gdpo")([group]) == [[(0.0,)] * 4]
 
 
 def test_gdpo_refuses_parts_that_differ_within_a_group_and_weights_of_none():

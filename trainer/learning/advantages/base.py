@@ -51,11 +51,12 @@ Estimator = Callable[[Groups], Advantages]
 def normalised(values: Sequence[float | None], *, eps: float = STD_EPS) -> list[float | None]:
     """(v - mean) / (std + eps), std with Bessel's correction; None stays None and does not count.
 
-    Exactly 0 where all are equal, free of the residue that subtracting a rounded mean would leave and dividing by a
-    tiny std would blow up.
+    Exactly 0 where all are equal but for rounding, free of the residue that subtracting a rounded mean would leave and
+    dividing by a tiny std would blow up.
     """
     stats = stats_of(values)
-    return [None if v is None else (v - stats.mean) * (1.0 / (stats.std + eps)) for v in values]
+    scale = 0.0 if stats.tied else 1.0 / (stats.std + eps)
+    return [None if v is None else (v - stats.mean) * scale for v in values]
 
 
 def returns_to_go(rewards_T: Sequence[float], gamma: float) -> list[float]:

@@ -24,7 +24,7 @@ class GroupAdvantages:
     std: float
     """With Bessel's correction; 0.0 for fewer than two rewards."""
     tied: bool
-    """All rewards are equal (or at most one is there): every advantage is 0, the group teaches nothing."""
+    """All rewards are equal but for rounding, or at most one is there: every advantage is 0, and nothing is taught."""
 
 
 def group_advantages(rewards_G: Sequence[float | None], mode: Literal["grpo", "dr_grpo", "rloo"]) -> GroupAdvantages:
@@ -42,13 +42,16 @@ def group_advantages(rewards_G: Sequence[float | None], mode: Literal["grpo", "d
     present = [r for r in rewards_G if r is not None]
     assert all(abs(r) <= MOST_REWARD for r in present), f"rewards must be finite and no larger: {present}"
     stats = stats_of(rewards_G)
-    scale = {
-        "grpo": 1.0 / (stats.std + STD_EPS),
-        "dr_grpo": 1.0,
-        "rloo": stats.n / max(stats.n - 1, 1),
-    }[mode]
+    scale = (
+        0.0
+        if stats.tied
+        else {
+            "grpo": 1.0 / (stats.std + STD_EPS),
+            "dr_grpo": 1.0,
+            "rloo": stats.n / max(stats.n - 1, 1),
+        }[mode]
+    )
     return GroupAdvantages(
-        # A tied group's mean is its reward, so that the differences are exactly 0.
         advantages=tuple(None if r is None else (r - stats.mean) * scale for r in rewards_G),
         mean=stats.mean if stats.n else math.nan,
         std=stats.std,

@@ -47,7 +47,9 @@ def test_a_turn_that_ctrl_c_ends_leaves_the_engine_and_the_conversation_as_they_
 ) -> None:
     small = SMALL | {"engine": {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_gib": 0.25}}
     assert server.outcome(write_config(tmp_path / "run", taught_model, 1, **small)) == ""
-    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(tmp_path / "run"), "rollout.max_turn_tokens=400"]
+    # A turn long enough to be interrupted, and few of them.
+    limits = ["rollout.max_turn_tokens=400", "rollout.max_turns=2"]
+    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(tmp_path / "run"), *limits]
     with terminal(command, width=100, height=40, environment=ENVIRONMENT) as window:
         window.wait(lambda text: re.search(r"you>\s*$", text), timeout_s=START_S)
         window.keys("What was the revenue of Mercury Bank in 2014?", "Enter")

@@ -125,7 +125,11 @@ class GaeConfig(AdvantageSettings):
     type: Literal["gae"] = "gae"
     gamma: float = Field(1.0, ge=0, le=1, description="what a reward counts for the sampled token before")
     lam: float = Field(
-        0.95, ge=0, le=1, description="between one step's surprise (0) and the whole return less the value (1)"
+        1.0,
+        ge=0,
+        le=1,
+        description="between one step's surprise (0) and the whole return less the value (1); a reward that comes k "
+        "sampled tokens later counts lam^k until the critic has learned to foresee it: 0.6 % at 0.95 and k = 100",
     )
     whiten: bool = Field(True, description="advantages are centred and scaled to a spread of 1 over the step's tokens")
     bootstrap: bool = Field(

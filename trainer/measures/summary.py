@@ -6,9 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
+from envs.types import StopReason, ToolErrorKind
 from trainer.measures.catalogue import CATALOGUE, COUNTS
 from trainer.measures.masked import masked_causes
 from trainer.types import Metrics, Rollout
+
+_UNREACHED = frozenset({ToolErrorKind.UNKNOWN_TOOL, ToolErrorKind.OVER_BUDGET})
+"""Errors of calls that say nothing of whether there is such a tool."""
 
 
 def summarise(rollouts: Sequence[Rollout]) -> Metrics:
@@ -57,10 +61,12 @@ def _by_grader(graded: Sequence[Rollout]) -> Metrics:
 
 
 def _by_tool(graded: Sequence[Rollout]) -> Metrics:
-    results = [result for r in graded for turn in r.episode.turns for result in turn.results]
+    # Of calls that are the answer only those have a result which no tool could have taken.
+    episodes = [r.episode for r in graded if r.episode.stop_reason is not StopReason.CALLED]
+    results = [result for episode in episodes for turn in episode.turns for result in turn.results]
     metrics: Metrics = {}
     # A name that the model made up is no tool of ours; it is counted with the invalid calls.
-    for name in sorted({r.name for r in results if r.error is None}):
+    for name in sorted({r.name for r in results if r.error not in _UNREACHED}):
         mine = [r for r in results if r.name == name]
         metrics |= {
             f"tool/{name}/calls": len(mine) / len(graded),

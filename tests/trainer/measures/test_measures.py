@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from envs.types import Episode, Message, StopReason, Task, Turn
+from envs.types import Episode, Message, StopReason, Task, ToolErrorKind, Turn
 from graders.types import Grade
 from tests.support import ROOT
 from tests.support.recipes import apply, copied
+from tests.support.written_runs import make_rollout
 from trainer.measures import reference
 from trainer.measures.catalogue import CATALOGUE, COUNTS
+from trainer.measures.summary import summarise
 from trainer.runs.records import rollout_to_json
 from trainer.types import Rollout
 
@@ -72,6 +74,23 @@ def test_keys_that_nobody_explains_are_found():
 def test_every_measure_has_words_and_a_format(entry):
     assert entry.label and entry.title and entry.unit and entry.show(0.5)
     assert entry.is_share == ("share" in entry.unit), "a share is shown in percent"
+
+
+@pytest.mark.parametrize(
+    ("error", "stop", "told"),
+    [
+        (ToolErrorKind.REFUSED, StopReason.ANSWERED, {"calls": 1.0, "errors": 1.0}),
+        (ToolErrorKind.BAD_ARGUMENTS, StopReason.ANSWERED, {"calls": 1.0, "errors": 1.0}),
+        (None, StopReason.ANSWERED, {"calls": 1.0, "errors": 0.0}),
+        (ToolErrorKind.UNKNOWN_TOOL, StopReason.ANSWERED, {}),
+        (ToolErrorKind.OVER_BUDGET, StopReason.MAX_TOOL_CALLS, {}),
+        (ToolErrorKind.BAD_ARGUMENTS, StopReason.CALLED, {}),
+    ],
+)
+def test_a_tool_is_told_of_though_all_its_calls_failed_and_a_name_that_is_none_is_not(error, stop, told):
+    metrics = summarise([make_rollout(f"r{i}", error=error, stop=stop) for i in range(2)])
+    found = {key.removeprefix("tool/search/"): x for key, x in metrics.items() if key.startswith("tool/")}
+    assert found == (told | {"latency_s": 0.25, "tokens": 2.0} if told else {})
 
 
 def test_a_new_measure_and_a_new_picture_are_one_edit_each(tmp_path: Path, answered: Rollout):

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from envs.errors import UserError
 from trainer.measures.catalogue import COUNTS, Place, shown_in
 from trainer.measures.masked import WHY_MASKED
+from trainer.measures.timing import Lap
 from trainer.reports.comparison import Comparison, compare
 from trainer.reports.comparison_page import remarks, side_by_side
 from trainer.reports.drawing import Series, line_chart, stacked_chart
@@ -25,6 +26,9 @@ from trainer.reports.transcripts.write import PAGE as TRANSCRIPTS
 from trainer.runs.about import serve_command_of
 from trainer.types import Kind
 
+_LAPS = {lap: f"time/{lap}_s" for lap in Lap}
+_TIME_SPLIT = {*_LAPS.values(), "time/step_s", "time/other_share"}
+"""Figures that the pictures of a step's time hold."""
 REFRESH_S = 15
 """Of a run that has not finished the page loads itself anew so often."""
 
@@ -248,15 +252,13 @@ def _grader_score(data: RunData) -> list[tuple[int, float]]:
 
 
 def _laps(data: RunData) -> list[Series]:
-    usual = ["time/rollouts_s", "time/training_s", "time/publish_s"]
-    others = [k for k in data.keys("time/") if k.endswith("_s") and k not in [*usual, "time/step_s"]]
-    parts = [k for k in usual if data.series(k)] + others
-    series = [Series(name=k.removeprefix("time/").removesuffix("_s"), points=data.series(k)) for k in parts]
+    """The step's laps, which follow each other, and what is left of the step. What goes on during them is no part."""
+    laps = [Series(name=lap, points=data.series(key)) for lap, key in _LAPS.items()]
     rest = []
     for step, whole in data.series("time/step_s"):
-        known = sum(data.steps[step].get(k, 0.0) for k in parts)
+        known = sum(data.steps[step].get(key, 0.0) for key in _LAPS.values())
         rest.append((step, max(0.0, whole - known)))
-    return [*series, Series(name="other", points=rest)]
+    return [*laps, Series(name="other", points=rest)]
 
 
 _CURVES, _REWARD, _TIME, _GRADER = "Learning curves", "Where the reward comes from", "Time of a step", "Grader"
@@ -300,14 +302,13 @@ _CHARTS: tuple[_Chart, ...] = (
     ),
 )
 _OWN_CHARTS = {
-    "throughput/": _TIME,
+    **dict.fromkeys(("time/", "throughput/"), _TIME),
     **dict.fromkeys(("http/", "grader/", "judge/", "user/"), "Servers"),
     "loss/": "Loss",
     **dict.fromkeys(("groups/", "curriculum/", "canary/"), "Groups, and engine against trainer"),
     "": "Other figures",
 }
 """Every other metric has a picture of its own, under its own key: by prefix, in which section."""
-_IN_CHARTS = ("train/", "eval/", "time/")
 
 
 def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
@@ -322,12 +323,13 @@ def _sections(data: RunData) -> list[tuple[str, list[Markup]]]:
 
 def _own_charts(data: RunData) -> list[_Chart]:
     charts = []
-    left = [key for key in data.keys("") if not key.startswith(_IN_CHARTS)]
+    left = [key for key in data.keys("") if not key.startswith(("train/", "eval/")) and key not in _TIME_SPLIT]
     for prefix, section in _OWN_CHARTS.items():
         for key in [key for key in left if key.startswith(prefix)]:
             left.remove(key)
             is_share = "share" in key or "applied" in key
             unit = "nats a token" if "mismatch" in key else "share" if is_share else "value"
+            unit = "seconds" if prefix == "time/" else unit
             charts.append(_Chart(section=section, title=key, unit=unit, series=_one(key, key.removeprefix(prefix))))
     return charts
 

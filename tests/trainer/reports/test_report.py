@@ -452,6 +452,24 @@ def test_a_chart_places_its_points_inside_the_frame_for_any_values() -> None:
     assert stacked_chart("t", [Series(name="s", points=[(1, 0.0)])], unit="u") == ""
 
 
+def test_the_time_of_a_step_is_split_into_what_adds_up_to_it(run: Path) -> None:
+    times = {"step": 10.0, "rollouts": 4.0, "training": 5.0, "publish": 0.5}
+    beside = {"waiting_for_rollouts": 4.0, "waiting_for_trainer": 2.5}
+    row = {f"time/{name}_s": seconds for name, seconds in (times | beside).items()}
+    _write_lines(run / "metrics.jsonl", [{"step": 1, "train/reward": 0.5, **row}])
+    page = write_report(run).read_text()
+    figures = dict(re.findall(r"<figcaption>([^<]*)</figcaption>(.*?)</figure>", page, re.DOTALL))
+    parts = dict(re.findall(r"<title>([\w ]+): ([\d.]+), step 1</title>", figures["Time split"]))
+    assert {name: float(x) for name, x in parts.items()} == {
+        "rollouts": 4.0,
+        "training": 5.0,
+        "publish": 0.5,
+        "other": 0.5,
+    }
+    for name, seconds in beside.items():
+        assert f"{name}_s: {seconds:g}, step 1" in figures[f"time/{name}_s"]
+
+
 def test_bars_of_a_stack_stand_on_each_other() -> None:
     layers = [Series(name="a", points=[(1, 1.0)]), Series(name="b", points=[(1, 3.0)])]
     bars = re.findall(

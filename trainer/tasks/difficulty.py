@@ -47,8 +47,8 @@ class TaskStats:
 
     @property
     def tied(self) -> bool:
-        """All rewards are equal: as a group they teach nothing."""
-        return self.best == self.worst
+        """All rewards are equal but for rounding: as a group they teach nothing."""
+        return _are_equal(self.best, self.worst)
 
     def to_json(self) -> dict[str, float]:
         return {"n": self.n, "mean": self.mean, "best": self.best, "worst": self.worst, "std": self.std}
@@ -87,12 +87,16 @@ def stats_of(rewards: Sequence[float | None]) -> TaskStats:
         return TaskStats(n=0, mean=0.0, best=0.0, worst=0.0, std=0.0)
     n = len(present)
     best, worst = max(present), min(present)
-    if best - worst <= _ROUNDING * max(1.0, abs(best), abs(worst)):
+    if _are_equal(best, worst):
         # A rounded mean of equal rewards would leave a residue.
         return TaskStats(n=n, mean=best, best=best, worst=best, std=0.0)
     mean = math.fsum(present) / n
     variance = math.fsum((r - mean) ** 2 for r in present) / (n - 1)
     return TaskStats(n=n, mean=mean, best=best, worst=worst, std=math.sqrt(variance))
+
+
+def _are_equal(best: float, worst: float) -> bool:
+    return best - worst <= _ROUNDING * max(1.0, abs(best), abs(worst))
 
 
 def pooled(parts: Sequence[TaskStats]) -> TaskStats:
@@ -102,8 +106,8 @@ def pooled(parts: Sequence[TaskStats]) -> TaskStats:
     if not parts:
         return stats_of(())
     best, worst = max(p.best for p in parts), min(p.worst for p in parts)
-    if best == worst:
-        return TaskStats(n=n, mean=best, best=best, worst=worst, std=0.0)
+    if _are_equal(best, worst):
+        return TaskStats(n=n, mean=best, best=best, worst=best, std=0.0)
     mean = math.fsum(p.n * p.mean for p in parts) / n
     squares = math.fsum((p.n - 1) * p.std**2 + p.n * (p.mean - mean) ** 2 for p in parts)
     return TaskStats(n=n, mean=mean, best=best, worst=worst, std=math.sqrt(squares / (n - 1)))

@@ -49,6 +49,16 @@ def test_equal_rewards_whose_mean_rounds_are_tied_without_a_residue():
     assert pooled([stats, stats_of([0.1] * 7)]).std == 0
 
 
+def test_what_only_rounding_tells_apart_is_tied_over_several_visits_too():
+    a, b = 0.1 + 0.2, 0.3
+    assert a != b
+    stats = pooled([stats_of([a, a]), stats_of([b, b])])
+    assert stats.tied and stats.std == 0
+    assert weight(history([a, a], [b, b]), Rule(floor=0.1)) == 0.1
+    noted = preflight_visits({"t": {"n": 4, "mean": b, "best": a, "worst": b, "std": 0}}, where="p")
+    assert weight(noted["t"], Rule(floor=0.1)) == 0.1
+
+
 def history(*groups: list[float]) -> list[Visit]:
     return [Visit(step=i + 1, stats=stats_of(group)) for i, group in enumerate(groups)]
 

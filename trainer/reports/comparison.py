@@ -151,14 +151,15 @@ def _num_masked(evaluations: Sequence[Evaluation]) -> dict[Masked, list[int]]:
 
 
 def errors_of(rollout: Rollout) -> Counter[str]:
-    """Tool errors by kind, malformed calls, grader errors by kind, and an end without an answer."""
+    """Tool errors by kind, malformed calls, grader errors by kind, and an end without an answer that is the model's."""
     count = Counter[str]()
     for turn in rollout.episode.turns:
         count["malformed call"] += turn.malformed
         count.update(f"tool: {result.error}" for result in turn.results if result.error is not None)
     count.update(f"grader: {kind}" for kind in (rollout.grade.errors if rollout.grade else ()))
-    if not rollout.episode.stop_reason.is_complete:
-        count[f"ended by {rollout.episode.stop_reason}"] += 1
+    reason = rollout.episode.stop_reason
+    if not (reason.is_complete or reason.is_masked):
+        count[f"ended by {reason}"] += 1
     return count
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 
 from envs.errors import UserError
 from envs.types import StopReason, ToolErrorKind
+from graders.types import GraderErrorKind
 from tests.support import ROOT
 from tests.support.run_server import SMALL, Server, write_config
 from tests.support.terminal import installed, terminal
@@ -102,6 +104,30 @@ def test_what_a_step_lost_to_the_world_is_told_apart_from_what_the_model_did_wro
     append_line(folder / "rollouts" / "step-000002.jsonl", rollout_to_json(lost))
     shown = text_of(look(folder))
     assert "no grade         1 × world: no cause given" in shown
+    assert "ended by world_fault" not in shown
+    judged = make_rollout("b3")
+    assert judged.grade is not None
+    of_grader = replace(judged, grade=replace(judged.grade, errors=(GraderErrorKind.PYTHON_GRADER_RUNTIME,)))
+    append_line(folder / "rollouts" / "step-000002.jsonl", rollout_to_json(of_grader))
+    shown = text_of(look(folder))
+    assert "model's errors   tool: timeout 1, malformed call 1\n" in shown
+    assert "grader's errors  python_grader_runtime 1" in shown
+
+
+def test_an_evaluation_under_way_takes_no_other_ones_place(tmp_path: Path) -> None:
+    folder = young_run(tmp_path / "run")
+    evaluated = [make_rollout(f"e{i}", reward=i / 4) for i in range(4)]
+    write_run(folder, {"evals/step-000001.jsonl": evaluated}, advantage=None)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 1, "eval/rollouts": 4, "eval/reward": 0.375}) + "\n")
+        file.write(json.dumps({"step": 2, "train/reward": 0.9}) + "\n")
+    (folder / "run.log").write_text("[10:00:00 progress] phase: evaluating\n")
+    assert "evaluation after" not in text_of(look(folder)), "it has begun, and none of its rollouts is there"
+    write_run(folder, {"evals/step-000002.jsonl": evaluated[:1]}, advantage=None)
+    shown = text_of(look(folder))
+    assert "evaluation after step 2" in shown and " 1/4 rollouts" in shown
+    intervals = next(line for line in shown.splitlines() if "95 % interval" in line)
+    assert len(re.findall(r"\d–\d", intervals)) == 4, "of two evaluations and two steps"
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (20, 3), (1, 1), (200, 60)])

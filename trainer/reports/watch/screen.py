@@ -68,12 +68,12 @@ def _head(s: Snapshot, pictures: bool) -> Iterator[Text]:
     left_s = max(0, s.num_steps - s.last_step) * fmean(steps_s) if steps_s else 0.0
     left = f" · left about {clock(left_s)}" if s.state is State.AT_WORK and left_s else ""
     yield Text(f"{was} {phase}{f' since {s.phase_since}' if s.phase_since else ''}{left}")
-    is_evaluating = s.phase.startswith("evaluating") and s.evals
+    is_evaluating = s.phase.startswith("evaluating")
     kind = Kind.EVAL if is_evaluating else Kind.TRAIN
-    figures = s.evals[max(s.evals)] if is_evaluating else s.train.get(step)
+    figures = s.evals.get(s.last_step) if is_evaluating else s.train.get(step)
     if figures is not None:
         done, asked = figures.num_done, s.asked[kind]
-        what = f"evaluation after step {max(s.evals)}" if is_evaluating else f"step {step}"
+        what = f"evaluation after step {s.last_step}" if is_evaluating else f"step {step}"
         bar = ""
         if pictures and asked:
             full = min(_BAR, round(_BAR * done / asked))
@@ -179,12 +179,15 @@ def _time(s: Snapshot) -> Iterator[Text]:
 
 
 def _faults(s: Snapshot) -> Iterator[Text]:
-    """By kind, of the last step and the one under way; the model's errors and the world's faults apart."""
+    """By kind, of the last step and the one under way; errors of model and grader and the world's faults apart."""
     mine = [figures for step, figures in s.train.items() if step >= s.last_step]
     errors = sum((figures.errors for figures in mine), Counter[str]())
     faults = sum((figures.faults for figures in mine), Counter[str]())
-    if errors:
-        yield _line("model's errors", ", ".join(f"{kind} {n}" for kind, n in errors.most_common()))
+    by_whom: dict[str, list[str]] = {"model's errors": [], "grader's errors": []}
+    for kind, n in errors.most_common():
+        of_grader = kind.removeprefix("grader: ")
+        by_whom["model's errors" if of_grader == kind else "grader's errors"].append(f"{of_grader} {n}")
+    yield from (_line(whose, ", ".join(told)) for whose, told in by_whom.items() if told)
     if faults:
         yield _line("no grade", "; ".join(f"{n} × {cause}" for cause, n in faults.most_common(3)), "red")
     if tied := s.data.steps.get(s.last_step, {}).get("groups/tied_share"):

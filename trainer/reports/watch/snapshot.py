@@ -106,7 +106,7 @@ class Snapshot:
     train: Mapping[int, Figures]
     """The first step, the last that is in the metrics, and those that are under way."""
     evals: Mapping[int, Figures]
-    """The first evaluation and the newest."""
+    """The first evaluation, the last that is in the metrics, and the newest."""
     asked: Mapping[Kind, int]
     """Rollouts of a step, of an evaluation."""
     episodes: Sequence[Rollout]
@@ -144,7 +144,8 @@ class RunWatch:
         train = steps_in(self._folder / Kind.TRAIN)
         train = [step for step in train if step >= last or step == train[0]]
         evals = steps_in(self._folder / Kind.EVAL)
-        evals = list(dict.fromkeys([*evals[:1], *evals[-1:]]))
+        shown = {*data.eval_steps[:1], *data.eval_steps[-1:], *evals[-1:]}
+        evals = [step for step in evals if step in shown]
         wanted = [(Kind.TRAIN, step) for step in train] + [(Kind.EVAL, step) for step in evals]
         self._steps = {key: self._steps.get(key) or _Step(self._folder / key[0], key[1]) for key in wanted}
         for step in self._steps.values():

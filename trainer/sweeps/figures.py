@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from trainer.sweeps.plan import Plan
 from trainer.sweeps.study import Noted
 
 Row = Mapping[str, float]
+_COUNTED = re.compile(r"(stop|masked_by|grader_error)/.+|tool/.+/(calls|errors)")
+"""Figures that stand in metrics.jsonl only where there is something to count."""
 
 
 class RunFigures:
@@ -46,7 +49,7 @@ def figure(row: Row, key: str) -> float | None:
     if key in row:
         return row[key]
     name = key.removeprefix("eval/")
-    left_out = name.startswith("stop/") or any(entry.key == name and entry.if_any for entry in (*CATALOGUE, *COUNTS))
+    left_out = _COUNTED.fullmatch(name) or any(entry.key == name and entry.if_any for entry in (*CATALOGUE, *COUNTS))
     return 0.0 if left_out and has_grades(row) else None
 
 

@@ -65,6 +65,11 @@ class PenaltiesConfig(Settings):
         return sum(penalty.floor for penalty in set_up if penalty)
 
 
+def penalty_in(parts: Mapping[str, float]) -> float:
+    """What penalties give of a reward's parts: 0 or negative."""
+    return math.fsum(parts.get(name, 0.0) for name in _MEASURES)
+
+
 def check_penalties(grader: GraderSettings, penalties: PenaltiesConfig) -> None:
     """Raise `UserError` unless the law holds: a penalty never lifts a wrong answer over a right one.
 

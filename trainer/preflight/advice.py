@@ -105,7 +105,8 @@ def _calls(figures: Figures, offers_tools: bool) -> Iterator[Advice]:
 def _variance(figures: Figures, config: RunConfig) -> Iterator[Advice]:
     tied = 1 - figures.varied_share
     if tied == 1:
-        if figures.never_passed == 1 or (figures.never_passed is None and figures.best <= 0):
+        highest = max(stats.best for stats in figures.tasks.values())
+        if figures.never_passed == 1 or (figures.never_passed is None and highest <= 0):
             finding = "Every task is tied at failure: no rollout passed."
             do = (
                 "The tasks are too hard for this model, or the grader never gives credit. Grade a known good answer "

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from graders.penalties import penalty_in
 from graders.types import Grade
 from trainer.measures.catalogue import num_tool_errors
 from trainer.measures.masked import Masked, masked_causes
@@ -47,7 +48,7 @@ class Figures:
     varied_share: float
     """Share of tasks whose rewards are not all equal: only they teach."""
     varied_by_penalties_only: float
-    """Share of those, in which the grader's own scores are all equal."""
+    """Share of those, in which the rewards without the penalties are all equal."""
     correct: float | None
     """Share that passed; None where the grader does not say what passes."""
     never_passed: float | None
@@ -75,17 +76,17 @@ class Figures:
     masked_causes: Mapping[Masked, Mapping[str, int]]
     """Why rollouts have no grade: by kind, how often each cause."""
     parts: Mapping[str, float]
-    """Mean of each part of the reward: the grader's own first, then the penalties."""
+    """Mean of each part of the reward: the grader's own first, then the penalties and what tools gave."""
 
     @property
     def penalty(self) -> float:
         """Mean of all penalties together: 0 or negative."""
-        return math.fsum(list(self.parts.values())[1:])
+        return penalty_in(self.parts)
 
     @property
     def score(self) -> float:
-        """Mean of the grader's own part."""
-        return next(iter(self.parts.values()), 0.0)
+        """Mean of all that the grader, tools and environment give."""
+        return math.fsum(self.parts.values()) - self.penalty
 
     @property
     def tool_error_share(self) -> float:
@@ -102,7 +103,7 @@ def figures_of(rollouts: Sequence[Rollout], *, samples_per_task: int) -> Figures
         by_task.setdefault(rollout.task.task_id, []).append(rollout)
     tasks = {task_id: stats_of([r.reward for r in mine]) for task_id, mine in by_task.items()}
     varied = [task_id for task_id, stats in tasks.items() if not stats.tied]
-    same_scores = [t for t in varied if len({r.grade.score for r in by_task[t] if r.grade}) == 1]
+    same_scores = [t for t in varied if stats_of([_unpenalised(r) for r in by_task[t]]).tied]
     passes = {task_id: [r.grade.passed for r in mine if r.grade] for task_id, mine in by_task.items()}
     known = all(p is not None for mine in passes.values() for p in mine)
     counts = {task_id: (len(mine), sum(map(bool, mine))) for task_id, mine in passes.items()}
@@ -134,6 +135,11 @@ def figures_of(rollouts: Sequence[Rollout], *, samples_per_task: int) -> Figures
         masked_causes=masked_causes(rollouts),
         parts=_part_means([r.grade for r in graded if r.grade]),
     )
+
+
+def _unpenalised(rollout: Rollout) -> float | None:
+    grade = rollout.grade
+    return None if grade is None else grade.reward - penalty_in(grade.parts)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -187,6 +187,8 @@ def test_tied_tasks_are_told_apart_by_why_they_are_tied():
     assert said(advice_on(group("a", 0.0, 0.0, passed=None)), "tied at failure") is Level.STOP
     assert said(advice_on(group("a", 1.0, 1.0)), "tied at success") is Level.STOP
     assert said(advice_on(group("a", 1.0, 1.0) + group("b", 0.0, 0.0)), "No task's rewards vary") is Level.STOP
+    apart = group("a", 1.0, 1.0, passed=None) + group("b", -1.0, -1.0, passed=None)
+    assert said(advice_on(apart), "No task's rewards vary") is Level.STOP, "one of the two gets all there is"
 
 
 @pytest.mark.parametrize(("varied", "level"), [(1, Level.STOP), (2, Level.WARN), (3, Level.GOOD)])
@@ -233,6 +235,22 @@ def test_penalties_that_dominate_are_named():
     found = advice_on(by_penalty)
     assert said(found, "In 100% of the tasks that vary only penalties do") is Level.WARN
     assert said(found, "Penalties take 0.075 of a mean score of 0.000") is Level.WARN
+
+
+def test_what_a_grader_and_tools_give_in_several_parts_is_no_penalty():
+    def of_parts(passes: bool, **parts: float) -> Rollout:
+        made = rollout("a", float(passes))
+        return replace(made, grade=replace(made.grade, parts=parts, reward=math.fsum(parts.values())))
+
+    rollouts = [
+        of_parts(True, style=0.5, correct=1.0, tool_calls=-0.1, turn_rewards=-0.5),
+        of_parts(False, style=0.5, correct=-1.0, tool_calls=-0.3),
+    ]
+    figures = figures_of(rollouts, samples_per_task=2)
+    assert figures.penalty == pytest.approx(-0.2) and figures.score == pytest.approx(0.25)
+    assert figures.varied_by_penalties_only == 0
+    same = [of_parts(True, correct=x, tool_calls=y) for x, y in ((0.1 + 0.2, 0.0), (0.3, -0.1))]
+    assert figures_of(same, samples_per_task=2).varied_by_penalties_only == 1, "but for rounding"
 
 
 # ---- estimates
@@ -341,6 +359,29 @@ def test_time_and_cost_follow_from_the_speeds():
     assert two.training_s is None and two.rollouts_s == pytest.approx(t.rollouts_s / 2)
     assert two.total_s == pytest.approx(30 + two.rollouts_s + 20 + two.evaluation_s)
     assert two.cost(3.6) == pytest.approx(two.total_s / 1000 * 2)
+
+
+@pytest.mark.parametrize("varied", [0.0, 0.25, 0.5, 1.0])
+def test_the_groups_of_a_step_are_those_that_a_naive_step_would_ask_for_and_train_on(varied):
+    figures = replace(figures_of(HEALTHY, samples_per_task=4), varied_share=varied)
+    speeds = Speeds(sampled_tokens_per_s=1.0, num_rollouts=99, trained_tokens_per_s=1.0, publish_s=0.0, start_s=0.0)
+
+    def groups(rule: str, **loss: Any) -> tuple[float, float]:
+        given = {"tied_groups": rule, "tasks_per_step": 32, "group_size": 2}
+        given |= {"replacement_rounds": 2} if rule == "replace" else {}
+        changes = {"rollout": given, "loss": loss, "optim": {"num_steps": 1}}
+        config = RunConfig.model_validate({"output_dir": "unused", "grader": {"type": "numeric"}, **changes})
+        t = time_estimate(config, figures, speeds, gpus=1)
+        assert t.training_s is not None
+        return t.rollouts_s / 10, t.training_s / 13
+
+    asked, missing, untied = 0.0, 64.0, 0.0
+    for _ in range(3):
+        asked, untied, missing = asked + missing, untied + missing * varied, missing * (1 - varied)
+    assert groups("replace") == pytest.approx((asked, untied))
+    assert groups("keep") == groups("skip") == pytest.approx((64, 64 * varied))
+    assert groups("keep", kl_coef=0.1) == groups("keep", advantage="reinforce_pp") == pytest.approx((64, 64))
+    assert groups("skip", kl_coef=0.1) == pytest.approx((64, 64 * varied))
 
 
 # ---- pictures

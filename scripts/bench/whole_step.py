@@ -45,7 +45,7 @@ Step = Mapping[str, float]
 """Of one step: seconds of `rollouts`, `training`, `publish` and the whole (`step`), and tokens `sampled`."""
 
 
-def ours(config: RunConfig, overrides: Sequence[str], path: Path, run: Path, steps: int) -> list[Step]:
+def ours(overrides: Sequence[str], path: Path, run: Path, steps: int) -> list[Step]:
     with tempfile.TemporaryDirectory(prefix="agent-rft-step-") as folder:
         out = Path(folder) / "run"
         only_steps = [f"optim.num_steps={steps}", "eval.num_tasks=1", "eval.samples_per_task=1", "trackers=[]"]
@@ -134,7 +134,7 @@ def trl_steps(prepared: Prepared, run: Path, steps: int) -> list[dict[str, float
     with tempfile.TemporaryDirectory(prefix="agent-rft-trl-") as folder:
         engine = vllm_generation.LLM
         vllm_generation.LLM = lambda **given: engine(**given | _engine_arguments(config, str(dtype)[6:]))
-        _sync_by_file(vllm_generation.VLLMGeneration, Path(folder))
+        _sync_by_file(vllm_generation.VLLMGeneration, Path(folder), prepared.model_path)
         base = AutoModelForCausalLM.from_pretrained(prepared.model_path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(prepared.model_path)
         prepared.chat.save_template(Path(folder))
@@ -185,21 +185,12 @@ def _engine_arguments(config: RunConfig, dtype: str) -> dict[str, Any]:
     return {"enforce_eager": True, "dtype": dtype, "max_num_seqs": config.engine.max_num_seqs}
 
 
-def _sync_by_file(generation: Any, folder: Path) -> None:
+def _sync_by_file(generation: Any, folder: Path, model_path: Path) -> None:
     """Merged weights by a file and vLLM's `reload_weights`: trl's own way is not for weights packed for a CPU."""
-    from safetensors.torch import save_file
+    from trainer.learning.adapter import save_merged
 
     def sync_weights(self: Any) -> None:
-        self.model.merge_adapter()
-        try:
-            tensors, seen = {}, set()
-            for name, tensor in self.model.state_dict().items():
-                if ".lora_" not in name and tensor.data_ptr() not in seen:
-                    seen.add(tensor.data_ptr())
-                    tensors[name.removeprefix("base_model.model.").replace(".base_layer", "")] = tensor.contiguous()
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        finally:
-            self.model.unmerge_adapter()
+        save_merged(self.model, folder, model_path=model_path)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()
 
@@ -282,7 +273,7 @@ def main() -> None:
             given.json.write_text(json.dumps(found))
             return
         path = given.config or given.run / "config.yaml"
-        of_ours = ours(config, given.overrides, path, given.run, steps)[1:]
+        of_ours = ours(given.overrides, path, given.run, steps)[1:]
         of_trl = trls([*given.overrides, "--run", str(given.run), "--config", str(path)], steps)[1:]
     figures = [*figures_of("ours", of_ours), *figures_of("trl", of_trl)]
     own, other = figures_of("", of_ours), figures_of("", of_trl)

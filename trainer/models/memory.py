@@ -191,7 +191,7 @@ def _engine_rows(
         yield "engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"
         return
     kv_token = kv_token_bytes(config, shape)
-    together = min(engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    together = min(engine.max_num_seqs, config.rollout.num_rollouts)
     longest = config.rollout.max_episode_tokens
     formula = f"2·L·K·b = {kv_token:,} bytes a token · {together} sequences · {longest:,} tokens, at most"
     yield "engine", "KV cache", kv_token * together * longest, formula

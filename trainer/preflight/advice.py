@@ -246,7 +246,7 @@ def advise_memory(rows: Sequence[MemoryRow], config: RunConfig, *, total_bytes: 
     room = taken - weights
     if room <= 0:
         return advice + _fit("The engine's weights", weights, taken, "a GPU with more memory")
-    sequences = min(engine.max_num_seqs, config.rollout.tasks_per_step * config.rollout.group_size)
+    sequences = min(engine.max_num_seqs, config.rollout.num_rollouts)
     if room * sequences < cache:
         return advice + _fit(
             "The KV cache of one episode at full length",

@@ -234,7 +234,7 @@ def computed_time(
     """Seconds of the configured run by the formulas at the head of this file."""
     assert gpu.flops, "asked for the time of a GPU whose speeds are not known"
     steps, b = config.optim.num_steps, DTYPE_BYTES[config.model.dtype]
-    rollouts = config.rollout.tasks_per_step * config.rollout.group_size / gpus
+    rollouts = config.rollout.num_rollouts / gpus
     held_out = config.eval.num_tasks * config.eval.samples_per_task / gpus
     step = decoding_of(config, shape, num_weights, gpu, episode, rollouts)
     evaluation = decoding_of(config, shape, num_weights, gpu, episode, held_out)

@@ -62,7 +62,7 @@ def time_estimate(config: RunConfig, figures: Figures, speeds: Speeds, *, gpus: 
     """
     steps, num_graded = config.optim.num_steps, len(figures.tokens)
     tokens, row_tokens = sum(figures.tokens) / num_graded, sum(figures.episode_tokens) / num_graded
-    per_step = config.rollout.tasks_per_step * config.rollout.group_size
+    per_step = config.rollout.num_rollouts
     per_evaluation = config.eval.num_tasks * config.eval.samples_per_task
     sampled_per_s = max(speeds.sampled_tokens_per_s, 1e-9) * gpus
     asked_for, trained_on = _groups(config, figures.varied_share)

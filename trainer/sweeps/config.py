@@ -199,9 +199,16 @@ class GpusConfig(Settings):
         return ids
 
 
+class CoresConfig(Settings):
+    """Runs side by side, each on a share of this machine's cores of its own."""
+
+    type: Literal["cores"]
+    num: int = Field(2, ge=1, le=1024, description="runs at once; each takes the memory of a whole run")
+
+
 Method = GridConfig | RandomConfig | TpeConfig
 Pruner = MedianConfig | HalvingConfig
-Parallel = SlotsConfig | GpusConfig
+Parallel = SlotsConfig | GpusConfig | CoresConfig
 
 if TYPE_CHECKING:
     AnyAxis = Axis
@@ -213,7 +220,7 @@ else:
     AnyAxis = Annotated[by_type(_AXES, without_type=""), BeforeValidator(_choices)]
     AnyMethod = by_type({"grid": GridConfig, "random": RandomConfig, "tpe": TpeConfig}, without_type="grid")
     AnyPruner = by_type({"median": MedianConfig, "successive_halving": HalvingConfig}, without_type="")
-    AnyParallel = by_type({"slots": SlotsConfig, "gpus": GpusConfig}, without_type="slots")
+    AnyParallel = by_type({"slots": SlotsConfig, "gpus": GpusConfig, "cores": CoresConfig}, without_type="slots")
 
 
 class SweepConfig(Settings):
@@ -298,8 +305,10 @@ class SweepConfig(Settings):
     def _pruned_seeds_run_side_by_side(self) -> SweepConfig:
         slots, num_seeds = self.parallel, len(self.seeds or [0])
         # How many GPUs will be found is not known yet.
-        gpus = slots.ids if isinstance(slots, GpusConfig) else None
-        at_once = slots.num if isinstance(slots, SlotsConfig) else len(gpus) // slots.per_run if gpus else None
+        if isinstance(slots, GpusConfig):
+            at_once = len(slots.ids) // slots.per_run if slots.ids else None
+        else:
+            at_once = slots.num
         if self.pruner is not None and at_once is not None and at_once < num_seeds:
             raise ValueError(
                 f"pruner: would only ever stop the last of {num_seeds} seeds that run one after the other, as parallel "

@@ -27,7 +27,7 @@ from envs.errors import UserError
 from envs.terminal import clean
 from trainer.runs.files import open_to_append, open_to_read
 from trainer.runs.lock import is_held
-from trainer.sweeps.config import GpusConfig, SlotsConfig
+from trainer.sweeps.config import CoresConfig, GpusConfig, SlotsConfig
 
 MARK = "AGENT_RFT_SWEEP_RUN"
 """The environment variable that holds `SWEEP_ID/NAME`."""
@@ -42,13 +42,33 @@ class Slot:
     number: int
     devices: tuple[str, ...] = ()
     """GPUs that the run alone sees; none where it sees what the sweep sees."""
+    cores: tuple[int, ...] = ()
+    """On which the run's processes are; none where they are on any."""
 
     @property
     def environment(self) -> dict[str, str]:
         return {_VISIBLE: ",".join(self.devices)} if self.devices else {}
 
     def __str__(self) -> str:
+        if self.cores:
+            return f"core {', '.join(map(str, self.cores))}"
         return f"GPU {', '.join(self.devices)}" if self.devices else f"slot {self.number}"
+
+    def holds(self, process: psutil.Process) -> bool:
+        """Whether the process was started on this slot, as far as GPUs and cores tell."""
+        if self.cores:
+            return set(process.cpu_affinity()) <= set(self.cores)
+        return bool(self.devices) and process.environ().get(_VISIBLE, "") == ",".join(self.devices)
+
+    @contextlib.contextmanager
+    def bound(self) -> Iterator[None]:
+        """What this thread starts meanwhile is on the slot's cores, and counts no others."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cores or before)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,16 +118,25 @@ def _launcher(text: str, where: str) -> list[str]:
     return launch
 
 
-def slots_of(parallel: SlotsConfig | GpusConfig) -> list[Slot]:
-    """Raises `UserError` where there are too few GPUs."""
+def slots_of(parallel: SlotsConfig | GpusConfig | CoresConfig) -> list[Slot]:
+    """Raises `UserError` where there are too few GPUs or cores."""
     if isinstance(parallel, SlotsConfig):
         return [Slot(number) for number in range(parallel.num)]
+    if isinstance(parallel, CoresConfig):
+        return _shares(sorted(os.sched_getaffinity(0)), parallel.num)
     ids = [str(x) for x in parallel.ids] if parallel.ids is not None else _visible_gpus()
     num = len(ids) // parallel.per_run
     if not num:
         found = f"{len(ids)} GPU{'s' * (len(ids) != 1)}" + ("" if parallel.ids is not None else " found")
         raise UserError(f"parallel: {found}, and each run takes {parallel.per_run}; expected as many at least")
     return [Slot(i, tuple(ids[i * parallel.per_run : (i + 1) * parallel.per_run])) for i in range(num)]
+
+
+def _shares(cores: Sequence[int], num: int) -> list[Slot]:
+    if num > len(cores):
+        raise UserError(f"parallel.num: {num} runs on {len(cores)} cores; expected at most one a core")
+    ends = [len(cores) * i // num for i in range(num + 1)]
+    return [Slot(i, cores=tuple(cores[ends[i] : ends[i + 1]])) for i in range(num)]
 
 
 def _visible_gpus() -> list[str]:
@@ -123,15 +152,16 @@ def start(command: Sequence[str], *, mark: str, slot: Slot, folder: Path, log: P
     """Start it in a session of its own, what it says in `log`. Raises `OSError`."""
     fd = open_to_append(log)
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=fd,
-            stderr=fd,
-            env=os.environ | slot.environment | {MARK: mark},
-            # It hears of a Ctrl-C from the sweep, once.
-            start_new_session=True,
-        )
+        with slot.bound():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=fd,
+                stderr=fd,
+                env=os.environ | slot.environment | {MARK: mark},
+                # It hears of a Ctrl-C from the sweep, once.
+                start_new_session=True,
+            )
     finally:
         os.close(fd)
     return Work(slot=slot, folder=folder, process=process)
@@ -149,12 +179,11 @@ def marked_processes(sweep_id: str) -> dict[str, list[psutil.Process]]:
 
 
 def slot_of(processes: Sequence[psutil.Process], slots: Sequence[Slot], taken: Sequence[Slot]) -> Slot:
-    """Where a run that was found is at work: where it sees its GPUs, or on any slot that is free; else beside all."""
+    """Where a run that was found is at work: where its GPUs or cores are, or on a free slot; else beside all."""
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
-            visible = process.environ().get(_VISIBLE, "")
-            if named := [slot for slot in slots if slot.devices and ",".join(slot.devices) == visible]:
-                return named[0]
+            if held := [slot for slot in slots if slot.holds(process)]:
+                return held[0]
     free = [slot for slot in slots if slot not in taken and not slot.devices]
     return free[0] if free else Slot(-1 - len(taken))
 

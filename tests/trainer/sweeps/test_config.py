@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.support import ROOT
 from trainer.config import load_config
 from trainer.sweeps.config import (
     ChoicesConfig,
+    CoresConfig,
     GpusConfig,
     LogRangeConfig,
     RangeConfig,
@@ -183,6 +185,14 @@ def test_gpus_are_handed_out_in_equal_shares(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="parallel: 0 GPUs found"):
         slots_of(GpusConfig(type="gpus"))
+
+
+def test_cores_are_shared_out_to_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {7, 1, 2, 3, 5})
+    slots = slots_of(CoresConfig(type="cores", num=2))
+    assert [slot.cores for slot in slots] == [(1, 2), (3, 5, 7)] and str(slots[1]) == "core 3, 5, 7"
+    with pytest.raises(UserError, match=r"parallel\.num: 6 runs on 5 cores; expected at most one a core"):
+        slots_of(CoresConfig(type="cores", num=6))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.name)

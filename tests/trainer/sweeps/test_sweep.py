@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,38 @@ def test_runs_see_the_gpus_that_are_handed_to_them(tmp_path: Path) -> None:
     assert sweep.run(PAUSE_S="0.3").returncode == 0
     seen = (tmp_path / "seen").read_text().split()
     assert len(seen) == 4 and set(seen) == {"0,1", "GPU-7a,GPU-7b"}
+
+
+@pytest.fixture
+def two_cores() -> Iterator[list[int]]:
+    """For this test's processes, whatever pytest's worker has."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)
+    try:
+        yield cores
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="one core can't be shared out")
+def test_runs_keep_to_the_cores_that_are_handed_to_them(two_cores: list[int], tmp_path: Path) -> None:
+    trainer = tmp_path / "on_cores.py"
+    trainer.write_text(
+        "import os, runpy, sys, torch\n"
+        f"open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.sched_getaffinity(0)}} {{torch.get_num_threads()}}\\n')\n"
+        "runpy.run_module('tests.support.sweep_trainer', run_name='__main__', alter_sys=True)\n"
+    )
+    sweep = SweepUnderTest(
+        tmp_path,
+        space={"optim.learning_rate": [1e-4, 2e-4, 3e-4]},
+        parallel={"type": "cores", "num": 2},
+        launch=f"{sys.executable} {trainer}",
+    )
+    assert sweep.run(PAUSE_S="0.3").returncode == 0
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert len(seen) == 3 and set(seen) == {f"{{{core}}} 1" for core in two_cores}
 
 
 # ---- what cannot be meant

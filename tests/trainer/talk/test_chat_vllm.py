@@ -47,8 +47,8 @@ def test_a_turn_that_ctrl_c_ends_leaves_the_engine_and_the_conversation_as_they_
 ) -> None:
     small = SMALL | {"engine": {"enforce_eager": True, "max_num_seqs": 4, "kv_cache_gib": 0.25}}
     assert server.outcome(write_config(tmp_path / "run", taught_model, 1, **small)) == ""
-    # A turn long enough to be interrupted, and few of them.
-    limits = ["rollout.max_turn_tokens=400", "rollout.max_turns=2"]
+    # A turn long enough to be interrupted; then few more, whatever this policy babbles, until its tokens are used up.
+    limits = ["rollout.max_turn_tokens=400", "rollout.max_episode_tokens=600"]
     command = [sys.executable, str(ROOT / "scripts" / "chat.py"), str(tmp_path / "run"), *limits]
     with terminal(command, width=100, height=40, environment=ENVIRONMENT) as window:
         window.wait(lambda text: re.search(r"you>\s*$", text), timeout_s=START_S)
@@ -56,7 +56,8 @@ def test_a_turn_that_ctrl_c_ends_leaves_the_engine_and_the_conversation_as_they_
         window.keys("C-c")
         window.wait(lambda text: "ending the turn" in text and re.search(r"you>\s*$", text))
         window.keys("/task 1", "Enter")
-        shown = window.wait(lambda text: re.search(r"agent> (.|\n)*tokens so far\)\s+you>\s*$", text))
+        ends = r"(tokens so far\)|its tokens are used up \(rollout\.max_episode_tokens\))"
+        shown = window.wait(lambda text: re.search(rf"agent> (.|\n)*{ends}\s+you>\s*$", text))
         assert "told> " in shown
         window.keys("/quit", "Enter")
         window.wait(lambda text: "ended: 0" in text)

@@ -210,7 +210,7 @@ def watch_for_no_ops(rollouts: Sequence[Rollout], groups: Metrics, run: RunFolde
             "or add a warmstart section"
         )
     if "groups/tied_share" not in groups:
-        if len({r.reward for r in rollouts if r.reward is not None}) == 1:
+        if stats_of([r.reward for r in rollouts]).tied:
             progress.warn("all rewards of this step are the same: only the critic learned of it")
         return
     if groups["groups/tied_share"] < 1:

@@ -158,6 +158,12 @@ def test_reinforce_pp_learns_from_tied_groups_that_differ_from_one_another():
         assert estimator_of(name)(groups) == [[(0.0,), (0.0,)], [(0.0,), (0.0,)]]
 
 
+def test_a_step_whose_rewards_only_rounding_tells_apart_has_no_advantage():
+    groups = [[attempt(0.1 + 0.2), attempt(0.3)], [attempt(0.3), attempt(0.1 * 3)]]
+    for name in ("reinforce_pp", "reinforce_pp_baseline"):
+        assert estimator_of(name)(groups) == [[(0.0,), (0.0,)], [(0.0,), (0.0,)]]
+
+
 @pytest.mark.parametrize("weights", [{}, {"turns": 0.5}])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gdpo_is_trls_normalize_then_sum(weights, seed):

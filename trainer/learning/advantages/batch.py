@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from trainer.config.advantages import AdvantageSettings
 from trainer.learning.advantages.base import Advantages, Groups, returns_to_go, rewards_in_time
 from trainer.learning.advantages.group import group_advantages
+from trainer.tasks.difficulty import stats_of
 
 _VARIANCE_EPS = 1e-8
 """verl's and OpenRLHF's."""
@@ -41,7 +42,7 @@ def reinforce_pp_baseline(groups: Groups, config: AdvantageSettings) -> Advantag
 
 
 def _whitened(values: Advantages, groups: Groups) -> Advantages:
-    """Each value counted once for every token of its turn; exactly 0 where all are equal."""
+    """Each value counted once for every token of its turn; exactly 0 where all are equal but for rounding."""
     counted = [
         (x, n)
         for group, attempts in zip(values, groups, strict=True)
@@ -50,21 +51,20 @@ def _whitened(values: Advantages, groups: Groups) -> Advantages:
         for x, n in zip(of, attempt.num_tokens_T, strict=True)
         if n
     ]
-    mean, std = _moments(counted)
+    mean, scale = _moments(counted)
 
     def white(of: Sequence[float]) -> tuple[float, ...]:
-        return tuple((x - mean) / std for x in of)
+        return tuple((x - mean) * scale for x in of)
 
     return [[None if of is None else white(of) for of in group] for group in values]
 
 
 def _moments(counted: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    if not counted:
-        return 0.0, 1.0
-    if len({x for x, _ in counted}) == 1:
-        # A rounded mean of equal values would leave a residue.
-        return counted[0][0], 1.0
+    """The mean, and 1 / sqrt(var + 1e-8), or 0 where all are equal: their noise is nothing to learn."""
+    stats = stats_of([x for x, _ in counted])
+    if stats.tied:
+        return stats.mean, 0.0
     num_tokens = sum(n for _, n in counted)
     mean = math.fsum(x * n for x, n in counted) / num_tokens
     variance = math.fsum(n * (x - mean) ** 2 for x, n in counted) / max(num_tokens - 1, 1)
-    return mean, math.sqrt(variance + _VARIANCE_EPS)
+    return mean, 1.0 / math.sqrt(variance + _VARIANCE_EPS)

@@ -30,6 +30,7 @@ from trainer.learning.gated import keep_less
 from trainer.learning.head import Head
 from trainer.learning.packing.attention import reading_of
 from trainer.learning.packing.rows import Microbatch
+from trainer.learning.recomputed import keep_inputs
 from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
 from trainer.runs.files import open_to_read
 
@@ -42,7 +43,8 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     """The model at `model_path`, frozen, in the dtype of `weights_dtype`; its adapter changes nothing yet (B = 0).
 
     Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
-    decoder adapted. Dropout is off: the ratio between two passes over the same tokens must come from the weights alone.
+    decoder adapted. It stays in evaluation mode, which draws no random numbers: the ratio between two passes over the
+    same tokens must come from the weights alone.
     Raises `UserError` for a model that can't be trained here, see `trainer.models.family`.
     """
     model_class, _ = model_class_of(Path(model_path))
@@ -56,16 +58,11 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
     model = _with_adapter(base, config.lora)
     _init_adapter(model, seed)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
         if isinstance(module, LoraLinear):
             module.forward = MethodType(_lora_forward, module)
     model.eval()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+        keep_inputs(base.get_decoder())
     else:
         keep_less(base.get_decoder())
     return model

@@ -291,6 +291,15 @@ def test_attention_asked_for_by_name_is_left_alone(model):
     assert eager.layout == "padded" and "model.attn_implementation is eager" in eager.padded_because
 
 
+def test_the_rounding_of_a_trained_model_in_16_bits_does_not_keep_its_rows_padded(smollm2):
+    from accelerate import Accelerator
+
+    from trainer.config import ModelConfig, OptimConfig
+
+    policy = Policy(smollm2, ModelConfig(dtype="bfloat16"), OptimConfig(), Accelerator(), 0)
+    assert policy.padded_because == ""
+
+
 def without_tree(model, microbatch):
     return lora.hidden_states(model, replace(microbatch, tree=None))
 

@@ -233,13 +233,6 @@ def open_session(
         )
 
 
-def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
-    """The policy as it begins: the base model under an adapter that changes nothing."""
-    config, model_path, grammar = prepared.config, prepared.model_path, prepared.grammar
-    critic = None if config.loss.gae is None else config.loss.gae.critic
-    return Policy(model_path, config.model, config.optim, accelerator, config.seed, grammar=grammar, critic=critic)
-
-
 async def open_publisher(
     prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str, keep: KeepRecord = keep_none
 ) -> Publisher:
@@ -253,7 +246,10 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = prepared.config
     progress.phase(Phase.LOADING)
-    policy = new_policy(prepared, accelerator)
+    critic = None if config.loss.gae is None else config.loss.gae.critic
+    longest, grammar = config.rollout.max_episode_tokens, prepared.grammar
+    begun = (prepared.model_path, config.model, config.optim, accelerator, config.seed)
+    policy = Policy(*begun, max_length=longest, grammar=grammar, critic=critic)
     if policy.layout != config.optim.layout:
         progress.say(f"rows share no prefixes in training: {policy.padded_because}")
     checkpoint = run.last_checkpoint()

@@ -52,6 +52,7 @@ def tiny_policy(
     dtype: str = "float32",
     gradient_checkpointing: bool = False,
     critic: CriticConfig | None = None,
+    max_length: int = 1,
     **optim: object,
 ):
     from accelerate import Accelerator
@@ -60,7 +61,7 @@ def tiny_policy(
 
     config = ModelConfig(dtype=dtype, lora=LoraConfig(r=4, alpha=8), gradient_checkpointing=gradient_checkpointing)
     settings = OptimConfig(**({"learning_rate": 1e-2} | optim))
-    return Policy(model, config, settings, Accelerator(cpu=True), seed, critic=critic)
+    return Policy(model, config, settings, Accelerator(cpu=True), seed, critic=critic, max_length=max_length)
 
 
 def naive_logprobs(policy, sample: Sample, temperature: float) -> torch.Tensor:

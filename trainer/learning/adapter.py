@@ -31,6 +31,7 @@ from trainer.learning.head import Head
 from trainer.learning.packing.attention import reading_of
 from trainer.learning.packing.rows import Microbatch
 from trainer.learning.recomputed import keep_inputs
+from trainer.learning.rotations import hold_frequencies
 from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
 from trainer.runs.files import open_to_read
 
@@ -39,12 +40,14 @@ _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
 
 
-def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.device, seed: int) -> Any:
+def load_model(
+    model_path: str | Path, config: ModelConfig, *, device: torch.device, seed: int, max_length: int = 1
+) -> Any:
     """The model at `model_path`, frozen, in the dtype of `weights_dtype`; its adapter changes nothing yet (B = 0).
 
     Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
     decoder adapted. It stays in evaluation mode, which draws no random numbers: the ratio between two passes over the
-    same tokens must come from the weights alone.
+    same tokens must come from the weights alone. No row may have more than `max_length` tokens, see `rotations`.
     Raises `UserError` for a model that can't be trained here, see `trainer.models.family`.
     """
     model_class, _ = model_class_of(Path(model_path))
@@ -61,6 +64,7 @@ def load_model(model_path: str | Path, config: ModelConfig, *, device: torch.dev
         if isinstance(module, LoraLinear):
             module.forward = MethodType(_lora_forward, module)
     model.eval()
+    hold_frequencies(base.get_decoder(), max_length)
     if config.gradient_checkpointing:
         keep_inputs(base.get_decoder())
     else:

@@ -77,10 +77,12 @@ class Policy:
         accelerator: Accelerator,
         seed: int,
         *,
+        max_length: int = 1,
         grammar: Grammar | None = None,
         critic: CriticConfig | None = None,
     ) -> None:
-        """`grammar` is that of the run's answers; without one no row may be constrained. `critic`: it has one."""
+        """`max_length`: tokens of the longest row, see `trainer.learning.rotations`. `grammar` is that of the run's
+        answers; without one no row may be constrained. `critic`: it has one."""
         self.accelerator = accelerator
         self.num_updates = 0
         """Optimizer updates that the adapter has seen since its warm start: the policy version."""
@@ -94,9 +96,10 @@ class Policy:
         self._entropy: EntropyBonus | None = None
         self._entropy_state: tuple[float, float] | None = None
         """A checkpoint's, until the bonus is made."""
-        self.model = lora.load_model(model_path, model_config, device=accelerator.device, seed=seed)
+        device = accelerator.device
+        self.model = lora.load_model(model_path, model_config, device=device, seed=seed, max_length=max_length)
         """The PEFT model."""
-        self.reader = Reader(self.model, accelerator.device, grammar)
+        self.reader = Reader(self.model, device, grammar)
         self._parameters = list(lora.trainable_parameters(self.model).values())
         # Loading may keep one process longer than NCCL waits for it.
         processes.wait_for_all()

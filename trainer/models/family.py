@@ -319,8 +319,8 @@ def _max_length(config: Any) -> int | None:
     if not isinstance(length, int):
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    # These kinds leave the scaled length in max_position_embeddings; of the others `factor` multiplies it.
-    if rope.get("rope_type") in ("linear", "dynamic"):
+    # The others leave the scaled length in max_position_embeddings, or (dynamic) vLLM has no positions beyond it.
+    if rope.get("rope_type") == "linear":
         return int(length * (rope.get("factor") or 1))
     return length
 

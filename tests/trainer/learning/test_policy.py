@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from envs.errors import UserError
@@ -106,6 +107,28 @@ def test_microbatches_hold_every_row_once_and_stay_under_the_limit():
 
 def test_a_row_longer_than_the_limit_stands_alone():
     assert plan([100, 3, 3, 3], 10) == [[0], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("max_length", [32, 64])
+@pytest.mark.parametrize("family", ["Phi3", "Phimoe"])
+def test_a_row_is_read_alike_whatever_its_neighbours_where_the_model_turns_long_rows_otherwise(
+    family, max_length, tmp_path
+):
+    """LongRoPE: transformers turns all rows of a pass by the longest one, vLLM by the longest there may be."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.1, "long_mscale": 1.2}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rest = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(rope_parameters=rope, max_position_embeddings=64, **small, **rest)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path)
+    policy = tiny_policy(tmp_path, max_length=max_length)
+    short, longest = list(range(3, 23)), list(range(20, 20 + max_length))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*short, *[0] * (max_length - len(short))], longest])).logits
+    own = logits.log_softmax(-1)[0, torch.arange(len(short) - 1), short[1:]]
+    for rows in ([short], [short, longest]):
+        torch.testing.assert_close(policy.score(rows)[0], own, atol=1e-5, rtol=1e-5)
 
 
 def test_what_follows_the_last_trainable_token_is_not_read():

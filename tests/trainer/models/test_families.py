@@ -205,6 +205,13 @@ def test_linear_attention_in_float32_is_refused_on_a_cpu(tmp_path):
         check_served(family, EngineConfig(), dtype="float32", on_cpu=True)
 
 
+@pytest.mark.parametrize(("rope_type", "max_length"), [("linear", 2048), ("dynamic", 512), ("yarn", 512)])
+def test_the_longest_sequence_is_vllms(rope_type, max_length, tmp_path):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    family = read_family(config_alone(tmp_path, rope_parameters=rope), LoraConfig())
+    assert family.max_length == max_length
+
+
 def test_a_model_that_vllm_has_not_is_refused(tmp_path):
     family = read_family(
         config_alone(tmp_path, architectures=["CodeGenForCausalLM"], model_type="codegen"), LoraConfig()

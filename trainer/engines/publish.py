@@ -91,11 +91,12 @@ class Publisher:
         everything, moves = dict(nothing), {}
         wanted = max(_LEAST_PROBE_MOVE, _PROBE_MOVE * self._canary.rounding)
         for kind, changes in kinds.items():
-            for _ in range(2):
+            for tries_left in (2, 1, 0):
                 lora.load_weights(model, nothing | changes)
                 moves[kind] = [n - b for n, b in zip(self._scores(adapter=True), base, strict=True)]
                 size = math.sqrt(sum(x * x for x in moves[kind]) / len(base))
-                if wanted / 2 < size < wanted * 2:
+                # What is published is what has been measured last.
+                if wanted / 2 < size < wanted * 2 or not tries_left:
                     break
                 changes = {name: change * min(50.0, wanted / max(size, 1e-9)) for name, change in changes.items()}
             everything |= changes

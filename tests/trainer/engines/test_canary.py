@@ -4,6 +4,7 @@ import asyncio
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from tests.support.scripted_engine import Faults, ScriptedEngine
 from trainer.config import LoraConfig, ModelConfig, OptimConfig
 from trainer.engines.canary import Canary
 from trainer.engines.publish import Publisher
+from trainer.learning.adapter import adapter_state, load_weights
 from trainer.learning.policy import Policy
 from trainer.runs.scratch import Scratch
 
@@ -122,6 +124,25 @@ async def test_an_engine_that_holds_another_base_model_is_noticed_before_the_fir
         engine._base.model.layers[0].mlp.down_proj.weight.mul_(3)
     with pytest.raises(PublishError, match="after the base model was loaded"):
         await published(policy, engine)
+
+
+async def test_what_the_probe_says_of_a_part_is_of_the_part_that_is_published(tiny_model, policy, tmp_path):
+    """However many times it has to be scaled up: here 5 % of its weights move next to nothing."""
+    engine = start(tiny_model)
+    queries = [layer.self_attn.q_proj for layer in engine._base.model.layers]
+    queries += [layer.self_attn.q_proj.base_layer for layer in policy.model.get_base_model().model.layers]
+    publisher = Publisher(policy, engine, Canary(TOKENS, tolerance=0.15), tmp_path)
+    with torch.no_grad():
+        for layer in queries:
+            layer.weight *= 2**-10
+        await publisher.note_base()
+        moves = publisher._load_probe()["q_proj"]
+        published = adapter_state(policy.model)
+        load_weights(policy.model, {n: w * ("q_proj" in n or "lora_A" in n) for n, w in published.items()})
+        moved = np.subtract(publisher._scores(adapter=True), publisher._scores(adapter=False))
+        for layer in queries:
+            layer.weight *= 2**10
+    assert moves == pytest.approx(list(moved), abs=1e-5)
 
 
 async def test_an_update_too_small_to_see_is_not_judged(tiny_model, policy):

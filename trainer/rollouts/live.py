@@ -51,3 +51,5 @@ class Live:
     """Who is being asked at the moment and keeps the model waiting: a remote tool, or the user."""
     over_budget: bool = False
     """The model has been told that its call budget is used up."""
+    unclosed: str = ""
+    """Why its environment did not close; empty where it did."""

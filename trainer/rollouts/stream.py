@@ -112,6 +112,7 @@ class RolloutStream:
 
     def take_metrics(self) -> Metrics:
         """How long the trainer waited for rollouts, and this process's engine for the trainer, since the last call."""
+        self._note_idle()
         waited = {f"time/waiting_for_{side}_s": seconds for side, seconds in self._waited_s.items()}
         self._waited_s = dict.fromkeys(self._waited_s, 0.0)
         return waited
@@ -132,8 +133,7 @@ class RolloutStream:
             if self._taken is part:
                 self._progress.advance(1, tokens=rollout.episode.num_tokens)
 
-        if not self._num_running and self._idle_since is not None:
-            self._waited_s["trainer"] += time.perf_counter() - self._idle_since
+        self._note_idle()
         self._num_running += 1
         try:
             new = await self._worker.run(missing, temperature=temperature, on_rollout=keep, flight=part.flight)
@@ -141,6 +141,13 @@ class RolloutStream:
             self._num_running -= 1
             self._idle_since = time.perf_counter()
         part.finished |= {request.rollout_id: rollout for request, rollout in zip(missing, new, strict=True)}
+
+    def _note_idle(self) -> None:
+        """Count until now."""
+        if not self._num_running and self._idle_since is not None:
+            now = time.perf_counter()
+            self._waited_s["trainer"] += now - self._idle_since
+            self._idle_since = now
 
     async def _finish(self, part: _Part) -> None:
         self._progress.advance(part.num_done)

@@ -131,7 +131,6 @@ class RolloutWorker:
         self, request: RolloutRequest, temperature: float, place: Place, attempts: list[Live], flight: Flight
     ) -> Rollout:
         """`attempts` holds what there is of each, the newest last."""
-        unclosed: tuple[str, ...] = ()
         for attempt in range(1 + self._config.world_retries):
             rollout_id = request.rollout_id if attempt == 0 else f"{request.rollout_id}-retry{attempt}"
             try:
@@ -142,15 +141,14 @@ class RolloutWorker:
                 rollout = await self._attempt(live, temperature, flight)
             finally:
                 place.leave()
-            unclosed += rollout.unclosed
             if flight.is_cut or rollout.episode.stop_reason is not StopReason.WORLD_FAULT:
                 break
-        return replace(rollout, unclosed=unclosed, num_attempts=rollout.num_attempts + attempt)
+        return replace(rollout, unclosed=_unclosed(attempts), num_attempts=rollout.num_attempts + attempt)
 
     async def _attempt(self, live: Live, temperature: float, flight: Flight) -> Rollout:
         """One episode and its grading, in an environment of its own."""
         episode: Episode | None = None
-        graded, unclosed = Graded(), ""
+        graded = Graded()
         self._num_in_flight += 1
         if self._live:
             self._live.opened(live.rollout_id)
@@ -162,7 +160,7 @@ class RolloutWorker:
         finally:
             live.place.leave()
             self._num_in_flight -= 1
-            unclosed = await self._closed(live.env, episode, flight)
+            live.unclosed = await self._closed(live.env, episode, flight)
             if self._live:
                 self._live.closed(live.rollout_id)
         return Rollout(
@@ -174,7 +172,6 @@ class RolloutWorker:
             is_unscored=graded.is_unscored,
             num_drifted_turns=live.num_drifted_turns,
             num_attempts=graded.num_tries,
-            unclosed=(unclosed,) if unclosed else (),
         )
 
     async def _episode(self, live: Live, temperature: float) -> Episode:
@@ -237,4 +234,15 @@ def _cut_off(request: RolloutRequest, attempts: Sequence[Live]) -> Rollout:
         error="not done when the step had waited overlap.deadline_s for it",
         completion_ids=completion_ids(ledgers),
     )
-    return Rollout(episode=episode, task=request.task, ledgers=ledgers, grade=None, num_attempts=max(1, len(attempts)))
+    return Rollout(
+        episode=episode,
+        task=request.task,
+        ledgers=ledgers,
+        grade=None,
+        num_attempts=max(1, len(attempts)),
+        unclosed=_unclosed(attempts),
+    )
+
+
+def _unclosed(attempts: Sequence[Live]) -> tuple[str, ...]:
+    return tuple(live.unclosed for live in attempts if live.unclosed)

@@ -83,7 +83,7 @@ def test_a_step_that_is_asked_for_ahead_waits_for_the_one_before_and_goes_on_whi
     assert order == ["first"] * 4 + ["ahead"] * 2
     assert [r.episode.rollout_id for r in first] == [f"s1-{i}" for i in range(4)]
     assert [r.episode.rollout_id for r in ahead] == ["s2-0", "s2-1"]
-    assert waited["time/waiting_for_rollouts_s"] > 0 and waited["time/waiting_for_trainer_s"] == 0
+    assert waited["time/waiting_for_rollouts_s"] > waited["time/waiting_for_trainer_s"]
     assert len(lines(config.output_dir / "rollouts" / "step-000002.jsonl")) == 2
 
 
@@ -133,6 +133,36 @@ def test_a_rollout_that_has_only_to_close_at_the_deadline_keeps_its_grade_and_cl
         (rollout,) = stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
     assert rollout.episode.stop_reason is StopReason.ANSWERED and rollout.reward == 1.0 and not rollout.unclosed
     assert world.closed == [("s1-0", rollout.episode)]
+
+
+def test_an_environment_that_does_not_close_is_told_of_a_rollout_that_is_cut_off_too(chat, config):
+    class Clinging(Env):
+        async def close(self, episode: Episode | None) -> None:
+            raise OSError("the container still runs")
+
+    class Clingy(World):
+        def make_env(self) -> Env:
+            return Clinging(self)
+
+    engine = Writer(chat, lambda prompt, seed: "42")
+    engine.before_turn = lambda number: asyncio.sleep(3600)
+    worker = RolloutWorker(world=Clingy({}), grader=LengthGrader(), chat=chat, engine=engine, config=CONFIG)
+    with open_stream(config, worker, deadline_s=0.05) as stream:
+        stream.submit(Kind.TRAIN, 1, requests(1, "a"), temperature=1.0)
+        (rollout,) = stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
+    assert rollout.episode.stop_reason is StopReason.DEADLINE
+    assert rollout.unclosed == ("close: OSError: the container still runs",)
+
+
+def test_the_engine_waits_for_the_trainer_in_the_step_in_which_it_waits(chat, config):
+    with open_stream(config, make_worker(chat, Writer(chat, lambda prompt, seed: "42"))) as stream:
+        waited = []
+        for step, training_s in ((1, 0.2), (2, 0.0)):
+            stream.submit(Kind.TRAIN, step, requests(step, "a"), temperature=1.0)
+            stream.take(Kind.TRAIN, step, Phase.ROLLOUTS)
+            time.sleep(training_s)
+            waited.append(stream.take_metrics()["time/waiting_for_trainer_s"])
+    assert waited[0] >= 0.2 > waited[1]
 
 
 def test_what_nobody_takes_is_ended_and_closed(chat, config):

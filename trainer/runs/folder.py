@@ -356,6 +356,8 @@ class RunFolder:
             if self._visits_path.exists():  # there is none without a curriculum
                 visits = [{"step": s, "rewards": rewards} for s, rewards in self.visits() if s <= step]
                 write_atomically(self._visits_path, "".join(write_json(v) + "\n" for v in visits))
+        # What it says of later steps is said anew; but a line that a kill cut off would swallow the next one.
+        drop_damaged(self.path / CANARY, intact=lambda line: line.endswith(b"\n"))
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
         intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)

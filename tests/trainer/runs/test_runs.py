@@ -27,6 +27,7 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.rollouts.stream import RolloutStream
 from trainer.runs.about import files_named
+from trainer.runs.canary_record import CANARY, of_base, of_policy, read_canary
 from trainer.runs.files import append_line, read_lines
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import RunLock
@@ -385,6 +386,20 @@ def test_rewinding_forgets_what_came_after_the_checkpoint_but_the_rollouts_in_fl
     assert sorted(p.name[5:11] for p in (run.path / "evals").iterdir()) == ["000000", "000001", "000002"]
     run.log({"step": 3})
     assert run.metrics()[-1] == {"step": 3}
+
+
+def test_what_is_said_of_the_canary_stays_readable_after_a_kill_in_the_midst_of_a_line(run):
+    run.rewind(0)
+    assert not (run.path / CANARY).exists()
+    for step in (0, 1):
+        run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]))
+        run.keep_canary(of_policy(step, [-3.0, -4.0]))
+    path = run.path / CANARY
+    path.write_bytes(path.read_bytes()[:-9])
+    run.rewind(0)
+    run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]))
+    run.keep_canary(of_policy(1, [-5.0, -6.0]))
+    assert read_canary(run.path, 1).policies == {0: [-3.0, -4.0], 1: [-5.0, -6.0]}
 
 
 def test_only_the_main_process_rewinds(config, run):

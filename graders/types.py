@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import Protocol
 
 from envs.base import Counts
-from envs.errors import WorldError
+from envs.errors import FoundLate, WorldError
 from envs.tools import EXPECTED_REWARD, told_number
 from envs.tools import MOST_REWARD as MOST_REWARD
 from envs.types import Episode, Task
+from envs.user_code import raised_by
 
 
 class GraderErrorKind(StrEnum):
@@ -95,5 +98,19 @@ class Grader(Protocol):
 
 
 def taken_metrics(part: object) -> dict[str, float]:
-    """The figures of a grader, a world or a judge that has any."""
-    return part.take_metrics() if isinstance(part, Counts) else {}
+    """The figures of a world, a grader or another part that has any. Raises `FoundLate` for what is none."""
+    if not isinstance(part, Counts):
+        return {}
+    # Of the user's own code it names the class, however it was wrapped.
+    where = f"{getattr(part.take_metrics, '__qualname__', type(part).__name__)}()"
+    with raised_by(where):
+        taken: object = part.take_metrics()
+    if inspect.iscoroutine(taken):
+        taken.close()
+        raise FoundLate(f"{where}: expected a plain method, not an async one")
+    if not isinstance(taken, Mapping):
+        raise FoundLate(f"{where}: expected figures by name, got {type(taken).__name__}")
+    for name, value in taken.items():
+        if not isinstance(name, str) or not isinstance(value, Real):
+            raise FoundLate(f"{where}: expected figures by name, got {value!r:.80} under {name!r:.80}")
+    return {name: value if isinstance(value, int) else float(value) for name, value in taken.items()}

@@ -291,6 +291,27 @@ class HandsOn:
     assert taken_metrics(engine) == {"engine/retries": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("def take_metrics(self): ...", "expected figures by name, got NoneType"),
+        ("async def take_metrics(self): return {}", "expected a plain method, not an async one"),
+        (
+            "def take_metrics(self): return {'engine/gpu': 'H100'}",
+            "expected figures by name, got 'H100' under 'engine/gpu'",
+        ),
+        (
+            "def take_metrics(self): return {'engine/calls': None}",
+            "expected figures by name, got None under 'engine/calls'",
+        ),
+    ],
+)
+def test_figures_that_are_none_are_named(form: Path, method: str, told: str) -> None:
+    form.write_text(f"{FORM}\nclass Counting(Whole):\n    {method}\n")
+    with pytest.raises(FoundLate, match=rf"^Counting\.take_metrics\(\): {told}$"):
+        taken_metrics(make_engine(custom(form, "Counting")))
+
+
 def test_a_judge_that_asks_the_engine_needs_one_that_keeps_the_base(
     form: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -79,6 +79,12 @@ class Threads:
         """Calls that nobody waits for any more and that have not returned."""
         return len(self._hung)
 
+    async def wait_for_hung(self, name: str) -> None:
+        """Return when every call of this name that was given up has come to its end after all."""
+        with self._lock:
+            left = [call.result for call in self._hung if call.name == name]
+        await asyncio.gather(*map(asyncio.wrap_future, left), return_exceptions=True)
+
     def _start(self, call: _Call) -> None:
         """With the lock held. Raises `WorldError` where the system gives no thread."""
         if self._idle:

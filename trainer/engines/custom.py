@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import FoundLate, PublishError, UserError, WorldError
+from envs.limits.threads import THREADS
 from envs.user_code import call_as, check_order, load_target, looked_at, make, raised_by
 from trainer.config import CustomEngineConfig, RunConfig
 from trainer.engines.engine import Completion, EngineStart, Sampling, version_name
@@ -38,6 +39,8 @@ _BY_NAME = {
     "check_model": ("trains",),
 }
 """What is given by name besides."""
+_REQUESTS = ("generate", "generate_base")
+"""What may be given up half done."""
 _MOST_LOGPROB = 1e-3
 """Rounding gives no more, and whoever gives probabilities gives more."""
 
@@ -153,6 +156,8 @@ class CustomEngine:
         return self._logprobs(await self._asked("score", list(token_ids)), len(token_ids) - 1, "score")
 
     async def publish(self, weights: Path, version: int) -> None:
+        if not self.keeps_versions:
+            await self._at_rest()
         await self._asked("publish", weights, version)
         self._version = version
 
@@ -166,7 +171,13 @@ class CustomEngine:
     async def _aclose(self) -> None:
         await self._asked("aclose")
 
+    async def _at_rest(self) -> None:
+        """Return when turns that nobody waits for any more have ended too: what is not async can't be cancelled."""
+        for member in _REQUESTS:
+            await THREADS.wait_for_hung(self._called(member))
+
     async def _sleep(self) -> None:
+        await self._at_rest()
         await self._asked("sleep")
 
     async def _wake_up(self) -> None:
@@ -178,7 +189,11 @@ class CustomEngine:
 
     async def _asked(self, member: str, *args: Any, **kwargs: Any) -> Any:
         with self._told(member):
-            return await call_as(f"{self._where}: {member}", getattr(self._engine, member), *args, **kwargs)
+            return await call_as(self._called(member), getattr(self._engine, member), *args, **kwargs)
+
+    def _called(self, member: str) -> str:
+        """What its calls are known by."""
+        return f"{self._where}: {member}"
 
     @contextlib.contextmanager
     def _told(self, member: str) -> Iterator[None]:

@@ -376,6 +376,31 @@ def test_a_turn_of_another_form_ends_the_run(form: Path, answer: Any, told: str)
         asyncio.run(engine.generate([1], SAMPLING))
 
 
+@pytest.mark.parametrize("keeps_versions", [False, True])
+async def test_new_weights_wait_for_a_turn_in_a_thread_that_was_cut_off(form: Path, keeps_versions: bool) -> None:
+    engine = CustomEngine(custom(form, "Whole"))
+    engine.keeps_versions = keeps_versions
+    began, may_end, order = threading.Event(), threading.Event(), list[str]()
+
+    def generate(prompt_ids: Any, sampling: Any) -> Completion:
+        began.set()
+        may_end.wait(30)
+        order.append("turn")
+        return GOOD
+
+    engine._engine.generate, engine._engine.publish = generate, lambda weights, version: order.append("weights")
+    turn = asyncio.create_task(engine.generate([1], SAMPLING))
+    await asyncio.to_thread(began.wait, 30)
+    turn.cancel()
+    publishing = asyncio.create_task(engine.publish(Path(), 1))
+    await asyncio.sleep(0.05)
+    assert publishing.done() is keeps_versions
+    may_end.set()
+    async with asyncio.timeout(30):
+        await publishing
+    assert order[0] == ("weights" if keeps_versions else "turn")
+
+
 def test_a_turn_of_another_version_than_was_published_ends_the_run(form: Path) -> None:
     engine = answering(form, generate=GOOD, score=[-0.1, -0.2])
     assert asyncio.run(engine.generate([1], SAMPLING)) == GOOD

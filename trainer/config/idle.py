@@ -18,7 +18,7 @@ def idle_settings(config: RunConfig) -> list[str]:
 
 def _beyond_the_run(config: RunConfig) -> Iterator[str]:
     steps = config.optim.num_steps
-    if 0 < steps <= config.optim.warmup_steps:
+    if 0 < steps < config.optim.warmup_steps:
         yield (
             f"optim.warmup_steps {config.optim.warmup_steps}: the learning rate does not come to its peak in a run of "
             f"optim.num_steps = {steps}"

@@ -22,7 +22,9 @@ class RolloutConfig(Settings):
         description="a key of the tasks' items (kind, say): every step then holds its values in the proportion in "
         "which all tasks do",
     )
-    group_size: int = Field(8, ge=1, description="rollouts of one task; one is enough for a critic alone")
+    group_size: int = Field(
+        8, ge=1, description="rollouts of one task; one is enough for gae, reinforce_pp and custom alone"
+    )
     tied_groups: Literal["keep", "skip", "replace"] = Field(
         "keep",
         description="groups without an advantage, all rewards being equal: keep: they count in the loss's denominators "

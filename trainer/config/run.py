@@ -150,8 +150,13 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _a_group_has_something_to_compare(self) -> RunConfig:
-        if self.rollout.group_size == 1 and self.loss.gae is None:
-            raise ValueError("rollout.group_size: expected 2 or more; a single rollout is compared with nothing")
+        """Your own estimator may compare the groups."""
+        name = advantage_settings(self.loss.advantage).type
+        if self.rollout.group_size == 1 and name not in {*WITHOUT_TIES, "custom"}:
+            raise ValueError(
+                f"rollout.group_size: expected 2 or more with loss.advantage {name}, which compares the rollouts of a "
+                "group; a single one is compared with nothing"
+            )
         return self
 
     @model_validator(mode="after")

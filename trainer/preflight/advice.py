@@ -8,10 +8,12 @@ from enum import StrEnum
 
 from envs.types import StopReason
 from trainer.config import EngineConfig, RunConfig
+from trainer.config.advantages import WITHOUT_TIES, advantage_settings
 from trainer.measures.masked import WHY_MASKED, Masked
 from trainer.models.machines import GIB
 from trainer.models.memory import MemoryRow, gpu_bytes, memory_bytes
 from trainer.preflight.figures import Figures
+from trainer.tasks.difficulty import pooled
 
 FEW_VARIED, ENOUGH_VARIED = 0.10, 0.15
 """Share of tasks with reward variance; about 15 % was what the published demo had, and it gained 0.04 in ten steps."""
@@ -103,8 +105,11 @@ def _calls(figures: Figures, offers_tools: bool) -> Iterator[Advice]:
 
 
 def _variance(figures: Figures, config: RunConfig) -> Iterator[Advice]:
-    tied = 1 - figures.varied_share
-    if tied == 1:
+    if advantage_settings(config.loss.advantage).type in WITHOUT_TIES and not pooled([*figures.tasks.values()]).tied:
+        # Rewards are compared with those of other tasks, and these vary.
+        yield from _headroom(figures)
+        return
+    if figures.varied_share == 0:
         highest = max(stats.best for stats in figures.tasks.values())
         if figures.never_passed == 1 or (figures.never_passed is None and highest <= 0):
             finding = "Every task is tied at failure: no rollout passed."
@@ -132,6 +137,12 @@ def _variance(figures: Figures, config: RunConfig) -> Iterator[Advice]:
         )
     else:
         yield Advice(level=Level.GOOD, finding=f"{share}; the published demo had about 15 %.")
+    yield from _headroom(figures)
+
+
+def _headroom(figures: Figures) -> Iterator[Advice]:
+    if figures.samples_per_task == 1:
+        return
     headroom = figures.best - figures.mean
     said = f"best of {figures.samples_per_task} is {figures.best:.3f}, the mean {figures.mean:.3f}"
     if headroom < SMALL_HEADROOM:

@@ -309,10 +309,13 @@ def config(**sections: object) -> RunConfig:
     return RunConfig.model_validate({"output_dir": "x", "grader": {"type": "numeric"}, **sections})
 
 
-def test_a_group_of_one_goes_with_a_critic_alone():
-    assert config(rollout={"group_size": 1}, loss={"advantage": "gae"}).loss.gae == GaeConfig()
-    with pytest.raises(ValidationError, match=r"rollout\.group_size: expected 2 or more"):
-        config(rollout={"group_size": 1})
+def test_a_group_of_one_goes_with_what_compares_it_with_more_than_its_group():
+    own = {"type": "custom", "target": "mine.py:mine"}
+    for advantage in ("gae", "reinforce_pp", own):
+        config(rollout={"group_size": 1}, loss={"advantage": advantage})
+    for advantage in ("grpo", "rloo", "reinforce_pp_baseline", "gigpo"):
+        with pytest.raises(ValidationError, match=rf"rollout\.group_size: expected 2 or more .* {advantage}, which"):
+            config(rollout={"group_size": 1}, loss={"advantage": advantage})
 
 
 def test_a_critic_that_warms_up_to_the_end_is_refused():

@@ -222,7 +222,7 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"optim": {"warmup_steps": 3}}, "optim.warmup_steps 3: the learning rate does not come to its peak"),
+        ({"optim": {"warmup_steps": 4}}, "optim.warmup_steps 4: the learning rate does not come to its peak"),
         ({"optim": {"minibatches": 9}}, "optim.minibatches 9: no rollout is cut, so that the 8 of a step"),
         ({"eval": {"every_steps": 3}}, "eval.every_steps 3: optim.num_steps = 3 has no evaluation on the way"),
         (
@@ -237,7 +237,7 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
 )
 def test_what_changes_nothing_in_this_run_is_told(tiny_model: Path, tmp_path: Path, sections: Any, told: str) -> None:
     assert [t for t in idle(tiny_model, tmp_path, sections) if t.startswith(told)], told
-    less = {"optim": {"warmup_steps": 2}, "eval": {"every_steps": 2}}
+    less = {"optim": {"warmup_steps": 3}, "eval": {"every_steps": 2}}
     less |= {"penalties": {"generated_tokens": {"free": 479, "slope": 0.001, "floor": -0.1}}}
     assert idle(tiny_model, tmp_path, less) == []
 

@@ -167,6 +167,16 @@ def group(task_id: str, *scores: float, **how: Any) -> list[Rollout]:
 HEALTHY = [r for i in range(4) for r in group(f"t{i}", 0.0, 1.0, 1.0, 0.0)]
 
 
+def test_tied_tasks_that_differ_teach_where_tasks_are_compared():
+    of_one = {"rollout": {"group_size": 1}, "loss": {"advantage": "reinforce_pp"}}
+    config = RunConfig.model_validate(CONFIG.model_dump() | of_one)
+    for rewards, teaches in (((0.0, 1.0), True), ((1.0, 1.0), False)):
+        rollouts = [rollout(f"t{i}", reward) for i, reward in enumerate(rewards)]
+        found = advise(figures_of(rollouts, samples_per_task=1), config, offers_tools=True)
+        assert (Level.STOP not in {a.level for a in found}) == teaches
+        assert not any("headroom" in a.finding.lower() for a in found), "of single rollouts there is none"
+
+
 def test_a_healthy_policy_is_worth_training():
     found = advice_on(HEALTHY)
     assert set(found.values()) == {Level.GOOD}

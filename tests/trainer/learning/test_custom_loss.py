@@ -55,11 +55,13 @@ def a_list(inputs): return inputs.logprobs_N.sum(), [1.0]
 def a_row_of_figures(inputs): return inputs.logprobs_N.sum(), {"mine": inputs.logprobs_N}
 def our_name(inputs): return inputs.logprobs_N.sum(), {"num_tokens": 4}
 def our_other_name(inputs): return inputs.logprobs_N.sum(), {"grad_norm": 4}
+def our_kind_of_name(inputs): return inputs.logprobs_N.sum(), {"ratio_histogram": 4}
+def critics_name(inputs): return inputs.logprobs_N.sum(), {"critic_loss": 4}
 class Module(torch.nn.Module):
     def forward(self, inputs): return inputs.logprobs_N.sum()
 class Dated:
     def __init__(self, since, by): self.since, self.by = since, by
-    def __call__(self, inputs): return inputs.logprobs_N.sum(), {"year": self.since.year, "two": self.by[2]}
+    def __call__(self, inputs): return inputs.logprobs_N.sum(), {"year": self.since.year, "by/two": self.by[2]}
 def fails(inputs): return inputs.logprob
 def exits(inputs): raise SystemExit(0)
 def foreign(inputs): return torch.zeros((), requires_grad=True) * 1.0
@@ -139,7 +141,7 @@ def test_its_kwargs_are_given_as_the_config_has_them(tmp_path, file):
     policy = tiny_policy(save_tiny_llama(tmp_path / "model"))
     loss = custom(file, "Dated", kwargs={"since": datetime.date(2024, 1, 31), "by": {2: 3.0, "two": 4.0}})
     metrics = policy.update(random_samples(), loss, temperature=1.0, constant_tokens=64).metrics
-    assert metrics["year"] > 0 and metrics["two"] == pytest.approx(metrics["year"] * 3 / 2024)
+    assert metrics["year"] > 0 and metrics["by/two"] == pytest.approx(metrics["year"] * 3 / 2024)
 
 
 def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
@@ -165,6 +167,8 @@ def test_a_loss_of_rows_knows_which_token_is_of_which_row(tmp_path, file):
         ("a_row_of_figures", {}, r"metrics: 'mine': expected a sum over tokens, one number; got one of shape \(4,\)"),
         ("our_name", {}, "metrics: 'num_tokens' is a name of the trainer's own"),
         ("our_other_name", {}, "metrics: 'grad_norm' is a name of the trainer's own"),
+        ("our_kind_of_name", {}, "metrics: 'ratio_histogram' is a name of the trainer's own"),
+        ("critics_name", {"advantage": "gae"}, "metrics: 'critic_loss' is a name of the trainer's own"),
         ("fails", {}, r"raised AttributeError: .*my_loss\.py, line \d+"),
         ("needs_reference", {}, r"raised TypeError: .*, line \d+\); inputs.ref_logprobs_N is None unless loss.kl_coef"),
         ("needs_correction", {}, r"; inputs.correction_N is None unless loss.tis_cap is set"),

@@ -104,12 +104,12 @@ def corrected(loss_N: Tensor, inputs: LossInputs) -> Tensor:
     return loss_N if inputs.correction_N is None else loss_N * inputs.correction_N
 
 
-_HISTOGRAM = "_histogram"
+HISTOGRAM = "_histogram"
 _LOG_RANGE, _LOG_WIDTH = 4.0, 0.01
 """Ratios are counted by their logarithm, from -4 to 4; what lies beyond counts in the outermost bins."""
 _QUANTILES = {"p95": 0.95, "p99": 0.99}
 _FRESH = "/staleness_0"
-_SQUARES, _EFFECTIVE = "weight_square", "effective_samples"
+SQUARES, EFFECTIVE = "weight_square", "effective_samples"
 
 
 def log_histogram(logs_N: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
     NAME               a sum over tokens: its mean a token
     NAME_max           a maximum
-    NAME/PART          a sum over some of the tokens: its mean over those, which num_tokens/PART counts; not told of
-                       staleness_0 where that is all of them
+    NAME/PART          a sum over some of the tokens: its mean over those, which num_tokens/PART counts, or over all
+                       where nothing does; not told of staleness_0 where that is all of them
     NAME_histogram     counts by `log_histogram`: NAME_p95 and NAME_p99, ratios, to 1 %
     weight_square      beside `tis_weight`: `effective_samples`, (Σ w)² / (N Σ w²), the share of the tokens that the
                        weighted ones are worth (Kish 1965)
@@ -164,15 +164,16 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         totals = {name: total for name, total in totals.items() if not name.endswith(_FRESH)}
     metrics: dict[str, float] = {}
     for name, total in totals.items():
-        if name.endswith(_HISTOGRAM):
-            metrics |= _quantiles(name.removesuffix(_HISTOGRAM), total)
+        if name.endswith(HISTOGRAM):
+            metrics |= _quantiles(name.removesuffix(HISTOGRAM), total)
         elif name.endswith("_max") or name.partition("/")[0] == "num_tokens":
             metrics[name] = float(total)
         else:
-            count = totals.get("/".join(["num_tokens", *name.split("/")[1:]]))
-            metrics[name] = float(total) / max(float(count) if count is not None else 0.0, 1.0)
-    if (square := metrics.pop(_SQUARES, 0.0)) > 0:
-        metrics[_EFFECTIVE] = metrics["tis_weight"] ** 2 / square
+            of_all = totals.get("num_tokens", 0.0)
+            count = totals.get("/".join(["num_tokens", *name.split("/")[1:]]), of_all)
+            metrics[name] = float(total) / max(float(count), 1.0)
+    if (square := metrics.pop(SQUARES, 0.0)) > 0:
+        metrics[EFFECTIVE] = metrics["tis_weight"] ** 2 / square
     num_tokens = metrics.pop("num_tokens", 0.0)
     return metrics | {"num_tokens": num_tokens}
 

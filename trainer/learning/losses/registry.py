@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pkgutil import resolve_name
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from envs.errors import UserError
 from envs.user_code import load_target, looked_at, make, raised_by, required
 from trainer.config.learning import CorrectionConfig, CustomLossConfig, LossSettings
-from trainer.learning.losses.base import Loss, LossInputs, token_sums
+from trainer.learning.losses.base import EFFECTIVE, HISTOGRAM, SQUARES, Loss, LossInputs, token_sums
 from trainer.learning.losses.correction import correction
 from trainer.learning.losses.kl import kl_term
 
@@ -28,8 +28,9 @@ LOSSES = {
     "reinforce": "reinforce:reinforce_loss",
 }
 """Where each stands below this folder; called with the inputs and its settings."""
-_OF_EVERY_UPDATE = {"grad_norm", "learning_rate", "skipped_updates"}
+_OF_EVERY_UPDATE = {"grad_norm", "learning_rate", "skipped_updates", SQUARES, EFFECTIVE}
 _OF_ENTROPY = {"entropy", "entropy_coef"}
+_OF_CRITIC = {"critic_loss", "critic_value", "critic_error", "critic_return", "critic_grad_norm"}
 """Figures that stand beside the loss's, see `Policy.update`."""
 
 
@@ -56,12 +57,20 @@ def _with_what_all_have(own: Loss, config: LossSettings) -> Loss:
             kl_N = kl_term(inputs, config.kl.estimator)
             value = value + config.kl_coef * (kl_N * inputs.weights_N).sum()
             sums["kl_to_reference"] = kl_N.detach().sum()
-        reserved = {*sums, *_OF_EVERY_UPDATE, *(() if config.entropy is None else _OF_ENTROPY)}
-        if isinstance(config, CustomLossConfig) and (taken := sorted(metrics.keys() & reserved)):
-            raise UserError(f"{_where(config)}: metrics: {taken[0]!r} is a name of the trainer's own; expected another")
+        if isinstance(config, CustomLossConfig):
+            _check_names(metrics, sums, config)
         return value, sums | metrics
 
     return loss
+
+
+def _check_names(metrics: Iterable[str], sums: Iterable[str], config: CustomLossConfig) -> None:
+    """Raise `UserError` for one that another figure has, or that `reduce_metrics` would take for something else."""
+    reserved = {*sums, *_OF_EVERY_UPDATE, *(() if config.entropy is None else _OF_ENTROPY)}
+    reserved |= set() if config.gae is None else _OF_CRITIC
+    for name in sorted(metrics):
+        if name in reserved or name.startswith("num_tokens") or "/staleness_" in name or name.endswith(HISTOGRAM):
+            raise UserError(f"{_where(config)}: metrics: {name!r} is a name of the trainer's own; expected another")
 
 
 def check_loss(config: CustomLossConfig) -> None:

@@ -7,8 +7,8 @@ or `rollout.max_episode_tokens` where a single row may be longer).
 Covered: dense decoders of the Llama, Qwen and Mistral kind, one copy of the base for each process, SDPA attention. The
 activations' formula counts what autograd keeps for each token; adding up the saved tensors of small Llama and Qwen2
 models (transformers 5.17, on a CPU) gave the same bytes. Peak memory on a GPU was not measured. *Not covered:* mixtures
-of experts; the CUDA context (0.5 to 1 GiB a process), fragmentation and vLLM's own workspace; rollouts getting shorter
-or longer during training.
+of experts; layers that carry a state along instead of attending; the CUDA context (0.5 to 1 GiB a process),
+fragmentation and vLLM's own workspace; rollouts getting shorter or longer during training.
 """
 
 from __future__ import annotations
@@ -75,11 +75,18 @@ class MemoryRow:
     formula: str
 
 
+_NUMBERS = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+
+
 def read_shape(model_path: Path) -> ModelShape | None:
     """Of the model's config.json; None for a model that the formulas do not cover."""
-    raw: dict[str, Any] = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-    raw = raw.get("text_config", raw)
+    whole: dict[str, Any] = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    raw = whole.get("text_config", whole)
+    if {*_NUMBERS, "head_dim"} - raw.keys() or "tie_word_embeddings" not in whole:
+        raw, whole = _with_defaults(whole)
     if any("expert" in key and value for key, value in raw.items()):
+        return None
+    if any(kind == "linear_attention" or not kind.endswith("attention") for kind in raw.get("layer_types") or ()):
         return None
     try:
         heads = int(raw["num_attention_heads"])
@@ -91,10 +98,24 @@ def read_shape(model_path: Path) -> ModelShape | None:
             num_kv_heads=int(raw.get("num_key_value_heads") or heads),
             head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
             vocabulary=int(raw["vocab_size"]),
-            tied=bool(raw.get("tie_word_embeddings", False)),
+            # Of a wrapper around a text decoder it is the wrapper that ties.
+            tied=bool(whole.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
         )
     except (KeyError, TypeError):
         return None
+
+
+def _with_defaults(whole: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the text decoder, and of all of the model: what config.json leaves out is as transformers' class has it.
+
+    Gemma's leave out most. Loads transformers, which takes seconds.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if whole.get("model_type") not in CONFIG_MAPPING:
+        return whole.get("text_config", whole), whole
+    config = CONFIG_MAPPING[whole["model_type"]].from_dict(whole)
+    return config.get_text_config().to_dict(), config.to_dict()
 
 
 def stored_weights(model_path: Path) -> int | None:

@@ -346,6 +346,21 @@ def test_config_and_weight_files_are_read_without_loading_them(tmp_path):
         assert read_shape(tmp_path) is None
 
 
+def test_what_a_config_leaves_out_is_as_its_class_has_it_and_a_wrapper_ties_for_its_decoder(tmp_path):
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 34, "hidden_size": 2560, "intermediate_size": 10240}
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"model_type": "siglip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    shape = read_shape(tmp_path)
+    assert shape is not None and (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (8, 4, 256)
+    assert shape.vocabulary > 262_000 and shape.tied, "as Gemma 3 4B, whose config.json says no more"
+    written = {**text, "num_attention_heads": 8, "head_dim": 256, "vocab_size": 9, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "text_config": written}))
+    assert read_shape(tmp_path).tied
+    hybrid = {**written, "layer_types": ["linear_attention", "full_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True, "text_config": hybrid}))
+    assert read_shape(tmp_path) is None
+
+
 def test_time_and_cost_follow_from_the_speeds():
     config = RunConfig.model_validate(
         {

@@ -14,8 +14,10 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.support import ROOT
 
@@ -33,19 +35,19 @@ class Ended:
     """Of the packages that take long."""
 
 
-def run_script(name: str, *arguments: object) -> Ended:
+def run_script(name: str, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})) -> Ended:
     """`python scripts/NAME.py ARGUMENTS` from the repository's root, without standard input."""
     argv = [str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        code = _ask([folder, *argv])
+        code = _ask(folder, dict(environment), argv)
         out, err, loaded = ((Path(folder) / part).read_text() for part in ("out", "err", "loaded"))
     return Ended(returncode=code, stdout=out, stderr=err, loaded=tuple(loaded.split()))
 
 
-def _ask(words: list[str]) -> int:
+def _ask(folder: str, environment: dict[str, str], argv: list[str]) -> int:
     process = _server()
     assert process.stdin and process.stdout
-    process.stdin.write(json.dumps(words) + "\n")
+    process.stdin.write(json.dumps([folder, environment, argv]) + "\n")
     process.stdin.flush()
     return int(process.stdout.readline())
 
@@ -59,6 +61,8 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
+    import optuna.storages  # noqa: F401
+
     import trainer.prepare
     import trainer.reports.comparison_page
     import trainer.reports.run_report
@@ -66,9 +70,10 @@ def _serve() -> None:
 
     gc.freeze()
     for line in sys.stdin:
-        folder, *argv = json.loads(line)
+        folder, environment, argv = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            os.environ.update(environment)
             os._exit(_run(Path(folder), argv))
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 

@@ -18,19 +18,20 @@ from typing import Any
 import yaml
 
 from tests.support import ROOT
+from tests.support.scripts import Ended, run_script
 
 LAUNCH = shlex.join([sys.executable, "-m", "tests.support.sweep_trainer"])
 MOST_S = 300.0
 SMALL: dict[str, Any] = {
     "settings": {"optim.num_steps": 3, "eval.every_steps": 1},
     "space": {
-        "optim.learning_rate": {"type": "log_range", "low": 1e-5, "high": 1e-2, "num": 6},
+        "optim.learning_rate": {"type": "log_range", "low": 1e-5, "high": 1e-2, "num": 4},
         "rollout.group_size": [4, 8],
     },
     "parallel": {"num": 2},
     "launch": LAUNCH,
 }
-"""A grid of twelve trials, two at once; the best is the fifth or the seventh, which are alike."""
+"""A grid of eight trials, two at once."""
 
 
 class SweepUnderTest:
@@ -67,11 +68,9 @@ class SweepUnderTest:
             process.kill()
             process.communicate()
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, **environment: str) -> Ended:
         """To its end."""
-        with self.at_work(*arguments, **environment) as process:
-            out, err = process.communicate(timeout=MOST_S)
-            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return run_script("sweep", self.path, *arguments, environment=self.environment | environment)
 
     def started(self) -> list[tuple[str, int]]:
         """(run, the step after which it went on) of each start, -1 for a new one."""

@@ -26,9 +26,9 @@ NUM_STEPS = 3
     ("publish", "pin", "ahead"),
     [
         ("lora", "turn", 1),
-        # As slow as the others, whose ground it shares: with `make test-learning`.
+        # As slow as the first, whose ground they share: with `make test-learning`.
         pytest.param("lora", "episode", 2, marks=pytest.mark.learning),
-        ("merged", "turn", 1),
+        pytest.param("merged", "turn", 1, marks=pytest.mark.learning),
     ],
 )
 def test_every_publish_is_proved_while_episodes_are_under_way(

@@ -119,7 +119,7 @@ def _launcher(text: str, where: str) -> list[str]:
 
 
 def slots_of(parallel: SlotsConfig | GpusConfig | CoresConfig) -> list[Slot]:
-    """Raises `UserError` where there are too few GPUs or cores."""
+    """Raises `UserError` where there are too few GPUs."""
     if isinstance(parallel, SlotsConfig):
         return [Slot(number) for number in range(parallel.num)]
     if isinstance(parallel, CoresConfig):
@@ -133,8 +133,9 @@ def slots_of(parallel: SlotsConfig | GpusConfig | CoresConfig) -> list[Slot]:
 
 
 def _shares(cores: Sequence[int], num: int) -> list[Slot]:
+    """Each core in one share; where there are more runs than cores, one core each, which several share."""
     if num > len(cores):
-        raise UserError(f"parallel.num: {num} runs on {len(cores)} cores; expected at most one a core")
+        return [Slot(i, cores=(cores[i % len(cores)],)) for i in range(num)]
     ends = [len(cores) * i // num for i in range(num + 1)]
     return [Slot(i, cores=tuple(cores[ends[i] : ends[i + 1]])) for i in range(num)]
 

@@ -35,21 +35,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> SweepUnderTest:
 
 
 def test_a_grid_runs_every_combination_once_and_names_the_best(whole: SweepUnderTest) -> None:
-    names = [f"trial-{i:04d}" for i in range(12)]
+    names = [f"trial-{i:04d}" for i in range(8)]
     assert sorted(name for name, _ in whole.started()) == names and whole.finished() == set(names)
     seen = [load_config(whole.folder / "trials" / name / "config.yaml") for name in names]
     rates = [config.optim.learning_rate for config in seen]
-    assert rates[::2] == rates[1::2] == pytest.approx([1e-5 * 10 ** (3 * i / 5) for i in range(6)], rel=1e-4)
-    assert [config.rollout.group_size for config in seen] == [4, 8] * 6
+    assert rates[::2] == rates[1::2] == pytest.approx([1e-5 * 10**i for i in range(4)], rel=1e-4)
+    assert [config.rollout.group_size for config in seen] == [4, 8] * 4
     best = load_config(whole.folder / "best.yaml")
-    assert best.optim.learning_rate == rates[4] and best.rollout.group_size == 4
+    assert best.optim.learning_rate == rates[2] and best.rollout.group_size == 4
     assert best.optim.num_steps == 3 and best.output_dir == whole.folder / "best"
 
 
 def test_a_sweep_that_has_ended_is_not_run_again(whole: SweepUnderTest) -> None:
     before = whole.started()
     done = whole.run()
-    assert done.returncode == 0 and "going on with 12 of 12 trials: 12 complete" in done.stdout
+    assert done.returncode == 0 and "going on with 8 of 8 trials: 8 complete" in done.stdout
     assert whole.started() == before
 
 
@@ -70,8 +70,8 @@ def test_a_killed_grid_goes_on_runs_no_trial_twice_and_finds_the_same_best(
     done = sweep.run()
     assert done.returncode == 0, done.stderr
     assert "going on with " in done.stdout
-    assert sweep.begun() == dict.fromkeys([f"trial-{i:04d}" for i in range(12)], 1), "each began once"
-    assert len(sweep.started()) == 12, "and none was started again"
+    assert sweep.begun() == dict.fromkeys([f"trial-{i:04d}" for i in range(8)], 1), "each began once"
+    assert len(sweep.started()) == 8, "and none was started again"
     mine, other = sweep.best(), whole.best()
     assert mine.pop("output_dir") != other.pop("output_dir") and mine == other
 
@@ -104,7 +104,7 @@ def test_a_sweep_whose_runs_were_killed_with_it_resumes_them_where_they_were(tmp
     wait_for(lambda: not marked_processes(sweep_id))
     done = sweep.run()
     assert done.returncode == 0, done.stderr
-    assert sweep.begun().keys() == {f"trial-{i:04d}" for i in range(12)}
+    assert sweep.begun().keys() == {f"trial-{i:04d}" for i in range(8)}
     again = {name for name, count in sweep.begun().items() if count > 1}
     resumed = {name for name, step in sweep.started() if step >= 0}
     assert again | resumed <= killed.keys(), "only what was killed was started again"
@@ -155,7 +155,7 @@ def test_a_trial_that_fails_is_told_with_its_reason_and_does_not_end_the_sweep(t
 
 def test_a_sweep_all_of_whose_trials_are_refused_ends_with_the_reason(tmp_path: Path) -> None:
     sweep = SweepUnderTest(tmp_path)
-    done = sweep.run(FAULTS=json.dumps({f"trial-{i:04d}": 2 for i in range(12)}))
+    done = sweep.run(FAULTS=json.dumps({f"trial-{i:04d}": 2 for i in range(8)}))
     assert done.returncode == 2
     assert "error: every trial was refused, 3 until now; the last one says: " in done.stderr
     assert "model.name: there is no such model" in done.stderr and len(sweep.started()) <= 5
@@ -247,8 +247,8 @@ def two_cores() -> Iterator[list[int]]:
 def test_runs_keep_to_the_cores_that_are_handed_to_them(two_cores: list[int], tmp_path: Path) -> None:
     trainer = tmp_path / "on_cores.py"
     trainer.write_text(
-        "import os, runpy, sys, torch\n"
-        f"open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.sched_getaffinity(0)}} {{torch.get_num_threads()}}\\n')\n"
+        "import os, runpy, sys\n"
+        f"open({str(tmp_path / 'seen')!r}, 'a').write(f'{{os.sched_getaffinity(0)}}\\n')\n"
         "runpy.run_module('tests.support.sweep_trainer', run_name='__main__', alter_sys=True)\n"
     )
     sweep = SweepUnderTest(
@@ -257,9 +257,11 @@ def test_runs_keep_to_the_cores_that_are_handed_to_them(two_cores: list[int], tm
         parallel={"type": "cores", "num": 2},
         launch=f"{sys.executable} {trainer}",
     )
-    assert sweep.run(PAUSE_S="0.3").returncode == 0
+    # Scripts that are forked have the cores of what they are forked from.
+    with sweep.at_work(PAUSE_S="0.3") as process:
+        assert process.wait() == 0
     seen = (tmp_path / "seen").read_text().splitlines()
-    assert len(seen) == 3 and set(seen) == {f"{{{core}}} 1" for core in two_cores}
+    assert len(seen) == 3 and set(seen) == {f"{{{core}}}" for core in two_cores}
 
 
 # ---- what cannot be meant

@@ -211,7 +211,8 @@ class RunFolder:
     @contextlib.contextmanager
     def exported(self, config: RunConfig, phase: Callable[[], str]) -> Iterator[None]:
         """Served to Prometheus where the config asks for it; `phase` tells what the run is at. Raises `UserError`."""
-        records = self.metrics() if self.is_main else []
+        # What a killed run has done since its checkpoint is done anew.
+        records = [r for r in self.metrics() if r["step"] <= self.resume_step] if self.is_main else []
         with exporting(config, run_id=self.run_id, records=records, phase=phase) as self.exporter:
             yield
 

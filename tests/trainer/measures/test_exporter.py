@@ -148,6 +148,16 @@ def test_counters_tell_the_models_errors_from_the_worlds_faults_and_no_label_is_
         assert "task of" not in shown and '"a"' not in shown
 
 
+def test_a_run_that_goes_on_tells_of_no_step_that_it_does_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-000002").mkdir(parents=True)
+    killed = RunFolder(tmp_path, run_id="run-1", rank=0)
+    for step in (1, 2, 3):
+        killed.log({"step": step, "train/reward": 0.5})
+    with exported(tmp_path) as (_, port):
+        found = scraped(port)
+    assert value(found, "agent_rft_step") == 2
+
+
 def test_what_is_no_number_and_what_a_later_step_lacks_is_absent(tmp_path: Path) -> None:
     with exported(tmp_path) as (run, port):
         run.log({"step": 1, "train/reward": 0.5, "loss/entropy": 1.0, "train/tool/search/calls": 2.0})

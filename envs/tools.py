@@ -239,6 +239,11 @@ def told_number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else f"a whole number of {value.bit_length()} bits"
 
 
+def cut_output(output: str, limit: int) -> str:
+    """What a model reads of it: so many characters, and how many more there are."""
+    return output if len(output) <= limit else f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
+
+
 async def call_tool(tools: Mapping[str, Tool], call: ToolCall, *, timeout_s: float) -> ToolResult:
     """Validate and run one call. The model's faults come back as results with `error` set.
 

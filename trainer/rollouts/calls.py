@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from envs.base import of_env
 from envs.errors import first_error
-from envs.tools import call_tool
+from envs.tools import call_tool, cut_output
 from envs.types import Message, ToolCall, ToolErrorKind, ToolResult
 from trainer.config import RolloutConfig
 from trainer.rollouts.live import Live
@@ -65,8 +65,6 @@ class ToolCalls:
 
     async def _run(self, live: Live, call: ToolCall) -> ToolResult:
         result = await call_tool(live.tools, call, timeout_s=self._config.tool_timeout_s)
-        output, limit = result.output, self._config.max_tool_output_chars
-        if len(output) > limit:
-            output = f"{output[:limit]}\n[cut: {len(output) - limit:,} more characters]"
+        output = cut_output(result.output, self._config.max_tool_output_chars)
         special = self._chat.special.num_in(output)
         return replace(result, output=output, num_tokens=self._chat.num_tokens(output), num_special_tokens=special)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from envs.base import Act, Env, ExpertTurn, Thinks, World, of_env
-from envs.tools import Tool, call_tool
-from envs.types import Message, Task, ToolCall, Turn
+from envs.errors import WorldError
+from envs.limits.clocks import time_limit
+from envs.tools import Tool, call_tool, cut_output
+from envs.types import Message, Task, ToolCall, ToolResult, Turn
 from envs.users import Exchange, ScriptUsers, Users, hear
 from trainer.config import RolloutConfig
 from trainer.seeds import derive_seed
@@ -58,9 +61,13 @@ class _Play:
         if self.rollout.answer == "tool_calls":
             self.turns.append(Turn(message=message))
             return
-        results = tuple([await call_tool(self.tools, call, timeout_s=60) for call in calls])
+        results = tuple([await self._run(call) for call in calls])
         self.messages += [Message(role="tool", content=r.output, call_id=r.call_id, name=r.name) for r in results]
         self.turns.append(Turn(message=message, results=results))
+
+    async def _run(self, call: ToolCall) -> ToolResult:
+        result = await call_tool(self.tools, call, timeout_s=self.rollout.tool_timeout_s)
+        return replace(result, output=cut_output(result.output, self.rollout.max_tool_output_chars))
 
     async def say(self, text: str, reasoning: str) -> None:
         self.messages.append(Message(role="assistant", reasoning=reasoning, content=text))
@@ -83,6 +90,25 @@ class _Play:
         self.turns[-1] = replace(self.turns[-1], reply=reply)
         return True
 
+    async def all(self, turns: Sequence[ExpertTurn], rollout_id: str, seed: int) -> None:
+        """Open the environment and do what there is to do, until one of the ends."""
+        await self.env.open(self.task, rollout_id)
+        if observation := of_env(self.env, "observation"):
+            self.messages[-1] = replace(self.messages[-1], content=self.messages[-1].content + observation)
+        for number, turn in enumerate(turns, start=1):
+            self.look_at_tools()
+            reasoning, act = parts_of(turn)
+            if isinstance(act, str):
+                await self.say(act, reasoning)
+            else:
+                await self.call(act, reasoning)
+            if number == len(turns) or of_env(self.env, "is_over"):
+                return
+            if not isinstance(act, str) and self.rollout.answer == "tool_calls":
+                return
+            if isinstance(act, str) and not await self.is_answered(rollout_id, seed):
+                return
+
 
 async def play_expert(
     task: Task,
@@ -101,39 +127,43 @@ async def play_expert(
     As in a rollout, a turn of text is said to the user, whose reply goes on with the episode; the tools are looked at
     before every turn. The demonstration ends where the turns do, or earlier: where the user has no more to say, the
     environment is over or the calls are the answer. Users that are models can't be asked before the run has its engine
-    and event loop: to them a text is the end.
+    and event loop: to them a text is the end. What the world fails at, or does not do within a rollout's limits, is
+    played again, as a rollout is; raises `WorldError` where that helps nothing.
     """
-    env, rollout_id = world.make_env(), rollout_id or f"expert-{task.task_id}"
-    play = _Play(
-        env=env,
-        task=task,
-        rollout=rollout or RolloutConfig(),
-        users=users if isinstance(users, ScriptUsers) else None,
-        messages=list(task.messages),
-    )
-    if not turns:
-        play.look_at_tools()
-        return play.shown()
-    await env.open(task, rollout_id)
-    try:
-        if observation := of_env(env, "observation"):
-            play.messages[-1] = replace(play.messages[-1], content=play.messages[-1].content + observation)
-        for number, turn in enumerate(turns, start=1):
+    rollout, name = rollout or RolloutConfig(), rollout_id or f"expert-{task.task_id}"
+    limit_s = rollout.episode_timeout_s
+    for attempt in itertools.count():
+        play = _Play(
+            env=world.make_env(),
+            task=task,
+            rollout=rollout,
+            users=users if isinstance(users, ScriptUsers) else None,
+            messages=list(task.messages),
+        )
+        if not turns:
             play.look_at_tools()
-            reasoning, act = parts_of(turn)
-            if isinstance(act, str):
-                await play.say(act, reasoning)
-            else:
-                await play.call(act, reasoning)
-            if number == len(turns) or of_env(env, "is_over"):
-                break
-            if not isinstance(act, str) and play.rollout.answer == "tool_calls":
-                break
-            if isinstance(act, str) and not await play.is_answered(rollout_id, seed):
-                break
-        return replace(play.shown(), earlier=tuple(play.earlier))
-    finally:
-        await env.close(None)
+            return play.shown()
+        try:
+            try:
+                await _within(limit_s, play.all(turns, f"{name}-retry{attempt}" if attempt else name, seed))
+            finally:
+                await _within(min(rollout.settle_timeout_s, limit_s), play.env.close(None))
+        except WorldError as e:
+            if attempt == rollout.world_retries:
+                raise WorldError(f"the expert's episode of task {task.task_id!r}: {e}") from e
+        else:
+            break
+    return replace(play.shown(), earlier=tuple(play.earlier))
+
+
+async def _within(limit_s: float, work: Awaitable[None]) -> None:
+    try:
+        async with time_limit(limit_s) as limit:
+            await work
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise WorldError(f"its environment was not done within {limit_s:g} s") from None
 
 
 def parts_of(turn: ExpertTurn) -> tuple[str, Act]:

@@ -550,6 +550,35 @@ async def test_an_expert_ends_where_the_environment_is_over_or_calls_are_the_ans
     assert [t["function"]["name"] for t in called.tools] == ["buy"]
 
 
+async def test_an_expert_has_the_limits_and_the_tries_of_a_rollout():
+    @tool
+    async def read(lines: int) -> str:
+        """Read.
+
+        Args:
+            lines: how many; of none it never ends
+        """
+        await asyncio.sleep(0 if lines else 3600)
+        return "x" * lines
+
+    async def opens(rollout_id: str) -> None:
+        await asyncio.sleep(3600 if rollout_id == "e" else 0)
+
+    config = RolloutConfig(episode_timeout_s=0.2, tool_timeout_s=0.02, max_tool_output_chars=50, world_retries=1)
+    world = PlainWorld({"read": read}, on_open=opens)
+    turns = [(("read", {"lines": 53}), ("read", {"lines": 0})), "read"]
+    shown = await play_expert(TASK, turns, world=world, rollout=config, rollout_id="e")
+    assert [m.content for m in shown.messages if m.role == "tool"] == [
+        "x" * 50 + "\n[cut: 3 more characters]",
+        "Error: read did not answer within 0.02 s",
+    ]
+    assert world.opened == ["e", "e-retry1"] and world.closed == [("e", None), ("e-retry1", None)]
+    with pytest.raises(WorldError, match=r"expert's episode of task 't': its environment was not done within 0.2 s"):
+        await play_expert(
+            TASK, turns, world=world, rollout=config.model_copy(update={"world_retries": 0}), rollout_id="e"
+        )
+
+
 class Scripted:
     """A world of environments that need no opening."""
 

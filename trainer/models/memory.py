@@ -83,7 +83,7 @@ def read_shape(model_path: Path) -> ModelShape | None:
     whole: dict[str, Any] = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
     raw = whole.get("text_config", whole)
     if {*_NUMBERS, "head_dim"} - raw.keys() or "tie_word_embeddings" not in whole:
-        raw, whole = _with_defaults(whole)
+        raw, whole = _with_defaults(model_path, whole)
     if any("expert" in key and value for key, value in raw.items()):
         return None
     if any(kind == "linear_attention" or not kind.endswith("attention") for kind in raw.get("layer_types") or ()):
@@ -105,16 +105,19 @@ def read_shape(model_path: Path) -> ModelShape | None:
         return None
 
 
-def _with_defaults(whole: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_defaults(model_path: Path, whole: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the text decoder, and of all of the model: what config.json leaves out is as transformers' class has it.
 
-    Gemma's leave out most. Loads transformers, which takes seconds.
+    Gemma's leave out most. Loads transformers, which takes seconds. What the class does not take stays as it is.
     """
     from transformers import CONFIG_MAPPING
 
     if whole.get("model_type") not in CONFIG_MAPPING:
         return whole.get("text_config", whole), whole
-    config = CONFIG_MAPPING[whole["model_type"]].from_dict(whole)
+    try:
+        config = CONFIG_MAPPING[whole["model_type"]].from_pretrained(model_path)
+    except Exception:  # the config's own checks raise errors of several kinds; `family.model_class_of` tells of them
+        return whole.get("text_config", whole), whole
     return config.get_text_config().to_dict(), config.to_dict()
 
 

@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 StartEngine = Callable[[EngineStart], Awaitable[Engine]]
 """An engine that has been started, in the place of the one that the config names."""
 
-_CANARY_TOKENS = 448
-_MOST_CANARIES = 8
+_CANARY_TOKENS, _MOST_CANARIES = 448, 8
 _FILE_OVERHEAD_BYTES = 2**20
 """Headers and the adapter's config."""
 
@@ -242,14 +241,19 @@ async def open_publisher(
     return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=num_versions, keep=keep)
 
 
+def new_policy(prepared: Prepared, accelerator: Accelerator) -> Policy:
+    """The policy as it begins: the base model under an adapter that changes nothing."""
+    config = prepared.config
+    longest, critic = config.rollout.max_episode_tokens, None if config.loss.gae is None else config.loss.gae.critic
+    begun = (prepared.model_path, config.model, config.optim, accelerator, config.seed)
+    return Policy(*begun, max_length=longest, grammar=prepared.grammar, critic=critic)
+
+
 def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, progress: Progress, loop: Loop) -> Policy:
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = prepared.config
     progress.phase(Phase.LOADING)
-    critic = None if config.loss.gae is None else config.loss.gae.critic
-    longest, grammar = config.rollout.max_episode_tokens, prepared.grammar
-    begun = (prepared.model_path, config.model, config.optim, accelerator, config.seed)
-    policy = Policy(*begun, max_length=longest, grammar=grammar, critic=critic)
+    policy = new_policy(prepared, accelerator)
     if policy.layout != config.optim.layout:
         progress.say(f"rows share no prefixes in training: {policy.padded_because}")
     checkpoint = run.last_checkpoint()

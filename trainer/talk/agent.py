@@ -106,13 +106,16 @@ def open_agent(options: Options, *, start_engine: StartEngine | None = None) -> 
         # The run's own folder stays as it is, and another process may hold it.
         config = config.model_copy(update={"output_dir": folder / "run"})
         adapter = None if options.url else adapter_of(options.run, options.step)
+        loop = stack.enter_context(LoopThread())
+        served = _found(options, loop, stack)
         prepared = prepare(beginning_with(config, adapter), weights=adapter is not None)
         tasks = [*prepared.eval_tasks, *prepared.train_tasks]
         first = None if options.task is None else _numbered(tasks, str(options.task))
-        loop = stack.enter_context(LoopThread())
         stack.callback(lambda: loop.run(prepared.aclose()))
-        if adapter is None:
-            sampler, policy = _served(prepared, options, loop, stack)
+        sampler: Sampler
+        if served is not None:
+            sampler, policy = served
+            _begin(sampler, prepared, loop)
         else:
             sampler = _loaded(prepared, folder / "chat.log", loop, stack, start_engine)
             policy = f"the adapter {adapter} on {config.model.name}"
@@ -202,17 +205,16 @@ def _loaded(
     return session.engine
 
 
-def _served(prepared: Prepared, options: Options, loop: Loop, stack: contextlib.ExitStack) -> tuple[Sampler, str]:
-    assert options.url is not None
-    stops = sorted(prepared.chat.stop_token_ids)
-    served = ServedPolicy(
-        options.url,
-        model=options.model,
-        api_key_env=options.api_key_env,
-        stop_token_ids=stops,
-        vocabulary=vocabulary_of(prepared.model_path),
-    )
+def _found(options: Options, loop: Loop, stack: contextlib.ExitStack) -> tuple[ServedPolicy, str] | None:
+    """Asked before anything takes long; None where an engine here is meant."""
+    if options.url is None:
+        return None
+    served = ServedPolicy(options.url, model=options.model, api_key_env=options.api_key_env)
     stack.callback(lambda: loop.run(served.aclose()))
+    return served, f"{loop.run(served.find())} at {options.url}"
+
+
+def _begin(served: ServedPolicy, prepared: Prepared, loop: Loop) -> None:
     first = (*prepared.eval_tasks, *prepared.train_tasks)[0]
-    name = loop.run(served.start(prepared.chat.open(first.messages)))
-    return served, f"{name} at {options.url}"
+    prompt_ids, stops = prepared.chat.open(first.messages), sorted(prepared.chat.stop_token_ids)
+    loop.run(served.start(prompt_ids, stop_token_ids=stops, vocabulary=vocabulary_of(prepared.model_path)))

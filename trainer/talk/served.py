@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -23,18 +24,16 @@ _TURN_S = 600.0
 class ServedPolicy:
     """A `Sampler` behind `/v1/completions`. Whether the server's weights are the run's it can't know."""
 
-    def __init__(
-        self, url: str, *, model: str | None, api_key_env: str, stop_token_ids: Sequence[int], vocabulary: int
-    ) -> None:
+    def __init__(self, url: str, *, model: str | None, api_key_env: str) -> None:
         """`url` with or without /v1; `model` None: the one called `policy`, or the only one.
 
-        `vocabulary`: the ids of the model's tokens are below it.
+        `find` and `start` come before the first turn.
         """
         self._url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._api_key_env = api_key_env
-        self._stops = list(stop_token_ids)
-        self._vocabulary = vocabulary
+        self._stops: list[int] = []
+        self._vocabulary = 0
         key = key_of(api_key_env, "--api-key-env")
         check_url("--url", url)
         self._http = httpx.AsyncClient(
@@ -43,9 +42,9 @@ class ServedPolicy:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
-    async def start(self, prompt_ids: Sequence[int]) -> str:
-        """Find the model and have it write one token; its name. Raises `UserError` for whatever stands against it."""
-        try:
+    async def find(self) -> str:
+        """The model's name. Raises `UserError` for whatever stands against it."""
+        with self._told():
             names = [str(model["id"]) for model in (await self._ask("GET", "/v1/models"))["data"]]
             if self._model is None:
                 self._model = SERVED_NAME if SERVED_NAME in names else names[0] if len(names) == 1 else None
@@ -54,12 +53,22 @@ class ServedPolicy:
             if self._model not in names:
                 said = "which of its models is it?" if self._model is None else f"serves no model {self._model!r};"
                 raise UserError(f"--url {self._url}: {said} name one of {', '.join(names)} with --model")
+        return self._model
+
+    async def start(self, prompt_ids: Sequence[int], *, stop_token_ids: Sequence[int], vocabulary: int) -> None:
+        """Have it write one token. `vocabulary`: the ids of the model's tokens are below it. Raises as `find`."""
+        self._stops, self._vocabulary = list(stop_token_ids), vocabulary
+        with self._told():
             await self.generate(prompt_ids, Sampling(max_tokens=1, temperature=0.0, top_p=1.0, seed=0))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
         except (KeyError, TypeError, IndexError):
             raise UserError(f"--url {self._url}: does not answer as `vllm serve` does") from None
         except WorldError as e:
             raise UserError(f"--url {e}") from None
-        return self._model
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         asked: dict[str, Any] = {

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from envs.types import Message
 from tests.support import ROOT
 from tests.support.run_server import SMALL, Server, write_config
 from tests.support.scripted_engine import BROKEN_CALL, Faults, call, engine_starter
+from tests.support.scripts import run_script
 from tests.support.servers import HANGS, scripted_policy
 from tests.support.terminal import installed, terminal
 from trainer.talk.agent import Options, open_agent
@@ -247,15 +247,9 @@ def test_a_tool_that_hangs_holds_up_the_turn_and_not_the_end_of_the_program(
 
 
 def test_the_script_ends_with_one_clear_line(finished_run: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, str(finished_run), "--url", "http://127.0.0.1:9"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        check=False,
-    )
+    done = run_script("chat", finished_run, "--url", "http://127.0.0.1:9")
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --url http://127.0.0.1:9: nobody")
+    assert not done.loaded, "a server that is not there is told before anything takes long"
 
 
 def test_a_world_with_a_simulated_user_has_the_person_in_its_place(

@@ -26,9 +26,10 @@ def asked(answer: Any, models: str = '{"data": [{"id": "policy"}]}') -> Any:
         return web.Response(text=models)
 
     async def ask(url: str) -> Any:
-        served = ServedPolicy(url, model=None, api_key_env="NO_KEY", stop_token_ids=[2], vocabulary=100)
+        served = ServedPolicy(url, model=None, api_key_env="NO_KEY")
         try:
-            await served.start([5, 6])
+            await served.find()
+            await served.start([5, 6], stop_token_ids=[2], vocabulary=100)
             return await served.generate([5, 6], SAMPLING)
         finally:
             await served.aclose()

@@ -26,12 +26,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from envs.errors import UserError
 from trainer.config import LoraConfig, ModelConfig
 from trainer.learning import head
-from trainer.learning.gated import keep_less
 from trainer.learning.head import Head
+from trainer.learning.layers.gated import keep_less
+from trainer.learning.layers.recomputed import keep_inputs
+from trainer.learning.layers.rotations import hold_frequencies
 from trainer.learning.packing.attention import reading_of
 from trainer.learning.packing.rows import Microbatch
-from trainer.learning.recomputed import keep_inputs
-from trainer.learning.rotations import hold_frequencies
 from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
 from trainer.runs.files import open_to_read
 
@@ -47,7 +47,7 @@ def load_model(
 
     Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
     decoder adapted. It stays in evaluation mode, which draws no random numbers: the ratio between two passes over the
-    same tokens must come from the weights alone. No row may have more than `max_length` tokens, see `rotations`.
+    same tokens must come from the weights alone. No row may have more than `max_length` tokens, see `layers.rotations`.
     Raises `UserError` for a model that can't be trained here, see `trainer.models.family`.
     """
     model_class, _ = model_class_of(Path(model_path))

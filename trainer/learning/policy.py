@@ -81,8 +81,8 @@ class Policy:
         grammar: Grammar | None = None,
         critic: CriticConfig | None = None,
     ) -> None:
-        """`max_length`: tokens of the longest row, see `trainer.learning.rotations`. `grammar` is that of the run's
-        answers; without one no row may be constrained. `critic`: it has one."""
+        """`max_length`: tokens of the longest row, see `trainer.learning.layers.rotations`. `grammar` is that of the
+        run's answers; without one no row may be constrained. `critic`: it has one."""
         self.accelerator = accelerator
         self.num_updates = 0
         """Optimizer updates that the adapter has seen since its warm start: the policy version."""

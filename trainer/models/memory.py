@@ -160,7 +160,7 @@ def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> f
         + 4 * b * shape.intermediate  # gate, its activation, up, their product
         + 4 * shape.num_heads + 8 + 7 * b * r
     )  # fmt: skip
-    # Of the four the last two are made again; see `trainer.learning.gated`.
+    # Of the four the last two are made again; see `trainer.learning.layers.gated`.
     kept = b * shape.hidden if config.model.gradient_checkpointing else layer - 2 * b * shape.intermediate
     head = (4 + 2 * b) * shape.hidden
     return tokens * (shape.num_layers * kept + 2 * layer + head) + head_bytes(shape, on_cpu=on_cpu)

@@ -68,9 +68,11 @@ def train(
                 # What the parts count comes first, so that none of theirs takes the place of one of ours.
                 metrics = s.counted() | prefixed("train", summarise(rollouts)) | groups
                 metrics |= prefixed("loss", update.metrics) | proof | curriculum.learn(step, rollouts) | ages
-                trained = num_trained_tokens(samples, config.loss)
-                overlaps = config.overlap.max_staleness > 0
-                metrics |= clock.metrics(rollouts, num_trained_tokens=trained, overlaps=overlaps)
+                metrics |= clock.metrics(
+                    num_sampled_tokens=s.stream.take_num_sampled_tokens(),
+                    num_trained_tokens=num_trained_tokens(samples, config.loss),
+                    overlaps=config.overlap.max_staleness > 0,
+                )
                 s.run.log({"step": step} | metrics | {"step": step})
             s.show(step, metrics)
             evaluate_if_due(s, step=step)

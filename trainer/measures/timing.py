@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from enum import StrEnum
 
-from trainer.types import Metrics, Rollout
+from trainer.types import Metrics
 
 
 class Lap(StrEnum):
@@ -31,12 +30,11 @@ class Stopwatch:
         self._laps_s[name] = now - self._lap_start
         self._lap_start = now
 
-    def metrics(self, rollouts: Sequence[Rollout], *, num_trained_tokens: int, overlaps: bool = False) -> Metrics:
+    def metrics(self, *, num_sampled_tokens: int, num_trained_tokens: int, overlaps: bool = False) -> Metrics:
         """`time/…_s` of each lap and of the step, the share outside rollouts and training, tokens a second.
 
         `overlaps`: rollouts go on during all of a step, so that all of it is their time.
         """
-        num_sampled_tokens = sum(r.episode.num_tokens for r in rollouts)
         step_s = time.perf_counter() - self._start
         work_s = self._laps_s[Lap.ROLLOUTS] + self._laps_s[Lap.TRAINING]
         return {f"time/{name}_s": seconds for name, seconds in self._laps_s.items()} | {

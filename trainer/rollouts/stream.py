@@ -31,7 +31,9 @@ class _Part:
     mine: Sequence[RolloutRequest]
     """Of them this process's share."""
     finished: dict[str, Rollout]
-    """By rollout id; until it is done what an interrupted run had finished of it."""
+    """By rollout id; until it is done those of an interrupted run."""
+    read: frozenset[str]
+    """What of them an interrupted run had finished."""
     flight: Flight
     num_done: int
     running: asyncio.Task[None] = field(init=False)
@@ -68,6 +70,7 @@ class RolloutStream:
         self._idle_since: float | None = None
         """When the last of what had been asked for was done; None before the first."""
         self._waited_s = {"rollouts": 0.0, "trainer": 0.0}
+        self._num_sampled_tokens = 0
 
     def is_asked(self, kind: Kind, step: int) -> bool:
         """Whether it has been submitted and not been taken."""
@@ -83,6 +86,7 @@ class RolloutStream:
             requests=requests,
             mine=mine,
             finished=finished,
+            read=frozenset(finished),
             flight=Flight(step=step),
             num_done=len(mine) - len(missing),
         )
@@ -101,7 +105,12 @@ class RolloutStream:
         if kind is Kind.TRAIN:
             self._waited_s["rollouts"] += time.perf_counter() - start
         del self._parts[kind, step]
-        everyone = dict(processes.gather([(r.rollout_id, part.finished[r.rollout_id]) for r in part.mine]))
+        told = processes.gather(
+            [(r.rollout_id, part.finished[r.rollout_id], r.rollout_id in part.read) for r in part.mine]
+        )
+        if kind is Kind.TRAIN:
+            self._num_sampled_tokens += sum(rollout.episode.num_tokens for _, rollout, is_read in told if not is_read)
+        everyone = {rollout_id: rollout for rollout_id, rollout, _ in told}
         rollouts = [everyone[r.rollout_id] for r in part.requests]
         warn_of_unclosed(rollouts, self._progress)
         return rollouts
@@ -109,6 +118,11 @@ class RolloutStream:
     def close(self) -> None:
         """End what nobody will take; its environments are closed."""
         self._loop.run(self._cancel())
+
+    def take_num_sampled_tokens(self) -> int:
+        """Of the training rollouts that were taken since the last call, without those of an interrupted run."""
+        taken, self._num_sampled_tokens = self._num_sampled_tokens, 0
+        return taken
 
     def take_metrics(self) -> Metrics:
         """How long the trainer waited for rollouts, and this process's engine for the trainer, since the last call."""

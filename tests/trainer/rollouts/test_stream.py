@@ -165,6 +165,19 @@ def test_the_engine_waits_for_the_trainer_in_the_step_in_which_it_waits(chat, co
     assert waited[0] >= 0.2 > waited[1]
 
 
+def test_what_an_interrupted_run_has_sampled_is_taken_and_not_counted_as_sampled_now(chat, config):
+    asked = requests(1, "a", "b")
+    with open_stream(config, make_worker(chat, Writer(chat, lambda prompt, seed: "42"))) as stream:
+        stream.submit(Kind.TRAIN, 1, asked[:1], temperature=1.0)
+        (first,) = stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
+        assert stream.take_num_sampled_tokens() == first.episode.num_tokens > 0
+    with open_stream(config, make_worker(chat, Writer(chat, lambda prompt, seed: "forty-two"))) as stream:
+        stream.submit(Kind.TRAIN, 1, asked, temperature=1.0)
+        again, second = stream.take(Kind.TRAIN, 1, Phase.ROLLOUTS)
+        assert again == first and stream.take_num_sampled_tokens() == second.episode.num_tokens > 0
+        assert stream.take_num_sampled_tokens() == 0
+
+
 def test_what_nobody_takes_is_ended_and_closed(chat, config):
     engine = Writer(chat, lambda prompt, seed: "42")
     engine.before_turn = lambda number: asyncio.sleep(3600)

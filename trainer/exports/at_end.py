@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from trainer.exports.commands import adapter_command
+from trainer.exports.commands import adapter_command, length_arguments
 from trainer.learning.policy import Policy
 from trainer.models.family import weights_dtype
 from trainer.prepare import Prepared
@@ -43,13 +43,15 @@ def export_adapter(prepared: Prepared, run: RunFolder, policy: Policy) -> Path:
     template = prepared.chat.save_template(written)
     written.replace(folder)
     template = folder / template.name if template else None
+    arguments = prepared.chat.serve_arguments(template.resolve() if template else None)
+    arguments += length_arguments(prepared.model_path, prepared.config.rollout.max_episode_tokens)
     on_cpu = policy.accelerator.device.type == "cpu"
     command = adapter_command(
         prepared.model_path,
         folder.resolve(),
         dtype=weights_dtype(prepared.config.model, on_cpu=on_cpu),
         rank=prepared.config.model.lora.r,
-        chat=prepared.chat.serve_arguments(template.resolve() if template else None),
+        chat=arguments,
     )
     run.note(adapter=str(folder), serve_command=shlex.join(command), adapter_files=export_digests(folder))
     return folder

@@ -14,7 +14,7 @@ SERVED_NAME = "policy"
 
 
 def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, chat: Sequence[str]) -> list[str]:
-    """vLLM with the adapter on its base. `chat` is what `Chat.serve_arguments` gives."""
+    """vLLM with the adapter on its base. `chat` is what `Chat.serve_arguments` and `length_arguments` give."""
     # vLLM refuses a rank that is not among certain ones.
     lora = ["--enable-lora", "--max-lora-rank", str(lora_rank_bucket(rank))]
     return [*server(model_path), "--dtype", dtype, *lora, "--lora-modules", f"{SERVED_NAME}={adapter}", *chat]
@@ -23,6 +23,20 @@ def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, c
 def merged_command(folder: Path, *, dtype: str, chat: Sequence[str]) -> list[str]:
     """vLLM with merged weights."""
     return [*server(folder), "--served-model-name", SERVED_NAME, "--dtype", dtype, *chat]
+
+
+def length_arguments(model_path: Path, longest: int) -> list[str]:
+    """What has vLLM turn tokens as in training, whose longest episode had `longest`.
+
+    Under LongRoPE it takes other frequencies where sequences may be longer than the length that the model was first
+    trained at, and by itself it lets none be.
+    """
+    from trainer.models.family import model_class_of
+
+    text = model_class_of(model_path)[1].get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return [] if first is None or longest <= first else ["--max-model-len", str(longest)]
 
 
 def server(model_path: Path) -> list[str]:

@@ -22,6 +22,7 @@ from trainer.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig, R
 from trainer.engines.arguments import engine_arguments
 from trainer.engines.canary import Canary
 from trainer.engines.publish import Publisher
+from trainer.exports.commands import length_arguments
 from trainer.learning import adapter as lora
 from trainer.models.family import (
     check_served,
@@ -233,6 +234,19 @@ def test_a_run_is_refused_before_its_weights_are_there(model, rollout, message, 
     config["model"] |= model
     with pytest.raises(UserError, match=message):
         prepare(RunConfig.model_validate(config))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_server_is_told_of_the_length_by_which_longrope_turned_the_training_s_rows(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    rope = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    lengths = {"original_max_position_embeddings": 64, "max_position_embeddings": 512}
+    folder = config_alone(tmp_path, "phi3", rope_parameters=None, rope_scaling=rope, **lengths)
+    assert length_arguments(folder, 64) == [] and length_arguments(config_alone(tmp_path / "llama"), 400) == []
+    assert length_arguments(folder, 400) == ["--max-model-len", "400"]
+    by_default = EngineArgs(model=str(folder), tokenizer=str(folder), skip_tokenizer_init=True, dtype="float32")
+    assert by_default.create_model_config().max_model_len == 64, "as `length_arguments` takes it to be"
 
 
 LOADED = ["gpt-oss", "deepseek-v3"]

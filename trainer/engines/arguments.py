@@ -85,7 +85,8 @@ def check_cache(config: RunConfig, engine: EngineConfig, folder: Path) -> None:
     if given > memory:
         raise UserError(f"engine.kv_cache_gib: {gib:g} GiB are more than this machine has")
     shape = read_shape(folder)
-    if shape is not None and (needed := kv_token_bytes(config, shape) * config.rollout.max_episode_tokens) > given:
+    of_token = 0 if shape is None else kv_token_bytes(config, shape, on_cpu=True)
+    if (needed := of_token * config.rollout.max_episode_tokens) > given:
         raise UserError(
             f"engine.kv_cache_gib: {gib:g} GiB hold less than one episode of "
             f"rollout.max_episode_tokens = {config.rollout.max_episode_tokens:,}, which takes {needed / GIB:.2f} GiB"

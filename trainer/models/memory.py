@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import EngineConfig, RunConfig, cpu_cache_gib
+from trainer.config import EngineConfig, ModelConfig, RunConfig, cpu_cache_gib
 from trainer.models.machines import GIB
 
-DTYPE_BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_ROWS = 1024
 """As `trainer.learning.head.chunk_rows` has them."""
@@ -144,6 +144,15 @@ def num_lora_weights(config: RunConfig, shape: ModelShape) -> int:
     return shape.num_layers * config.model.lora.r * sum(a + b for a, b in adapted)
 
 
+def weight_bytes(model: ModelConfig, *, on_cpu: bool) -> int:
+    """Of one weight of the base; on a CPU it depends on what this one can (`weights_dtype`)."""
+    if not on_cpu:
+        return _DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
+    from trainer.models.family import weights_dtype
+
+    return _DTYPE_BYTES[weights_dtype(model, on_cpu=True)]
+
+
 def head_bytes(shape: ModelShape, *, on_cpu: bool) -> int:
     """Of one chunk: float32 logits and their exponentials; on a CPU a copy more, which is little there."""
     return 3 * _CHUNK_BYTES if on_cpu else 2 * max(_CHUNK_BYTES, 4 * shape.vocabulary * _GPU_CHUNK_ROWS)
@@ -151,7 +160,7 @@ def head_bytes(shape: ModelShape, *, on_cpu: bool) -> int:
 
 def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> float:
     """What the backward pass of one microbatch needs of the forward pass, and the gradients in flight."""
-    b, r = DTYPE_BYTES[config.model.dtype], config.model.lora.r
+    b, r = weight_bytes(config.model, on_cpu=on_cpu), config.model.lora.r
     tokens = max(config.optim.max_microbatch_tokens, config.rollout.max_episode_tokens)
     q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     layer = (
@@ -166,9 +175,11 @@ def activation_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> f
     return tokens * (shape.num_layers * kept + 2 * layer + head) + head_bytes(shape, on_cpu=on_cpu)
 
 
-def engine_weight_bytes(config: RunConfig, engine: EngineConfig, shape: ModelShape, num_weights: int) -> float:
+def engine_weight_bytes(
+    config: RunConfig, engine: EngineConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool
+) -> float:
     """P·b; quantised to fp8, one byte a weight of the linear layers, and b of embeddings, norms and output head."""
-    b = DTYPE_BYTES[config.model.dtype]
+    b = weight_bytes(config.model, on_cpu=on_cpu)
     quantised = shape.num_linear_weights if engine.quantization else 0
     return quantised + (num_weights - quantised) * b
 
@@ -180,14 +191,15 @@ def gpu_bytes(engine: EngineConfig, weights: float, total_bytes: float) -> float
     return weights + engine.kv_cache_gib * GIB
 
 
-def kv_token_bytes(config: RunConfig, shape: ModelShape) -> int:
+def kv_token_bytes(config: RunConfig, shape: ModelShape, *, on_cpu: bool) -> int:
     """2·L·K·b: keys and values of one token."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[config.model.dtype]
+    b = weight_bytes(config.model, on_cpu=on_cpu)
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * b
 
 
 def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool) -> list[MemoryRow]:
     """By process: what the trainer holds, and what its engine holds; nothing of an engine of the user's own."""
-    b = DTYPE_BYTES[config.model.dtype]
+    b = weight_bytes(config.model, on_cpu=on_cpu)
     lora = num_lora_weights(config, shape)
     checkpointed = config.model.gradient_checkpointing
     kept = "b·H" if checkpointed else "2(4+b)H + 2b(Q+K) + 2bI + 4A + 8 + 7br"
@@ -206,15 +218,15 @@ def memory_rows(config: RunConfig, shape: ModelShape, num_weights: int, *, on_cp
 def _engine_rows(
     config: RunConfig, engine: EngineConfig, shape: ModelShape, num_weights: int, *, on_cpu: bool
 ) -> Iterator[tuple[str, str, float, str]]:
-    b = DTYPE_BYTES[config.model.dtype]
+    b = weight_bytes(config.model, on_cpu=on_cpu)
     weights = "1 · linear weights + b · others" if engine.quantization else "P·b"
-    yield "engine", "base weights", engine_weight_bytes(config, engine, shape, num_weights), weights
+    yield "engine", "base weights", engine_weight_bytes(config, engine, shape, num_weights, on_cpu=on_cpu), weights
     yield "engine", "adapter", num_lora_weights(config, shape) * b, "b·r·Σ(inputs + outputs)"
     if on_cpu:
         yield "engine", "KV cache", cpu_cache_gib(engine) * GIB, "engine.kv_cache_gib"
         yield "engine", "merged weights on their way", num_weights * b, "P·b, in /dev/shm while publishing"
         return
-    kv_token = kv_token_bytes(config, shape)
+    kv_token = kv_token_bytes(config, shape, on_cpu=False)
     together = min(engine.max_num_seqs, config.rollout.num_rollouts)
     longest = config.rollout.max_episode_tokens
     formula = f"2·L·K·b = {kv_token:,} bytes a token · {together} sequences · {longest:,} tokens, at most"

@@ -33,7 +33,6 @@ from trainer.engines.arguments import check_engine
 from trainer.models.cache import resolve_config
 from trainer.models.machines import GIB, Gpu, Machine, check_option, this_machine
 from trainer.models.memory import (
-    DTYPE_BYTES,
     MemoryRow,
     ModelShape,
     engine_weight_bytes,
@@ -43,6 +42,7 @@ from trainer.models.memory import (
     num_lora_weights,
     num_weights_of,
     read_shape,
+    weight_bytes,
 )
 from trainer.preflight.advice import Advice, advise_memory
 from trainer.preflight.duration import TimeEstimate, num_evaluations
@@ -147,7 +147,9 @@ def estimate_only(config: RunConfig, assumptions: Assumptions) -> Estimate:
 def _share_bytes(config: RunConfig, shape: ModelShape, num_weights: int, machine: Machine) -> float | None:
     if machine.on_cpu or not isinstance(engine := config.engine, EngineConfig):
         return None
-    return gpu_bytes(engine, engine_weight_bytes(config, engine, shape, num_weights), machine.memory_bytes)
+    return gpu_bytes(
+        engine, engine_weight_bytes(config, engine, shape, num_weights, on_cpu=False), machine.memory_bytes
+    )
 
 
 def episode_of(config: RunConfig, assumptions: Assumptions) -> AssumedRollout:
@@ -192,8 +194,8 @@ def decoding_of(
     assert gpu.flops and gpu.bandwidth, "asked for the time of a GPU whose speeds are not known"
     engine = _local(config)
     g, r = episode.generated_tokens, episode.row_tokens
-    kv_row = kv_token_bytes(config, shape) * r
-    weights = engine_weight_bytes(config, engine, shape, num_weights)
+    kv_row = kv_token_bytes(config, shape, on_cpu=False) * r
+    weights = engine_weight_bytes(config, engine, shape, num_weights, on_cpu=False)
     room = gpu_bytes(engine, weights, gpu.memory_bytes) - weights
     cached = room // kv_row
     at_once = max(1.0, min(config.engine.max_num_seqs, num_rollouts, cached))
@@ -233,7 +235,7 @@ def computed_time(
 ) -> TimeEstimate:
     """Seconds of the configured run by the formulas at the head of this file."""
     assert gpu.flops, "asked for the time of a GPU whose speeds are not known"
-    steps, b = config.optim.num_steps, DTYPE_BYTES[config.model.dtype]
+    steps, b = config.optim.num_steps, weight_bytes(config.model, on_cpu=False)
     rollouts = config.rollout.num_rollouts / gpus
     held_out = config.eval.num_tasks * config.eval.samples_per_task / gpus
     step = decoding_of(config, shape, num_weights, gpu, episode, rollouts)

@@ -1,5 +1,6 @@
 """A config that is only looked at: `scripts/train.py --check`."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -177,6 +178,23 @@ def test_a_cache_that_holds_no_episode_is_refused_before_the_engine_starts(tiny_
     sections = scripted_config(tmp_path / "run", tiny_model, engine={"kv_cache_gib": 1e6})
     with pytest.raises(UserError, match=r"^engine\.kv_cache_gib: 1e\+06 GiB are more than this machine has"):
         prepare(validate_config(sections, source="test"))
+
+
+@pytest.mark.parametrize(("has_bfloat16", "fits"), [(True, True), (False, False)])
+def test_a_cache_on_a_cpu_is_reckoned_in_the_dtype_that_this_one_has(
+    has_bfloat16: bool, fits: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.engines.arguments import check_cache
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    # 2 layers of 2 heads of 16, keys and values: 256 bytes a token in 16 bits.
+    length, gib = 400, 300 * 400 / 2**30
+    sections = scripted_config(tmp_path / "run", tiny_model, engine={"kv_cache_gib": gib})
+    sections |= {"model": {"name": str(tiny_model), "dtype": "auto"}}
+    sections["rollout"] |= {"max_episode_tokens": length}
+    config = validate_config(sections, source="test")
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="hold less than one episode"):
+        check_cache(config, config.engine, tiny_model)
 
 
 OWN_WORLD = """

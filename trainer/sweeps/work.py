@@ -63,8 +63,11 @@ class Slot:
     @contextlib.contextmanager
     def bound(self) -> Iterator[None]:
         """What this thread starts meanwhile is on the slot's cores, and counts no others."""
+        if not self.cores:
+            yield
+            return
         before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self.cores or before)
+        os.sched_setaffinity(0, self.cores)
         try:
             yield
         finally:
@@ -184,7 +187,8 @@ def slot_of(processes: Sequence[psutil.Process], slots: Sequence[Slot], taken: S
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
             if held := [slot for slot in slots if slot.holds(process)]:
-                return held[0]
+                # More runs than cores share some.
+                return next((slot for slot in held if slot not in taken), held[0])
     free = [slot for slot in slots if slot not in taken and not slot.devices]
     return free[0] if free else Slot(-1 - len(taken))
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -26,7 +27,7 @@ from trainer.sweeps.config import (
 )
 from trainer.sweeps.plan import Plan, make_plan
 from trainer.sweeps.space import as_overrides, corner_points, grid_points, short_keys, values_of
-from trainer.sweeps.work import Slot, slots_of
+from trainer.sweeps.work import Slot, slot_of, slots_of
 
 LOG = {"type": "log_range", "low": 1e-5, "high": 1e-3}
 MEANT: dict[str, Any] = {
@@ -192,6 +193,13 @@ def test_cores_are_shared_out_to_the_last_one(monkeypatch: pytest.MonkeyPatch) -
     slots = slots_of(CoresConfig(type="cores", num=2))
     assert [slot.cores for slot in slots] == [(1, 2), (3, 5, 7)] and str(slots[1]) == "core 3, 5, 7"
     assert [slot.cores for slot in slots_of(CoresConfig(type="cores", num=6))] == [(1,), (2,), (3,), (5,), (7,), (1,)]
+
+
+def test_runs_that_are_found_on_one_core_take_a_slot_each() -> None:
+    shared = tuple(sorted(os.sched_getaffinity(0)))
+    slots = [Slot(0, cores=shared), Slot(1, cores=shared)]
+    found = [psutil.Process()]
+    assert slot_of(found, slots, []) == slots[0] and slot_of(found, slots, slots[:1]) == slots[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.name)

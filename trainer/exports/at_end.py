@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from trainer.exports.commands import adapter_command, length_arguments
+from trainer.exports.commands import adapter_command, chat_arguments
 from trainer.learning.policy import Policy
 from trainer.models.family import weights_dtype
 from trainer.prepare import Prepared
@@ -42,16 +42,14 @@ def export_adapter(prepared: Prepared, run: RunFolder, policy: Policy) -> Path:
     policy.save_adapter(written)
     template = prepared.chat.save_template(written)
     written.replace(folder)
-    template = folder / template.name if template else None
-    arguments = prepared.chat.serve_arguments(template.resolve() if template else None)
-    arguments += length_arguments(prepared.model_path, prepared.config.rollout.max_episode_tokens)
+    template = (folder / template.name).resolve() if template else None
     on_cpu = policy.accelerator.device.type == "cpu"
     command = adapter_command(
         prepared.model_path,
         folder.resolve(),
         dtype=weights_dtype(prepared.config.model, on_cpu=on_cpu),
         rank=prepared.config.model.lora.r,
-        chat=arguments,
+        chat=chat_arguments(prepared.chat, template, prepared.model_path, prepared.config),
     )
     run.note(adapter=str(folder), serve_command=shlex.join(command), adapter_files=export_digests(folder))
     return folder

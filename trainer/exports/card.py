@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from envs.terminal import clean
-from trainer.exports.commands import adapter_command, length_arguments, merged_command
+from trainer.exports.commands import adapter_command, chat_arguments, merged_command
 from trainer.exports.trained import Trained
 from trainer.reports.comparison import Comparison
 from trainer.reports.comparison_page import remarks
@@ -102,8 +102,8 @@ def _facts(trained: Trained, form: str, weights: str | None) -> list[tuple[str, 
 def _use(trained: Trained, form: str, weights: str | None, chat: Chat, template: Path | None) -> str:
     """Commands in which this folder is `.`."""
     here, base = Path(), Path(trained.hub_id or f"path/to/{Path(trained.config.model.name).name}")
-    arguments = chat.serve_arguments(Path(template.name) if template else None)
-    arguments += length_arguments(trained.model_path, trained.config.rollout.max_episode_tokens)
+    named = Path(template.name) if template else None
+    arguments = chat_arguments(chat, named, trained.model_path, trained.config)
     if form == "adapter":
         rank = trained.config.model.lora.r
         command = adapter_command(base, here, dtype=trained.dtype, rank=rank, chat=arguments)

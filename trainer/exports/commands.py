@@ -6,15 +6,20 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from trainer.config import RunConfig
 from trainer.engines.arguments import lora_rank_bucket
+
+if TYPE_CHECKING:
+    from trainer.templates.chat import Chat
 
 SERVED_NAME = "policy"
 """What a server calls the model that was trained."""
 
 
 def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, chat: Sequence[str]) -> list[str]:
-    """vLLM with the adapter on its base. `chat` is what `Chat.serve_arguments` and `length_arguments` give."""
+    """vLLM with the adapter on its base. `chat` is what `chat_arguments` gives."""
     # vLLM refuses a rank that is not among certain ones.
     lora = ["--enable-lora", "--max-lora-rank", str(lora_rank_bucket(rank))]
     return [*server(model_path), "--dtype", dtype, *lora, "--lora-modules", f"{SERVED_NAME}={adapter}", *chat]
@@ -23,6 +28,11 @@ def adapter_command(model_path: Path, adapter: Path, *, dtype: str, rank: int, c
 def merged_command(folder: Path, *, dtype: str, chat: Sequence[str]) -> list[str]:
     """vLLM with merged weights."""
     return [*server(folder), "--served-model-name", SERVED_NAME, "--dtype", dtype, *chat]
+
+
+def chat_arguments(chat: Chat, template: Path | None, model_path: Path, config: RunConfig) -> list[str]:
+    """The arguments under which vLLM renders, parses and reads as the training of `config` did."""
+    return [*chat.serve_arguments(template), *length_arguments(model_path, config.rollout.max_episode_tokens)]
 
 
 def length_arguments(model_path: Path, longest: int) -> list[str]:

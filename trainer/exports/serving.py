@@ -12,7 +12,7 @@ from envs.errors import UserError
 from envs.terminal import say
 from trainer.config import EngineConfig, cpu_cache_gib
 from trainer.exports.artefact import servable
-from trainer.exports.commands import adapter_command, length_arguments
+from trainer.exports.commands import adapter_command, chat_arguments
 from trainer.exports.trained import Trained
 from trainer.models.machines import has_gpu
 
@@ -41,7 +41,7 @@ def serve_words(trained: Trained) -> list[str]:
 
     folder = servable(trained)
     template = folder / "chat_template.jinja"
-    arguments = build_chat(trained.config, trained.model_path).serve_arguments(template if template.exists() else None)
-    arguments += length_arguments(trained.model_path, trained.config.rollout.max_episode_tokens)
+    chat = build_chat(trained.config, trained.model_path)
+    arguments = chat_arguments(chat, template if template.exists() else None, trained.model_path, trained.config)
     rank = trained.config.model.lora.r
     return adapter_command(trained.model_path, folder, dtype=trained.dtype, rank=rank, chat=arguments)

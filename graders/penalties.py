@@ -54,8 +54,8 @@ class PenaltiesConfig(Settings):
 
     generated_tokens: PenaltyConfig | None = Field(
         default=None,
-        description="On each generated token; with free = longest - buffer, slope = 1 / buffer it is DAPO's soft "
-        "punishment of overlong answers (arXiv:2503.14476).",
+        description="On each generated token; with free = longest - buffer, slope = 0.5 / buffer, floor = -0.5 it is "
+        "DAPO's soft punishment of overlong answers (arXiv:2503.14476) for scores of 0 and 1.",
     )
 
     @property

@@ -22,14 +22,15 @@ from trainer.engines.engine import Engine, EngineStart
 from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
 from trainer.learning.adapter import load_adapter, published_bytes
+from trainer.learning.advantages import registry as advantages
 from trainer.learning.checkpoint import keep_checkpoint, load_checkpoint, write_checkpoint
-from trainer.learning.losses.registry import forgotten
+from trainer.learning.losses import registry as losses
 from trainer.learning.policy import Policy, Update
 from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
 from trainer.models.machines import hardware, release_memory
 from trainer.prepare import Prepared
-from trainer.rollouts.collect import with_fresh_groups
+from trainer.rollouts.collect import warn_of_mismatch, with_fresh_groups
 from trainer.rollouts.stream import RolloutStream, release_left_open
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.canary_record import KeepRecord, keep_none
@@ -104,17 +105,7 @@ class Session:
         update = self.policy.update(
             samples, config.loss, temperature=rollout.temperature, constant_tokens=rollout.max_episode_tokens
         )
-        # What was sampled under earlier weights differs by what was learned since.
-        has_stale = any("/staleness_" in name for name in update.metrics)
-        mismatch = update.metrics.get("mismatch_abs/staleness_0" if has_stale else "mismatch_abs", 0.0)
-        tolerance = config.engine.canary_mean_tolerance
-        if mismatch > tolerance:
-            # The canary is scored, and never sampled.
-            self.progress.warn(
-                f"the step's tokens were sampled with other log-probabilities than the trainer's, by {mismatch:.3f} "
-                f"nats a token (engine.canary_mean_tolerance is {tolerance:g}): does the engine sample with the "
-                "weights that it was given?"
-            )
+        warn_of_mismatch(update.metrics, config, self.progress)
         return update
 
     def publish(self) -> Metrics:
@@ -253,6 +244,7 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     """The policy as the newest checkpoint left it; in a new run after its warm start, if there is one."""
     config = prepared.config
     progress.phase(Phase.LOADING)
+    advantages.forget()
     policy = new_policy(prepared, accelerator)
     if policy.layout != config.optim.layout:
         progress.say(f"rows share no prefixes in training: {policy.padded_because}")
@@ -262,7 +254,8 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
         step, folder = checkpoint
         load_checkpoint(policy, folder)
         rewound = run.rewind(step, ahead=config.overlap.max_staleness, num_rollouts=config.rollout.num_rollouts)
-        for told in (*run.remarks, *rewound, *(forgotten(config.loss) if step else ())):
+        forgotten = (*losses.forgotten(config.loss), *advantages.forgotten(config.loss.advantage)) if step else ()
+        for told in (*run.remarks, *rewound, *forgotten):
             progress.warn(told)
         progress.say(f"resumed after step {step} from {folder}")
     else:

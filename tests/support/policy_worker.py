@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
-from trainer.config.advantages import CriticConfig, GaeConfig
+from trainer.config.advantages import CriticConfig, CustomAdvantageConfig, GaeConfig
+from trainer.learning.advantages import Attempt, estimator_of
+from trainer.learning.advantages.base import Advantages, Groups
 from trainer.learning.samples import Sample, sample_of
 from trainer.types import Ledger
 
@@ -130,6 +132,16 @@ def train(model: Path):
     return policy, metrics
 
 
+def draws(groups: Groups) -> Advantages:
+    """An estimator of one's own that rolls dice."""
+    return [[(random.random(),) for _ in group] for group in groups]
+
+
+def drawn_advantages() -> Advantages:
+    one = Attempt(reward=1.0, turn_rewards_T=(0.0,), num_tokens_T=(1,), states_T=(0,))
+    return estimator_of(CustomAdvantageConfig(type="custom", target=f"{__package__}.policy_worker:draws"))([[one] * 3])
+
+
 def main() -> None:
     model, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -138,7 +150,7 @@ def main() -> None:
         state = {"critic": policy.state_dict()["critic"]["weights"]}
     else:
         policy, metrics = train(model)
-        state = {"adapter": policy.state_dict()["adapter"], "metrics": metrics}
+        state = {"adapter": policy.state_dict()["adapter"], "metrics": metrics, "drawn": drawn_advantages()}
     torch.save(state, out / f"rank{policy.accelerator.process_index}.pt")
     policy.accelerator.end_training()
 

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from envs.custom.world import CustomEnvConfig
+from envs.settings import Settings
+from graders.user.custom import CustomConfig
+from trainer.config.advantages import advantage_settings
 from trainer.config.run import RunConfig
 
 
 def idle_settings(config: RunConfig) -> list[str]:
     """A line for each, which begins with its key."""
-    return [*_beyond_the_run(config), *_beyond_a_step(config), *_beyond_an_episode(config)]
+    return [
+        *_beyond_the_run(config),
+        *_beyond_a_step(config),
+        *_within_an_update(config),
+        *_beyond_an_episode(config),
+        *_without_rewards_of_turns(config),
+    ]
 
 
 def _beyond_the_run(config: RunConfig) -> Iterator[str]:
@@ -22,6 +32,12 @@ def _beyond_the_run(config: RunConfig) -> Iterator[str]:
         yield (
             f"optim.warmup_steps {config.optim.warmup_steps}: the learning rate does not come to its peak in a run of "
             f"optim.num_steps = {steps}"
+        )
+    alone = 0 if config.loss.gae is None else config.loss.gae.critic.warmup_steps
+    if 0 < config.optim.warmup_steps <= alone:
+        yield (
+            f"optim.warmup_steps {config.optim.warmup_steps}: the first {alone} steps train the critic alone "
+            "(loss.advantage.critic.warmup_steps), so that the policy begins at the peak"
         )
     if 0 < steps <= config.eval.every_steps:
         yield f"eval.every_steps {config.eval.every_steps}: optim.num_steps = {steps} has no evaluation on the way"
@@ -34,6 +50,32 @@ def _beyond_a_step(config: RunConfig) -> Iterator[str]:
             f"optim.minibatches {config.optim.minibatches}: no rollout is cut, so that the {rollouts} of a step "
             "(rollout.tasks_per_step · group_size) make as many minibatches at most"
         )
+
+
+def _within_an_update(config: RunConfig) -> Iterator[str]:
+    """What bounds how far a step's updates go from where it began is idle where it has but one."""
+    if config.optim.num_epochs * config.optim.minibatches > 1:
+        return
+    of_loss: dict[str, Settings] = {"loss": config.loss}
+    if config.loss.gae is not None:
+        of_loss["loss.advantage.critic"] = config.loss.gae.critic
+    for section, settings in of_loss.items():
+        for name in ("clip_low", "clip_high", "delta", "ratio_cap", "value_clip"):
+            field = type(settings).model_fields.get(name)
+            if field is not None and (value := getattr(settings, name)) != field.default:
+                yield (
+                    f"{section}.{name} {value}: with one update a step (optim.num_epochs · minibatches) policy and "
+                    "critic are those of the step's beginning, so that nothing is clipped"
+                )
+
+
+def _without_rewards_of_turns(config: RunConfig) -> Iterator[str]:
+    if advantage_settings(config.loss.advantage).type != "turn_discounted" or config.loss.kl_in_reward:
+        return
+    by_turn = any(penalty is not None and penalty.by_turn for _, penalty in config.penalties)
+    # No world and no grader but the user's own gives rewards of turns.
+    if not (by_turn or isinstance(config.world, CustomEnvConfig) or isinstance(config.grader, CustomConfig)):
+        yield "loss.advantage turn_discounted: nothing gives rewards of turns in this run, so that it is grpo"
 
 
 def _beyond_an_episode(config: RunConfig) -> Iterator[str]:

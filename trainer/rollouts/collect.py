@@ -61,7 +61,10 @@ def to_samples(
     if config.loss.gae is not None:
         assert policy is not None, "a critic's advantages need the policy"
         rows = [[] if r.reward is None else _rows(r, 0.0) for r in rollouts]
-        return with_critics_advantages(rows, attempts, rollouts, config.loss.gae, policy.values), metrics
+        samples = with_critics_advantages(
+            rows, attempts, rollouts, config.loss.gae, policy.values, max_tokens=config.rollout.max_episode_tokens
+        )
+        return samples, metrics
     skips = config.rollout.tied_groups != "keep"
     # What is left out counts in no mean and spread of the step either.
     asked = [g for g in range(len(groups)) if not (skips and is_tied and is_tied[g])]
@@ -172,6 +175,26 @@ def warn_of_unclosed(rollouts: Sequence[Rollout], progress: Progress) -> None:
     """What an environment holds on to when it does not close costs no rollout, but may fill the machine."""
     if causes := Counter(cause for r in rollouts for cause in r.unclosed):
         progress.warn(f"{causes.total()} environments did not close: {causes.most_common(1)[0][0]}")
+
+
+def warn_of_mismatch(loss: Metrics, config: RunConfig, progress: Progress) -> None:
+    """Say aloud what an update's metrics tell of an engine whose log-probabilities are not the trainer's."""
+    # What was sampled under earlier weights differs by what was learned since.
+    has_stale = any("/staleness_" in name for name in loss)
+    mismatch = loss.get("mismatch_abs/staleness_0" if has_stale else "mismatch_abs", 0.0)
+    tolerance = config.engine.canary_mean_tolerance
+    if mismatch > tolerance:
+        # The canary is scored, and never sampled.
+        progress.warn(
+            f"the step's tokens were sampled with other log-probabilities than the trainer's, by {mismatch:.3f} "
+            f"nats a token (engine.canary_mean_tolerance is {tolerance:g}): does the engine sample with the "
+            "weights that it was given?"
+        )
+    if loss.get("mismatch_masked_share") == 1:
+        progress.warn(
+            "loss.correction masks every token of this step: nothing was learned from its rewards; its ranges are too "
+            "narrow for how far the trainer's log-probabilities are from the engine's (loss/mismatch_ratio_p95)"
+        )
 
 
 def refuse_if_none_graded(rollouts: Sequence[Rollout], which: str) -> None:

@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import OPTConfig, OPTForCausalLM
 
 from envs.errors import UserError
 from envs.types import Episode, StopReason, Task
@@ -123,7 +124,7 @@ def test_time_runs_over_a_rollouts_rows_and_a_cut_episode_may_go_on_in_the_criti
         asked.extend(samples)
         return [[0.1 * t for t in tokens_before(s)] for s in samples]
 
-    found = with_critics_advantages([rows], [attempt], [rollout], config, values_of)
+    found = with_critics_advantages([rows], [attempt], [rollout], config, values_of, max_tokens=99)
     cut = bootstrap and stop is StopReason.MAX_TURNS
     assert len(asked) == 2 + cut
     values = [0.6, 0.7, 1.0, 1.1, 1.2]
@@ -136,6 +137,21 @@ def test_time_runs_over_a_rollouts_rows_and_a_cut_episode_may_go_on_in_the_criti
     assert returns == pytest.approx([a + v for a, v in zip(expected, values, strict=True)])
 
 
+def test_no_value_is_asked_for_behind_more_tokens_than_an_episode_may_have(tmp_path):
+    """The output that ended the episode is no training row: the model may have no places for it."""
+    rollout = played(StopReason.MAX_EPISODE_TOKENS)
+    rollout.ledgers[-1].append_context([14] * 200)
+    rows = rollout_samples(rollout.ledgers, advantage=0.0, rollout_id="r", task_id="t")
+    attempt = Attempt(reward=1.0, turn_rewards_T=(0.0, 0.0), num_tokens_T=(2, 3), states_T=("a", "b"))
+    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1, "dropout": 0.0}
+    config = OPTConfig(vocab_size=97, max_position_embeddings=128, num_attention_heads=2, pad_token_id=0, **small)
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    values_of = with_critic(tmp_path, max_length=128).values
+    settings = GaeConfig(bootstrap=True)
+    found = with_critics_advantages([rows], [attempt], [rollout], settings, values_of, max_tokens=128)
+    assert [s.num_trainable for s in found] == [2, 3]
+
+
 def test_a_masked_rollout_gives_no_rows_and_counts_in_no_mean():
     rollouts = [played(StopReason.ANSWERED), played(StopReason.WORLD_FAULT, reward=None)]
     rows = [rollout_samples(rollouts[0].ledgers, advantage=0.0, rollout_id="r", task_id="t"), []]
@@ -143,7 +159,7 @@ def test_a_masked_rollout_gives_no_rows_and_counts_in_no_mean():
         Attempt(reward=r, turn_rewards_T=(0.0, 0.0), num_tokens_T=(2, 3), states_T=("a", "b")) for r in (1, None)
     ]
     found = with_critics_advantages(
-        rows, attempts, rollouts, GaeConfig(), lambda s: [[0.0] * x.num_trainable for x in s]
+        rows, attempts, rollouts, GaeConfig(), lambda s: [[0.0] * x.num_trainable for x in s], max_tokens=99
     )
     assert len(found) == 2 and math.fsum(x for s in found for x in s.trained(s.advantages)) == pytest.approx(
         0, abs=1e-6

@@ -14,7 +14,7 @@ from envs.errors import UserError
 from trainer.config.advantages import ADVANTAGE_SETTINGS, CustomAdvantageConfig, advantage_settings
 from trainer.learning.advantages import Attempt, estimator_of, group_advantages
 from trainer.learning.advantages.attempts import with_costs
-from trainer.learning.advantages.registry import ESTIMATORS, check_advantage
+from trainer.learning.advantages.registry import ESTIMATORS, check_advantage, forget, forgotten
 
 SEEDS = range(8)
 EPS = 1e-4
@@ -201,6 +201,18 @@ def test_parts_of_which_one_is_what_the_other_lacks_teach_gdpo_nothing():
     """Normalised they are each other's opposite; what is left of their sum is rounding."""
     group = [attempt(1.0, parts={"right": x, "wrong": 1 - x}) for x in (1.0, 0.0, 0.0, 0.3)]
     assert estimator_of("gdpo")([group]) == [[(0.0,)] * 4]
+    varied = [attempt(x, parts={"right": x, "wrong": 0.1 * x * x}) for x in (0.7, 0.1, 0.3)]
+    assert estimator_of("gdpo")([group, varied])[0] == [(0.0,)] * 4
+
+
+@pytest.mark.parametrize("name", [*set(ESTIMATORS) - {"reinforce_pp", "reinforce_pp_baseline"}])
+def test_equal_rewards_have_no_advantage_beside_groups_that_vary(name):
+    """Whatever is left of a rounded mean would have the group computed, and count as a gradient to Adam's momentum."""
+    for seed in SEEDS:
+        rng = random.Random(seed)
+        tied = [attempt(0.3, parts={"a": 0.1, "b": 0.2}) for _ in range(3)]
+        varied = [[attempt(x := rng.random(), parts={"a": x, "b": rng.random()}) for _ in range(5)] for _ in range(3)]
+        assert estimator_of(name)([*varied, tied])[-1] == [(0.0,)] * 3
 
 
 def test_gdpo_refuses_parts_that_differ_within_a_group_and_weights_of_none():
@@ -378,6 +390,10 @@ def test_ones_own_estimator_is_made_once_and_can_not_shuffle_its_groups(tmp_path
     counts = CustomAdvantageConfig(type="custom", target=f"{file}:Counts")
     groups = [[attempt(1.0), attempt(0.0)]]
     assert [estimator_of(counts)(groups)[0][0][0] for _ in range(3)] == [1.0, 2.0, 3.0]
+    forget()
+    assert estimator_of(counts)(groups)[0][0][0] == 1.0, "another run's"
+    assert "own.py:Counts': is made anew; what it has kept of the steps before is in no chec" in forgotten(counts)[0]
+    assert forgotten("grpo") == [] == forgotten(CustomAdvantageConfig(type="custom", target=f"{file}:sorts"))
     with pytest.raises(AttributeError) as error:
         estimator_of(CustomAdvantageConfig(type="custom", target=f"{file}:sorts"))(groups)
     assert "own.py:sorts" in "".join(error.value.__notes__)

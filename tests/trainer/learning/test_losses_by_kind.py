@@ -191,8 +191,8 @@ def test_the_correction_multiplies_each_tokens_gradient_by_its_naive_weight(kind
     torch.testing.assert_close(grad, plain_grad * weights, rtol=1e-4, atol=1e-5)
     means = reduce_metrics([metrics])
     assert means["tis_weight"] == pytest.approx(weights.mean().item(), rel=1e-4)
-    if weights.any():
-        effective = weights.sum() ** 2 / (len(weights) * weights.square().sum())
+    effective = weights.sum() ** 2 / (len(weights) * weights.square().sum()) if weights.any() else weights.sum()
+    if cap is not None or given:
         assert means["effective_samples"] == pytest.approx(effective.item(), rel=1e-4)
     assert ("mismatch_masked_share" in means) == any("range" in name for name in given)
 
@@ -205,6 +205,15 @@ def test_where_sampler_and_trainer_agree_nothing_is_masked_and_every_sample_coun
     _, metrics = loss_of(config_of("clipped", tis_cap=1.0, correction=narrow))(LossInputs(**fields))
     means = reduce_metrics([metrics])
     assert (means["mismatch_masked_share"], means["effective_samples"], means["tis_weight"]) == (0.0, 1.0, 1.0)
+
+
+def test_where_all_is_masked_no_sample_counts():
+    inputs = random_inputs(0)
+    fields = {name: getattr(inputs, name) for name in LossInputs.__slots__}
+    fields["sampler_logprobs_N"] = inputs.old_logprobs_N - 1.0
+    _, metrics = loss_of(config_of("clipped", correction={"ratio_range": (0.9, 1.1)}))(LossInputs(**fields))
+    means = reduce_metrics([metrics])
+    assert (means["mismatch_masked_share"], means["effective_samples"], means["tis_weight"]) == (1.0, 0.0, 0.0)
 
 
 # --- KL ---

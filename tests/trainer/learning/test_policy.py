@@ -197,6 +197,7 @@ def test_two_processes_make_the_same_adapter_as_one(model, tmp_path):
     for one, two in zip(metrics, first["metrics"], strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
     assert first["metrics"] == second["metrics"]
+    assert first["drawn"] == second["drawn"], "what an estimator of one's own draws is every process's"
 
 
 def test_untrainable_tokens_have_no_influence_but_as_context(model):

@@ -241,6 +241,18 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
     ("sections", "told"),
     [
         ({"optim": {"warmup_steps": 4}}, "optim.warmup_steps 4: the learning rate does not come to its peak"),
+        ({"loss": {"clip_high": 0.28}}, "loss.clip_high 0.28: with one update a step"),
+        ({"loss": {"delta": 3.0}}, "loss.delta 3.0: with one update a step"),
+        ({"loss": {"type": "cispo", "ratio_cap": 2.0}}, "loss.ratio_cap 2.0: with one update a step"),
+        (
+            {"loss": {"advantage": {"type": "gae", "critic": {"value_clip": 0.5}}}},
+            "loss.advantage.critic.value_clip 0.5: with one update a step",
+        ),
+        (
+            {"loss": {"advantage": {"type": "gae", "critic": {"warmup_steps": 2}}}, "optim": {"warmup_steps": 2}},
+            "optim.warmup_steps 2: the first 2 steps train the critic alone",
+        ),
+        ({"loss": {"advantage": "turn_discounted"}}, "loss.advantage turn_discounted: nothing gives rewards of turns"),
         ({"optim": {"minibatches": 9}}, "optim.minibatches 9: no rollout is cut, so that the 8 of a step"),
         ({"eval": {"every_steps": 3}}, "eval.every_steps 3: optim.num_steps = 3 has no evaluation on the way"),
         (
@@ -258,6 +270,11 @@ def test_what_changes_nothing_in_this_run_is_told(tiny_model: Path, tmp_path: Pa
     less = {"optim": {"warmup_steps": 3}, "eval": {"every_steps": 2}}
     less |= {"penalties": {"generated_tokens": {"free": 479, "slope": 0.001, "floor": -0.1}}}
     assert idle(tiny_model, tmp_path, less) == []
+    critic = {"warmup_steps": 1, "value_clip": 0.5}
+    less = {"loss": {"clip_high": 0.28, "advantage": {"type": "gae", "critic": critic}}}
+    assert idle(tiny_model, tmp_path, less | {"optim": {"num_epochs": 2, "warmup_steps": 2}}) == []
+    by_turn = {"tool_calls": {"slope": 0.1, "floor": -0.2, "by_turn": True}}
+    assert idle(tiny_model, tmp_path, {"loss": {"advantage": "turn_discounted"}, "penalties": by_turn}) == []
 
 
 def idle(model: Path, folder: Path, sections: Any) -> list[str]:

@@ -16,6 +16,7 @@ from graders.types import Grade
 from graders.user.custom import CustomConfig, load_custom_grader
 from tests.support.episodes import World, play
 from tests.support.scripted_engine import call
+from trainer.config import RunConfig
 from trainer.learning.advantages.attempts import attempt_of
 
 TASK = Task(task_id="t", messages=(Message(role="user", content="?"),))
@@ -145,11 +146,14 @@ def test_what_is_held_at_the_threshold_or_not_due_is_so_by_turn_too():
 
 @pytest.mark.parametrize("length", [0, 99, 100, 101, 110, 119, 120, 500])
 def test_a_penalty_on_generated_tokens_is_daposs_soft_punishment_of_overlong_answers(length):
+    """Half of it, since scores of 0 and 1 are half as far apart as the paper's -1 and 1."""
     longest, buffer = 120, 20
-    slope = {"free": longest - buffer, "slope": 1 / buffer, "floor": -1.0}
+    slope = {"free": longest - buffer, "slope": 0.5 / buffer, "floor": -0.5}
+    exact = {"type": "string_check", "name": "same", "operation": "eq", "input": "x", "reference": "x"}
+    RunConfig.model_validate({"output_dir": "x", "grader": exact, "penalties": {"generated_tokens": slope}})
     grade = graded(episode(turn(num_tokens=length)), generated_tokens=slope)
     expected = 0.0 if length <= longest - buffer else (longest - buffer - length) / buffer if length <= longest else -1
-    assert grade.parts["generated_tokens"] == pytest.approx(expected)
+    assert 2 * grade.parts["generated_tokens"] == pytest.approx(expected)
 
 
 def test_a_users_grader_gives_rewards_by_turn_one_a_turn(tmp_path):

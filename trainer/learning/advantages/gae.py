@@ -78,14 +78,17 @@ def with_critics_advantages(
     rollouts: Sequence[Rollout],
     config: GaeConfig,
     values_of: ValuesOf,
+    *,
+    max_tokens: int,
 ) -> list[Sample]:
     """The rows of each rollout with advantage, value and return at every trainable token. `rows` have no advantage.
 
-    `rows[i]`, `attempts[i]` and `rollouts[i]` belong together; a rollout without rows gives none.
+    `rows[i]`, `attempts[i]` and `rollouts[i]` belong together; a rollout without rows gives none. No value is asked for
+    behind more than `max_tokens` tokens.
     """
     asked = [sample for of in rows for sample in of]
     ends = [i for i, of in enumerate(rows) if of and config.bootstrap and _was_cut(rollouts[i])]
-    answers = values_of([*asked, *(_after(rollouts[i].ledgers[-1], rows[i][-1]) for i in ends)])
+    answers = values_of([*asked, *(_after(rollouts[i].ledgers[-1], rows[i][-1], max_tokens) for i in ends)])
     values = iter(answers[: len(asked)])
     last_value = {i: of[-1] for i, of in zip(ends, answers[len(asked) :], strict=True)}
     figures: list[tuple[Sample, list[float]]] = []
@@ -116,11 +119,14 @@ def _was_cut(rollout: Rollout) -> bool:
     return rollout.episode.stop_reason in _ENDED_BY_A_LIMIT
 
 
-def _after(ledger: Ledger, row: Sample) -> Sample:
+def _after(ledger: Ledger, row: Sample, max_tokens: int) -> Sample:
     """The state in which a rollout was cut: its last ledger, which may hold what followed the last turn, and one more
     token, whichever, before which the value is read. `row` is any of the rollout's.
+
+    A tool's output that ended the episode may be longer than any row: what is beyond `max_tokens` is left out, as the
+    model may have no places for it, and the machine no memory.
     """
-    token_ids = tuple(ledger.prompt_ids)
+    token_ids = tuple(ledger.prompt_ids[:max_tokens])
     nothing = (0.0,) * (len(token_ids) + 1)
     return replace(
         row,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from envs.errors import UserError
 from graders.penalties import TURN_REWARDS
 from trainer.config.advantages import GdpoConfig
-from trainer.learning.advantages.base import Advantages, Attempt, Groups, normalised
+from trainer.learning.advantages.base import STD_EPS, Advantages, Attempt, Groups, normalised
+from trainer.tasks.difficulty import stats_of
 
 
 def gdpo(groups: Groups, config: GdpoConfig) -> Advantages:
@@ -23,8 +24,13 @@ def gdpo(groups: Groups, config: GdpoConfig) -> Advantages:
     there or leaves none with a weight.
     """
     sums = [_of_group(group, config) for group in groups]
-    flat = iter(normalised([x for group in sums for x in group]))
-    return [[None if (x := next(flat)) is None else attempt.everywhere(x) for attempt in group] for group in groups]
+    stats = stats_of([x for group in sums for x in group])
+    # The step's mean is 0, each group's being; subtracting its rounding would take tied groups off 0.
+    scale = 0.0 if stats.tied else 1.0 / (stats.std + STD_EPS)
+    return [
+        [None if x is None else attempt.everywhere(x * scale) for attempt, x in zip(group, of, strict=True)]
+        for group, of in zip(groups, sums, strict=True)
+    ]
 
 
 def _of_group(group: Sequence[Attempt], config: GdpoConfig) -> list[float | None]:
@@ -54,9 +60,11 @@ def _of_group(group: Sequence[Attempt], config: GdpoConfig) -> list[float | None
             "nothing would be learned"
         )
     columns = {name: normalised([None if of is None else of[name] for of in parts]) for name in names[0]}
-    return [
+    sums = [
         None
         if of is None
         else math.fsum(config.weights.get(name, 1.0) * (column[i] or 0.0) for name, column in columns.items())
         for i, of in enumerate(parts)
     ]
+    # Parts that outweigh each other leave the rounding of 0.
+    return [None if x is None else 0.0 for x in sums] if stats_of(sums).tied else sums

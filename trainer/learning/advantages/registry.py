@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from pkgutil import resolve_name
@@ -10,6 +11,7 @@ from typing import Any
 
 from envs.errors import UserError
 from envs.user_code import load_target, looked_at, make, raised_by
+from trainer import processes
 from trainer.config.advantages import (
     AdvantageName,
     AdvantageSettings,
@@ -47,9 +49,26 @@ def estimator_of(advantage: AdvantageName | AdvantageSettings) -> Estimator:
         if key not in _MADE:
             _MADE.clear()
             _MADE[key] = _custom(config)
-        return _MADE[key]
+        own = _MADE[key]
+        # One that draws random numbers would give every process others.
+        return lambda groups: processes.from_main(lambda: own(groups))
     function = resolve_name(f"trainer.learning.advantages.{ESTIMATORS[config.type]}")
     return lambda groups: function(groups, config)
+
+
+def forget() -> None:
+    """A run begins: what the user's own has kept of another one is not its."""
+    _MADE.clear()
+
+
+def forgotten(advantage: AdvantageName | AdvantageSettings) -> list[str]:
+    """What a run that goes on has to say of its estimator, as `trainer.learning.losses.registry.forgotten`."""
+    config = advantage_settings(advantage)
+    if not isinstance(config, CustomAdvantageConfig):
+        return []
+    if inspect.isfunction(load_target(config.target, key="loss.advantage.target")):
+        return []
+    return [f"{_where(config)}: is made anew; what it has kept of the steps before is in no checkpoint"]
 
 
 def check_advantage(advantage: AdvantageName | AdvantageSettings) -> None:

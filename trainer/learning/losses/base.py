@@ -152,7 +152,7 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
                        where nothing does; not told of staleness_0 where that is all of them
     NAME_histogram     counts by `log_histogram`: NAME_p95 and NAME_p99, ratios, to 1 %
     weight_square      beside `tis_weight`: `effective_samples`, (Σ w)² / (N Σ w²), the share of the tokens that the
-                       weighted ones are worth (Kish 1965)
+                       weighted ones are worth (Kish 1965); 0 where all weights are
     """
     totals: dict[str, Tensor] = {}
     for part in parts:
@@ -172,8 +172,9 @@ def reduce_metrics(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             of_all = totals.get("num_tokens", 0.0)
             count = totals.get("/".join(["num_tokens", *name.split("/")[1:]]), of_all)
             metrics[name] = float(total) / max(float(count), 1.0)
-    if (square := metrics.pop(SQUARES, 0.0)) > 0:
-        metrics[EFFECTIVE] = metrics["tis_weight"] ** 2 / square
+    if SQUARES in metrics:
+        square = metrics.pop(SQUARES)
+        metrics[EFFECTIVE] = metrics["tis_weight"] ** 2 / square if square else 0.0
     num_tokens = metrics.pop("num_tokens", 0.0)
     return metrics | {"num_tokens": num_tokens}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from envs.limits.clocks import blocking_limit
 from envs.tools import Tool
 from envs.types import Episode, Message, Task
 
@@ -97,13 +99,18 @@ class OrdersCalls(Protocol):
 
 
 def of_env(
-    env: Env, member: Literal["observation", "respond", "is_over", "turn_reward", "final_state", "calls_in_order"]
+    env: Env,
+    member: Literal["tools", "observation", "respond", "is_over", "turn_reward", "final_state", "calls_in_order"],
+    *,
+    limit_s: float = math.inf,
 ) -> Any:
-    """A member that an environment may have besides; None where it has none.
+    """A member of an environment; None where it has none. Raises `WorldError` for a property that is not done in time.
 
-    The same as `isinstance` of its protocol says, which takes Python 3.11 ten times as long: some are asked every turn.
+    Which it may have besides is the same as `isinstance` of its protocol says, which takes Python 3.11 ten times as
+    long: some are asked every turn.
     """
-    return getattr(env, member, None)
+    with blocking_limit(limit_s, f"{type(env).__name__}.{member}"):
+        return getattr(env, member, None)
 
 
 @runtime_checkable

@@ -35,32 +35,59 @@ def validation_problems(
     `root` is the section that was validated; without it keys are named as pydantic names them. `given` is what stood
     there as it was written: where that is the path of a file for what was found wrong, the file is named.
     """
-    problems = dict.fromkeys(_problem(details, root, given) for details in error.errors())
+    problems = _one_for_each_key([_problem(details, root, given) for details in error.errors()])
     lines = [f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}", *(f"  {problem}" for problem in problems)]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  ... and {len(lines) - _MOST_LINES} more"]
     return "\n".join(lines)
 
 
-def _problem(details: ErrorDetails, root: type[BaseModel] | None, given: Any) -> str:
-    key, section, held = _locate(details["loc"], root)
+def _one_for_each_key(found: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Of (key, expected, got): pydantic says of each thing that a key may hold why it is not that one.
+
+    What is wrong within one of them tells more than that the whole is none of the others.
+    """
+    expected: dict[tuple[str, str], list[str]] = {}
+    for key, wanted, got in found:
+        if not any(other.startswith(f"{key}.") for other, _, _ in found if key):
+            words = expected.setdefault((key, got), [])
+            words += [wanted] if wanted not in words else []
+    return [
+        (f"{key}: " if key else "") + "; or: ".join(words) + (f" (got {got})" if got else "")
+        for (key, got), words in expected.items()
+    ]
+
+
+def _problem(details: ErrorDetails, root: type[BaseModel] | None, given: Any) -> tuple[str, str, str]:
+    """(key, what was expected, what was got)."""
+    location, missing = details["loc"], details["type"] == "missing"
+    lacks_items = missing and isinstance(location[-1], int)
+    key, section, held = _locate(location[:-1] if lacks_items else location, root)
     file = _file_of(given, key, details["input"])
     where = f"; in {file}" if file and file not in details["msg"] else ""
     if details["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggestion(key, section)}{where}"
-    if details["type"] == "missing":
-        return f"{key}: required, but not given{where}"
+        return key, f"unknown key{_suggestion(key, section)}{where}", ""
     if details["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return f"{f'{key}.' if key else ''}type: {_of_types(details, held)}{where}"
-    value = "" if isinstance(details["input"], dict) else repr(_shown_at(details["loc"], details["input"]))
+        return f"{key}.type" if key else "type", f"{_of_types(details, held)}{where}", ""
+    if lacks_items:
+        expected = f"expected {_length_of(held)} values"
+    elif missing:
+        return key, f"required, but not given{where}", ""
+    else:
+        expected = _expected(details, held)
+    value = "" if isinstance(details["input"], dict) else repr(_shown_at(location, details["input"]))
     shown = value if len(value) <= _MAX_VALUE_CHARS else f"{value[:_MAX_VALUE_CHARS]} ..."
-    return (f"{key}: " if key else "") + _expected(details) + (f" (got {shown})" if shown else "") + where
+    return key, f"{expected}{where}", shown
 
 
-def _expected(details: ErrorDetails) -> str:
+def _expected(details: ErrorDetails, held: Any) -> str:
     """pydantic's words, but for those that speak of its own classes or of regular expressions."""
     if details["type"] in ("model_type", "model_attributes_type"):
         return details["msg"].partition(" or ")[0]
+    if details["type"] == "path_type":
+        return "expected a path"
+    if details["type"] in ("tuple_type", "too_long") and (length := _length_of(held)):
+        return f"expected {length} values"
     if details["type"] == "string_pattern_mismatch":
         return _PATTERNS.get(details["ctx"]["pattern"], details["msg"])
     return details["msg"].removeprefix("Value error, ")
@@ -127,6 +154,15 @@ def _locate(location: Sequence[str | int], root: type[BaseModel] | None) -> tupl
         field = section.model_fields.get(keys[-1]) if section else None
         held = field.annotation if field else _values_of(held)
     return ".".join(keys), section, held
+
+
+def _length_of(annotation: Any) -> int:
+    """How many values a field holds, where it always holds as many; else 0."""
+    if get_origin(annotation) is tuple:
+        return len(get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return max(map(_length_of, get_args(annotation)))
+    return 0
 
 
 def _tag(section: type[BaseModel]) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from envs.base import Checks, Closes, Env, Responds, World
 from envs.errors import UserError, told_of
@@ -35,7 +36,7 @@ from trainer.models.machines import has_gpu, memory_metrics
 from trainer.reachable import check_servers
 from trainer.rollouts.model_users import ModelUsers, build_users
 from trainer.runs.folder import RunFolder
-from trainer.runs.resuming import start_adapter
+from trainer.runs.resuming import other_modules, start_adapter
 from trainer.tasks.curriculum import load_preflight
 from trainer.tasks.difficulty import Visit
 from trainer.tasks.load import load_demonstrations, load_tasks
@@ -43,6 +44,9 @@ from trainer.tasks.offer import tools_offered
 from trainer.templates.chat import Chat, TemplateRefused
 from trainer.templates.grammar import Grammar, check_schema, in_words
 from trainer.types import Demonstration
+
+if TYPE_CHECKING:
+    from trainer.models.family import Family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +151,8 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
         with told_of("watch_grader"):
             watch_grader = build_grader(config.watch_grader, PenaltiesConfig(), judge=judge, tasks=tasks)
     check_servers(config, patience_s=patience_s)
-    _check_family(config, engine, trains=weights)
-    adapter = _start_adapter(config)
+    family = _check_family(config, engine, trains=weights)
+    adapter = _start_adapter(config, family)
     model_path = resolve_model(config.model.name) if weights else resolve_texts(config.model.name)
     chat = build_chat(config, model_path)
     _check_prompts(config, env.tools, chat, tasks)
@@ -360,17 +364,20 @@ def _checked_engine(config: RunConfig) -> Engine:
     return engine
 
 
-def _start_adapter(config: RunConfig) -> Path | None:
+def _start_adapter(config: RunConfig, family: Family) -> Path | None:
     """What `model.lora.start_from` names. Raises `UserError` where the run's model can't begin with it."""
     if (adapter := start_adapter(config)) is not None:
         from trainer.learning.adapter import check_adapter
 
         with told_of("model.lora.start_from"):
-            check_adapter(adapter, resolve_config(config.model.name), config.model)
+            try:
+                check_adapter(adapter, resolve_config(config.model.name), config.model)
+            except UserError as e:
+                raise UserError(other_modules(adapter, family.targets) or str(e)) from e
     return adapter
 
 
-def _check_family(config: RunConfig, engine: Engine, *, trains: bool) -> None:
+def _check_family(config: RunConfig, engine: Engine, *, trains: bool) -> Family:
     # Before the weights are downloaded; a wrong name is told before torch is imported.
     folder = resolve_config(config.model.name)
     from trainer.models.family import check_attention, read_family
@@ -385,3 +392,4 @@ def _check_family(config: RunConfig, engine: Engine, *, trains: bool) -> None:
             f"rollout.max_episode_tokens: {longest} tokens are more than the model has positions for "
             f"({family.max_length}, max_position_embeddings in its config.json)"
         )
+    return family

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from envs.custom.world import CustomEnvConfig
 from envs.settings import Settings
 from graders.user.custom import CustomConfig
-from trainer.config.advantages import advantage_settings
+from trainer.config.advantages import GigpoConfig, TurnDiscountedConfig, advantage_settings
 from trainer.config.run import RunConfig
 
 
@@ -23,6 +23,7 @@ def idle_settings(config: RunConfig) -> list[str]:
         *_within_an_update(config),
         *_beyond_an_episode(config),
         *_without_rewards_of_turns(config),
+        *_of_no_weight(config),
     ]
 
 
@@ -90,3 +91,10 @@ def _beyond_an_episode(config: RunConfig) -> Iterator[str]:
                 f"penalties.{name}.free {penalty.free}: no episode has more tokens of its own than {longest} "
                 "(rollout.max_episode_tokens, max_turns and max_turn_tokens), so that nothing is ever taken off"
             )
+
+
+def _of_no_weight(config: RunConfig) -> Iterator[str]:
+    advantage = advantage_settings(config.loss.advantage)
+    if isinstance(advantage, GigpoConfig | TurnDiscountedConfig) and not advantage.weight:
+        of = "episode" if isinstance(advantage, GigpoConfig) else "outcome"
+        yield f"loss.advantage.weight 0: {advantage.type} gives no turn an advantage of its own, only the {of}'s"

@@ -24,14 +24,16 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from envs.user_code import looked_at
 from graders.build import build_scorer
 from graders.config import GraderConfig, MultiConfig, singles
-from graders.penalties import check_part_names
+from graders.penalties import KL, check_part_names
 from graders.settings import GraderSettings
-from graders.types import check_numbers
+from graders.types import Grade, check_numbers
 from graders.user.custom import CustomConfig
 from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
-from trainer.config.advantages import CustomAdvantageConfig, advantage_settings
+from trainer.config.advantages import CustomAdvantageConfig, GdpoConfig, advantage_settings
 from trainer.config.idle import idle_settings
+from trainer.learning.advantages.base import Attempt
+from trainer.learning.advantages.registry import estimator_of
 from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
@@ -145,6 +147,7 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
                 grade = await grader.grade(task, episode)
                 if config is prepared.config.grader:
                     check_part_names(grade.parts, prepared.config.penalties, whose="parts")
+                    _weigh(grade, prepared.config)
                 check_numbers(grade, task)
     except TimeoutError:
         return f"no grade within rollout.settle_timeout_s ({prepared.config.rollout.settle_timeout_s:g} s)"
@@ -158,6 +161,17 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
                 await _awaited("close", env.close(None))
     faults = f" ({', '.join(grade.errors)}: {grade.explanation})" if grade.errors else ""
     return f"{grade.reward:g}{faults}"
+
+
+def _weigh(grade: Grade, config: RunConfig) -> None:
+    """Raise `UserError` where the estimator can't weigh the parts of such a reward."""
+    advantage = advantage_settings(config.loss.advantage)
+    if not isinstance(advantage, GdpoConfig):
+        return
+    ours = [*(name for name, penalty in config.penalties if penalty), *([KL] if config.loss.kl_in_reward else [])]
+    parts = {**grade.parts, **dict.fromkeys(ours, 0.0)}
+    attempt = Attempt(reward=grade.reward, turn_rewards_T=(0.0,), num_tokens_T=(1,), states_T=("",), parts=parts)
+    estimator_of(advantage)([[attempt]])
 
 
 async def _awaited(name: str, given: Any) -> None:

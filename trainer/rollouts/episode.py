@@ -65,7 +65,7 @@ class Player:
                 with blocking_limit(limit_s, "make_env"):
                     live.env = self._world.make_env()
                 await live.env.open(live.request.task, live.rollout_id)
-                if observation := of_env(live.env, "observation"):
+                if observation := of_env(live.env, "observation", limit_s=limit_s):
                     prompt = live.messages[-1]
                     live.messages[-1] = replace(prompt, content=prompt.content + observation)
                 return await self._turns(live, temperature), ""
@@ -91,7 +91,7 @@ class Player:
                 return StopReason.MAX_EPISODE_TOKENS
             before = list(live.messages)
             completion, stop = await self._turn(live, number, min(config.max_turn_tokens, room), temperature)
-            if (reward := of_env(live.env, "turn_reward")) is not None:
+            if (reward := of_env(live.env, "turn_reward", limit_s=config.episode_timeout_s)) is not None:
                 whose = f"{type(live.env).__name__}.turn_reward"
                 live.turns[-1] = replace(live.turns[-1], env_reward=finite_reward(reward, whose))
             if stop is not None:
@@ -124,7 +124,8 @@ class Player:
                 return completion, stop
         elif was_over_budget:
             return completion, StopReason.MAX_TOOL_CALLS
-        return completion, StopReason.ENDED if of_env(live.env, "is_over") else None
+        is_over = of_env(live.env, "is_over", limit_s=config.episode_timeout_s)
+        return completion, StopReason.ENDED if is_over else None
 
     async def _generate(
         self, live: Live, number: int, max_tokens: int, temperature: float
@@ -213,7 +214,7 @@ class Player:
 
     def _look_at_tools(self, live: Live) -> bool:
         """Take up the tools that the environment has now; True where the model is offered others than before."""
-        seen = list(live.env.tools.items())
+        seen = list(of_env(live.env, "tools", limit_s=self._config.episode_timeout_s).items())
         if seen == live.seen_tools:
             return False
         live.seen_tools = seen

@@ -162,6 +162,16 @@ def start_adapter(config: RunConfig) -> Path | None:
     return folder
 
 
+def other_modules(adapter: Path, targets: Iterable[str]) -> str:
+    """What is said of an adapter whose config lists other layers than `targets`, which the run's adapts; else empty."""
+    listed = read_json((adapter / _CONFIG).read_text(encoding="utf-8")).get("target_modules")
+    theirs, ours = ({str(name).rpartition(".")[2] for name in names or ()} for names in (listed, targets))
+    if not isinstance(listed, list) or theirs == ours:
+        return ""
+    own, run = (", ".join(sorted(names)) for names in (theirs, ours))
+    return f"{adapter} adapts {own}, and this run {run}; set model.lora.target_modules to [{own}]"
+
+
 def _check_whole(weights: Path) -> None:
     """Raise `SafetensorError`, `ValueError` or `OSError` unless all is there that the file's header names."""
     from safetensors import safe_open

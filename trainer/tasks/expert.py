@@ -6,11 +6,11 @@ import itertools
 import json
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from envs.base import Act, Env, ExpertTurn, Thinks, World, of_env
 from envs.errors import WorldError
-from envs.limits.clocks import time_limit
+from envs.limits.clocks import blocking_limit, time_limit
 from envs.tools import Tool, call_tool, cut_output
 from envs.types import Message, Task, ToolCall, ToolResult, Turn
 from envs.users import Exchange, ScriptUsers, Users, hear
@@ -37,7 +37,7 @@ class _Play:
     num_calls: int = 0
 
     def look_at_tools(self) -> None:
-        tools = tools_offered(self.task, self.env.tools, self.rollout)
+        tools = tools_offered(self.task, self._of_env("tools"), self.rollout)
         if self.turns and _schemas(tools) != _schemas(self.tools):
             self.earlier.append(self.shown())
             self.start = len(self.messages)
@@ -49,6 +49,9 @@ class _Play:
             tools=_schemas(self.tools),
             untrained=frozenset(range(len(self.task.messages), self.start)),
         )
+
+    def _of_env(self, member: Literal["tools", "observation", "is_over"]) -> Any:
+        return of_env(self.env, member, limit_s=self.rollout.episode_timeout_s)
 
     async def call(self, turn: Sequence[tuple[str, Mapping[str, object]]], reasoning: str) -> None:
         calls = tuple(
@@ -93,7 +96,7 @@ class _Play:
     async def all(self, turns: Sequence[ExpertTurn], rollout_id: str, seed: int) -> None:
         """Open the environment and do what there is to do, until one of the ends."""
         await self.env.open(self.task, rollout_id)
-        if observation := of_env(self.env, "observation"):
+        if observation := self._of_env("observation"):
             self.messages[-1] = replace(self.messages[-1], content=self.messages[-1].content + observation)
         for number, turn in enumerate(turns, start=1):
             self.look_at_tools()
@@ -102,7 +105,7 @@ class _Play:
                 await self.say(act, reasoning)
             else:
                 await self.call(act, reasoning)
-            if number == len(turns) or of_env(self.env, "is_over"):
+            if number == len(turns) or self._of_env("is_over"):
                 return
             if not isinstance(act, str) and self.rollout.answer == "tool_calls":
                 return
@@ -133,21 +136,23 @@ async def play_expert(
     rollout, name = rollout or RolloutConfig(), rollout_id or f"expert-{task.task_id}"
     limit_s = rollout.episode_timeout_s
     for attempt in itertools.count():
-        play = _Play(
-            env=world.make_env(),
-            task=task,
-            rollout=rollout,
-            users=users if isinstance(users, ScriptUsers) else None,
-            messages=list(task.messages),
-        )
-        if not turns:
-            play.look_at_tools()
-            return play.shown()
         try:
+            with blocking_limit(limit_s, "make_env"):
+                env = world.make_env()
+            play = _Play(
+                env=env,
+                task=task,
+                rollout=rollout,
+                users=users if isinstance(users, ScriptUsers) else None,
+                messages=list(task.messages),
+            )
+            if not turns:
+                play.look_at_tools()
+                return play.shown()
             try:
                 await _within(limit_s, play.all(turns, f"{name}-retry{attempt}" if attempt else name, seed))
             finally:
-                await _within(min(rollout.settle_timeout_s, limit_s), play.env.close(None))
+                await _within(min(rollout.settle_timeout_s, limit_s), env.close(None))
         except WorldError as e:
             if attempt == rollout.world_retries:
                 raise WorldError(f"the expert's episode of task {task.task_id!r}: {e}") from e

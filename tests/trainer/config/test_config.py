@@ -194,6 +194,27 @@ def test_what_is_wrong_is_named_with_its_key(changes, expected):
     assert message.startswith("config c.yaml: ") and expected in message
 
 
+RANGE = "loss.correction.mean_range: expected 2 values (got "
+BOTH = "Input should be a valid list; or: Input should be 'all-linear'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"lora": {"target_modules": "all_linear"}}}, f"target_modules: {BOTH} (got 'all_linear')"),
+        ({"model": {"lora": {"target_modules": ["q_proj", 1]}}}, "target_modules.1: Input should be a valid string"),
+        ({"loss": {"correction": {"mean_range": [0.5]}}}, f"{RANGE}[0.5])"),
+        ({"loss": {"correction": {"mean_range": []}}}, f"{RANGE}[])"),
+        ({"loss": {"correction": {"mean_range": [0.5, 1, 2]}}}, f"{RANGE}[0.5, 1, 2])"),
+        ({"loss": {"correction": {"mean_range": 0.5}}}, f"{RANGE}0.5)"),
+        ({"model": {"lora": {"start_from": 3}}}, "model.lora.start_from: expected a path (got 3)"),
+    ],
+)
+def test_one_mistake_is_one_problem_in_words_of_the_file(changes, expected):
+    message = refusal(**changes)
+    assert message.startswith("config c.yaml: 1 problem\n") and expected in message
+
+
 @pytest.mark.parametrize("advantage", ["reinforce_pp", "mt_grpo", "gigpo", "turn_discounted", "gae"])
 def test_penalties_by_turn_go_with_advantages_by_turn(advantage):
     sections = {"penalties": {"tool_calls": BY_TURN}, "loss": {"advantage": advantage}}

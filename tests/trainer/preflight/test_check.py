@@ -50,6 +50,8 @@ class Huge:
     def grade(self, task, episode): return 1e300
 class Taken:
     def grade(self, task, episode): return Grade(reward=1.0, parts={"right": 0.5, "kl": 0.5})
+class Two:
+    def grade(self, task, episode): return Grade(reward=1.0, parts={"right": 0.5, "brief": 0.5})
 def loss(inputs): return -(inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
 """
 SOURCE = "def grade(sample, item):\n    return {score}\n"
@@ -94,6 +96,23 @@ def test_an_estimator_of_the_users_own_is_told(tiny_model: Path, tmp_path: Path)
     found = checked(tiny_model, tmp_path, loss={"advantage": {"type": "custom", "target": own}})
     assert ("loss", f"clipped, advantages by custom {own}") in found
     assert ("tried", f"advantages of a few rewards: {own}") in found
+
+
+def test_weights_of_parts_that_the_users_own_grader_does_not_give_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    penalty = {"slope": 0.01, "floor": -0.1}
+    sections: Any = {"grader": {"type": "custom", "target": f"{tmp_path}/own.py:Two"}, "penalties": {}}
+    sections["grader"]["pass_threshold"] = 1
+
+    def weighed(**weights: float) -> Any:
+        advantage = {"type": "gdpo", "weights": weights}
+        return checked(tiny_model, tmp_path, loss={"advantage": advantage}, **sections)
+
+    with pytest.raises(UserError, match=r"advantage\.weights: 'brif' is no part of the reward; it has brief, right$"):
+        weighed(brif=2)
+    with pytest.raises(UserError, match=r"loss\.advantage\.weights: those of brief, right, .* are 0"):
+        weighed(brief=0, right=0)
+    sections["penalties"] = {"tool_calls": penalty}
+    assert "tried" in dict(weighed(brief=2, tool_calls=0.5))
 
 
 def test_a_grader_is_tried_on_one_row_of_each_kind(tiny_model: Path, tmp_path: Path) -> None:
@@ -262,6 +281,11 @@ def test_a_grader_is_tried_on_the_environments_final_state(is_async: str, tiny_m
         (
             {"penalties": {"generated_tokens": {"free": 480, "slope": 0.001, "floor": -0.1}}},
             "penalties.generated_tokens.free 480: no episode has more tokens of its own than 480",
+        ),
+        ({"loss": {"advantage": {"type": "gigpo", "weight": 0}}}, "loss.advantage.weight 0: gigpo gives no turn an"),
+        (
+            {"loss": {"advantage": {"type": "turn_discounted", "weight": 0}}},
+            "loss.advantage.weight 0: turn_discounted gives no turn an advantage of its own, only the outcome's",
         ),
     ],
 )

@@ -28,12 +28,14 @@ from tests.support.episodes import (
 )
 from tests.support.scripted_engine import BROKEN_CALL, Writer, call
 from tests.support.template_play import DIALECTS, TOY_TEMPLATE
+from trainer.config import RolloutConfig
 from trainer.measures.masked import Masked, masked_by
 from trainer.measures.summary import summarise
 from trainer.rollouts.calls import OVER_BUDGET_ANSWER
 from trainer.rollouts.episode import MALFORMED_ANSWER
 from trainer.rollouts.worker import RolloutWorker
 from trainer.runs.records import rollout_from_json, rollout_to_json
+from trainer.tasks.expert import play_expert
 from trainer.templates.chat import Chat
 from trainer.types import Rollout, RolloutRequest
 
@@ -401,6 +403,27 @@ async def test_an_environment_whose_making_hangs_is_the_worlds_fault(chat):
     played = await play(chat, ["42"], world=world, world_retries=1, episode_timeout_s=0.2)
     assert played.episode.stop_reason is StopReason.WORLD_FAULT and played.rollout.num_attempts == 2
     assert played.episode.error == "make_env: not done within 0.2 s"
+
+
+@pytest.mark.parametrize("member", ["tools", "observation", "turn_reward", "is_over"])
+async def test_a_member_of_an_environment_that_hangs_is_the_worlds_fault(chat, member):
+    hangs = type("Hangs", (Env,), {member: property(lambda env: time.sleep(60))})
+    world = World(dict(TOOLS))
+    world.make_env = lambda: hangs(world)
+    played = await play(chat, [call("echo", text="hi"), "42"], world=world, episode_timeout_s=0.2, world_retries=0)
+    assert played.episode.stop_reason is StopReason.WORLD_FAULT
+    assert played.episode.error == f"Hangs.{member}: not done within 0.2 s"
+
+
+@pytest.mark.parametrize("member", ["make_env", "tools", "observation", "is_over"])
+async def test_an_experts_environment_that_hangs_is_the_worlds_fault(member):
+    world = World(dict(TOOLS))
+    hangs = type("Hangs", (Env,), {member: property(lambda env: time.sleep(60))})
+    world.make_env = (lambda: time.sleep(60)) if member == "make_env" else lambda: hangs(world)
+    told = rf"expert's episode of task .*: (Hangs\.)?{member}: not done within 0\.2 s"
+    limits = RolloutConfig(episode_timeout_s=0.2, world_retries=0)
+    with pytest.raises(WorldError, match=told):
+        await play_expert(TASK, ((("echo", {"text": "hi"}),), "42"), world=world, rollout=limits)
 
 
 async def test_a_fault_of_the_world_is_retried_in_a_fresh_environment(chat):

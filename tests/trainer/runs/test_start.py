@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from envs.errors import UserError
 from envs.finance.world import FinanceWorld
 from tests.support.configs import scripted_config
 from tests.support.scripted_engine import engine_starter, finance_script
 from trainer.config import RunConfig
+from trainer.config.model import ModelConfig
+from trainer.learning.adapter import load_model, save_adapter
 from trainer.prepare import prepare
 from trainer.runs.resuming import beginning_with, start_adapter
 from trainer.train import train
@@ -160,6 +163,21 @@ def test_weights_that_do_not_fit_are_told_before_the_model_is_loaded(adapter, ti
     with pytest.raises(UserError, match=wrong):
         prepare(config_of(tmp_path / "run", tiny_model, adapter))
     assert not (tmp_path / "run").exists(), "the folder is another run's still"
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", ["v_proj"]])
+def test_an_adapter_of_other_modules_is_told_with_what_to_set(tiny_model, tmp_path, wanted):
+    config = config_of(tmp_path / "run", tiny_model, tmp_path / "adapter")
+    run = config.model_copy(update={"model": with_modules(config.model, wanted)})
+    made = with_modules(config.model, ["q_proj", "k_proj"])
+    save_adapter(load_model(tiny_model, made, device=torch.device("cpu"), seed=0), tmp_path / "adapter")
+    told = r"model\.lora\.start_from: .*adapter adapts k_proj, q_proj, and this run .*v_proj.*; set model\.lora\."
+    with pytest.raises(UserError, match=told + r"target_modules to \[k_proj, q_proj\]$"):
+        prepare(run)
+
+
+def with_modules(model: ModelConfig, names: str | list[str]) -> ModelConfig:
+    return model.model_copy(update={"lora": model.lora.model_copy(update={"target_modules": names})})
 
 
 def test_what_talks_or_measures_begins_with_the_adapter_it_is_given(first, tiny_model, tmp_path):

@@ -18,8 +18,9 @@ from pydantic import Field
 
 from envs.base import Env, of_env
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
+from envs.clients.urls import server_url
 from envs.errors import UserError, WorldError
-from envs.reading.variables import NAME, expand
+from envs.reading.variables import NAME
 from envs.settings import Settings, WorldSettings
 from envs.types import Message, Task, Turn
 from envs.user_code import TARGET_PATTERN, accepted, call_user, load_target, required_by_name
@@ -189,7 +190,7 @@ class UrlUsers:
 
     def __init__(self, config: UrlUserConfig, *, limits: HttpLimits | None = None) -> None:
         self._caller = HttpCaller(
-            url=expand(config.url, "world.user.url"),
+            url=server_url(config.url, "world.user.url"),
             headers=resolve_headers(config.headers, "world.user.headers"),
             limits=limits or HttpLimits(timeout_s=config.timeout_s),
         )

@@ -95,10 +95,10 @@ def _export(trained: Trained, arguments: argparse.Namespace) -> None:
 
 
 def _deploy(trained: Trained, arguments: argparse.Namespace) -> None:
+    from envs.clients.urls import check_url
     from trainer.exports.artefact import servable
     from trainer.exports.commands import SERVED_NAME
     from trainer.exports.deploy import deploy
-    from trainer.reachable import check_url
 
     check_url("--deploy", arguments.deploy)
     key = None

@@ -18,9 +18,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
-import httpx
-
+from envs.clients.urls import check_url
 from envs.errors import UserError
 from envs.limits.threads import within
 from envs.reading.variables import expand, key_of
@@ -40,7 +40,6 @@ _TRIES = 3
 _PAUSE_S = 0.5
 _LONG_PAUSE_S = 2.0
 _MOST_LINES = 20
-_PORTS = {"http": 80, "https": 443}
 
 
 def servers_of(config: RunConfig) -> dict[str, str]:
@@ -131,21 +130,10 @@ def _graders(config: RunConfig) -> dict[str, GraderSettings]:
     return {f"{key}{inner}": one for key, grader in named.items() if grader for inner, one in singles(grader).items()}
 
 
-def check_url(key: str, url: str) -> tuple[str, int]:
-    """Host and port. Raises `UserError` that names `key` for what is no URL of a server over HTTP."""
-    try:
-        parts = httpx.URL(url)
-        if parts.scheme not in _PORTS or not parts.host or any(mark.isspace() for mark in parts.host):
-            raise httpx.InvalidURL("expected http://HOST:PORT or https://HOST:PORT")
-        return parts.host, parts.port or _PORTS[parts.scheme]
-    except (httpx.InvalidURL, ValueError) as e:
-        raise UserError(f"{key} {hidden_in(url)}: not the URL of a server: {e}") from None
-
-
 def _address(key: str, url: str) -> tuple[str, int] | None:
     """Host and port; None where a proxy stands between."""
     host, port = check_url(key, url)
-    proxied = httpx.URL(url).scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
+    proxied = urlsplit(url).scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
     return None if proxied else (host, port)
 
 

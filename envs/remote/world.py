@@ -11,8 +11,8 @@ from yarl import URL
 
 from envs.base import ExpertTurn
 from envs.clients.http import HttpCaller, HttpLimits, HttpServer, resolve_headers
+from envs.clients.urls import server_url
 from envs.errors import UserError, told_of
-from envs.reading.variables import expand
 from envs.remote.config import RemoteConfig
 from envs.remote.env import RemoteEnv
 from envs.remote.hooks import Hooks
@@ -37,7 +37,7 @@ class RemoteWorld:
         self._all_callers: list[tuple[str, HttpCaller]] = []
         self._callers = {
             tool.name: self._caller(
-                tool.server_url,
+                server_url(tool.server_url, f"world.tools.{i}.server_url"),
                 tool.headers,
                 f"world.tools.{i}.headers",
                 replace(
@@ -108,13 +108,15 @@ class RemoteWorld:
             breaker_wait_s=min(self._limits.breaker_wait_s, _HOOK_BREAKER_WAIT_S),
         )
 
-        def caller(url: str | None) -> HttpCaller | None:
-            return None if url is None else self._caller(url, config.hook_headers, "world.hook_headers", limits)
+        def caller(key: str, text: str | None) -> HttpCaller | None:
+            if text is None:
+                return None
+            return self._caller(server_url(text, key), config.hook_headers, "world.hook_headers", limits)
 
-        return Hooks(on_open=caller(config.open_url), on_close=caller(config.close_url))
+        on_open, on_close = caller("world.open_url", config.open_url), caller("world.close_url", config.close_url)
+        return Hooks(on_open=on_open, on_close=on_close)
 
     def _caller(self, url: str, headers: Mapping[str, str], where: str, limits: HttpLimits) -> HttpCaller:
-        url = expand(url, where.rpartition(".")[0] + " (its URL)")
         server = self._servers.setdefault(url, HttpServer(self._limits))
         made = HttpCaller(url=url, headers=resolve_headers(headers, where), limits=limits, server=server)
         self._all_callers.append((_metric_name(url), made))

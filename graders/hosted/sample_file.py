@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from envs.errors import UserError
 from envs.messages import Reader, kind_of, read_messages, read_task_id
@@ -16,7 +16,20 @@ from envs.types import Episode, Task
 from envs.validation import validation_problems
 from graders.hosted.reader import episode_from_sample
 
-_EPISODE, _TASK = TypeAdapter(Episode), TypeAdapter(Task)
+
+class _Ledger(BaseModel):
+    """What is read of a training row; `sampled` begins with start and end of each stretch of sampled tokens."""
+
+    sampled: list[Annotated[list[int], Field(min_length=2)]]
+    token_ids: list[int]
+
+
+class _Rollout(BaseModel):
+    """What is read of a rollout that a run has written."""
+
+    task: Task
+    episode: Episode
+    ledgers: list[_Ledger] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +56,9 @@ def _read_row(data: Any, number: int) -> SampleRow:
     if not isinstance(data, dict):
         raise UserError(f"expected an object, got {kind_of(data)}")
     if "episode" in data and "task" in data:
-        task, episode = _TASK.validate_python(data["task"]), _EPISODE.validate_python(data["episode"])
-        return SampleRow(line=number, task=task, episode=replace(episode, completion_ids=_completion_ids(data)))
+        rollout = _Rollout.model_validate(data)
+        ids = _completion_ids(rollout.ledgers or ())
+        return SampleRow(line=number, task=rollout.task, episode=replace(rollout.episode, completion_ids=ids))
     item = data.get("item", data.get("datasource_item"))
     item = {} if item is None else item
     if not isinstance(item, dict):
@@ -62,7 +76,7 @@ def _read_row(data: Any, number: int) -> SampleRow:
     return SampleRow(line=number, task=task, episode=episode_from_sample(sample, rollout_id=str(rollout_id)))
 
 
-def _completion_ids(rollout: dict[str, Any]) -> tuple[int, ...] | None:
+def _completion_ids(ledgers: Sequence[_Ledger]) -> tuple[int, ...] | None:
     """As `trainer.types.completion_ids` has them, of the rollout's rows; None without any."""
-    rows = [row for row in rollout.get("ledgers") or () if row["sampled"]]
-    return tuple(i for row in rows for i in row["token_ids"][row["sampled"][0][0] : row["sampled"][-1][1]]) or None
+    rows = [row for row in ledgers if row.sampled]
+    return tuple(i for row in rows for i in row.token_ids[row.sampled[0][0] : row.sampled[-1][1]]) or None

@@ -8,12 +8,12 @@ import json
 import re
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 from envs.clients.bounded import PLAIN, bounded
+from envs.clients.urls import check_url, server_url
 from envs.errors import UserError, WorldError
 from envs.limits.clocks import place_in
-from envs.reading.variables import expand, key_of
+from envs.reading.variables import key_of
 from envs.text import one_line
 from graders.judges.base import JudgeConfig, JudgeMeter, JudgeReply, JudgeRequest, JudgeSampling
 
@@ -77,7 +77,8 @@ class OpenAIJudge:
             importlib.import_module("openai")
         except ImportError as e:
             raise UserError(f"{self._key_of}: it needs the package openai; pip install openai ({e})") from None
-        if not self._key() and urlsplit(self._config.base_url).hostname == _OPENAI_HOST:
+        host, _ = check_url(f"{self._key_of}.base_url", self._url())
+        if not self._key() and host == _OPENAI_HOST:
             raise UserError(
                 f"{self._key_of}.api_key_env: the environment has no {self._config.api_key_env}; set it to your key, "
                 f"set {self._key_of}.base_url to another server, or let the run's own engine answer"
@@ -158,7 +159,7 @@ class OpenAIJudge:
 
         config = self._config
         return openai.AsyncOpenAI(
-            base_url=expand(config.base_url, f"{self._key_of}.base_url"),
+            base_url=self._url(),
             # Other servers want some key all the same, and the package demands one.
             api_key=self._key() or "none",
             timeout=openai.Timeout(config.timeout_s, connect=min(config.timeout_s, _CONNECT_TIMEOUT_S)),
@@ -169,6 +170,9 @@ class OpenAIJudge:
                 follow_redirects=False, event_hooks={"response": [bounded(_MAX_ANSWER_BYTES)]}
             ),
         )
+
+    def _url(self) -> str:
+        return server_url(self._config.base_url, f"{self._key_of}.base_url")
 
     def _key(self) -> str:
         return key_of(self._config.api_key_env, f"{self._key_of}.api_key_env")

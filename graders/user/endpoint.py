@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from envs.clients.http import HttpCaller, HttpLimits, HttpReply, RequestTooLarge, resolve_headers
+from envs.clients.urls import server_url
 from envs.errors import UserError, WorldError
-from envs.reading.variables import expand
 from envs.types import Episode, Task
 from graders.hosted.view import hosted_sample, item_of
 from graders.settings import Continuous, Name
@@ -52,7 +52,7 @@ class EndpointGrader:
         self._config = config
         self._limits = HttpLimits(timeout_s=config.timeout_s, rate_limit=config.rate_limit)
         headers = resolve_headers(config.headers, f"grader {config.name!r}: headers")
-        url = expand(config.url, f"grader {config.name!r}: url")
+        url = server_url(config.url, f"grader {config.name!r}: url")
         self._caller = HttpCaller(url=url, headers=headers, limits=self._limits)
 
     async def grade(self, task: Task, episode: Episode) -> Grade:

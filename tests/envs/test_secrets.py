@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from hypothesis import strategies as st
 from envs.clients.http import HttpCaller, HttpLimits, resolve_headers
 from envs.errors import ToolError, UserError, WorldError
 from envs.reading.variables import expand
+from envs.remote.config import RemoteConfig
+from envs.remote.world import RemoteWorld
 from envs.secrets import hidden_in, without_secrets
+from envs.users import UrlUserConfig, UrlUsers
+from graders.judges.base import JudgeConfig, JudgeSampling
+from graders.judges.openai_judge import OpenAIJudge
+from graders.user.endpoint import EndpointConfig, EndpointGrader
 from tests.support import ROOT
 from trainer.config import load_config, validate_config
 from trainer.runs.folder import RunFolder
@@ -263,6 +271,27 @@ def test_an_address_that_is_none_is_the_users_to_mend_and_shows_no_password():
     with pytest.raises(UserError, match=r"https://\$\{URL_USER\}:\$\{URL_PASSWORD\}@h:port: not a URL") as caught:
         HttpCaller(url="https://bob:s3cret@h:port", headers={}, limits=HttpLimits())
     assert "s3cret" not in str(caught.value)
+
+
+NO_URLS = {"http://": "expected http://HOST:PORT", "https:///x": "expected http://HOST:PORT", "http://[::1": "IPv6"}
+NO_URLS |= {"http://h:99999": "Port out of range", "http://a b": "expected http://HOST:PORT"}
+
+
+@pytest.mark.parametrize("url", NO_URLS)
+def test_what_no_server_could_be_asked_at_is_told_with_its_key_wherever_a_url_stands(url):
+    def remote(**settings: Any) -> RemoteWorld:
+        return RemoteWorld(RemoteConfig.model_validate({"type": "remote"} | settings))
+
+    places: dict[str, Callable[[], Any]] = {
+        "world.tools.0.server_url": lambda: remote(tools=[{"name": "a", "server_url": url}]),
+        "world.open_url": lambda: remote(open_url=url),
+        "world.user.url": lambda: UrlUsers(UrlUserConfig(type="url", url=url)),
+        "grader 'e': url": lambda: EndpointGrader(EndpointConfig(type="endpoint", name="e", url=url)),
+        "judge.base_url": lambda: OpenAIJudge(JudgeConfig.model_construct(base_url=url)).check(JudgeSampling()),
+    }
+    for key, make in places.items():
+        with pytest.raises(UserError, match=f"^{re.escape(f'{key} {url}')}: not the URL of a server: .*{NO_URLS[url]}"):
+            make()
 
 
 @pytest.mark.timeout(120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from envs.errors import UserError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
 from graders.hosted.reader import episode_from_sample
+from graders.hosted.sample_file import SampleRow, read_samples
 from graders.hosted.view import SAMPLE_KEYS, hosted_sample, item_of, own_data
 
 SEARCH = ToolCall(call_id="c0", name="search", arguments='{"q": "revenue"}')
@@ -290,3 +292,36 @@ def test_an_unknown_tool_error_is_named():
     call = {"call_id": "c", "name": "cat", "arguments": "{}", "output": "", "error": "boom"}
     with pytest.raises(UserError, match=r"^sample\.tool_calls\[0\]\.error: expected one of unknown_tool, .*'boom'"):
         episode_from_sample({"output_text": "x", "tool_calls": [call]}, rollout_id="r")
+
+
+TASK, PLAYED = {"task_id": "t", "messages": [], "item": {}}, {"rollout_id": "r", "task_id": "t"}
+PLAYED |= {"messages": [], "turns": [], "stop_reason": "answered"}
+
+
+def test_the_rollout_of_a_run_is_read_with_the_ids_behind_its_prompt(tmp_path):
+    ledgers = [{"token_ids": [1, 2, 3, 4, 5], "sampled": [[1, 2, 0], [3, 4, 0]]}, {"token_ids": [7], "sampled": []}]
+    assert read(tmp_path, {"task": TASK, "episode": PLAYED, "ledgers": ledgers}).episode.completion_ids == (2, 3, 4)
+    assert read(tmp_path, {"task": TASK, "episode": PLAYED}).episode.completion_ids is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"task": 3}, r"task: Input should be a dictionary"),
+        ({"episode": {}}, r"episode\.rollout_id: required"),
+        ({"ledgers": 3}, r"ledgers: Input should be a valid list \(got 3\)"),
+        ({"ledgers": [{"token_ids": [1]}]}, r"ledgers\.0\.sampled: required"),
+        ({"ledgers": [{"token_ids": [1], "sampled": [3]}]}, r"ledgers\.0\.sampled\.0: Input should be a valid list"),
+        ({"ledgers": [{"token_ids": [1], "sampled": [["a", 1]]}]}, r"ledgers\.0\.sampled\.0\.0: Input should be"),
+        ({"ledgers": [{"token_ids": [1], "sampled": [[0]]}]}, r"ledgers\.0\.sampled\.0: List should have at least 2"),
+    ],
+)
+def test_a_rollout_that_is_none_is_told_by_line_and_key(tmp_path, changes, told):
+    with pytest.raises(UserError, match=rf"samples\.jsonl, line 1: \d problems?\n  {told}"):
+        read(tmp_path, {"task": TASK, "episode": PLAYED} | changes)
+
+
+def read(folder: Path, line: Any) -> SampleRow:
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    (row,) = read_samples(folder / "samples.jsonl")
+    return row

@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 
+from envs.clients.urls import check_url
 from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.exports.proof import Proof, check_base, prove
 from trainer.exports.trained import Trained
-from trainer.reachable import check_url
 from trainer.runs.canary_record import read_canary
 
 _TIMEOUT_S = 600.0

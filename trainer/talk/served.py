@@ -9,13 +9,13 @@ from typing import Any
 
 import httpx
 
+from envs.clients.urls import check_url
 from envs.errors import UserError, WorldError
 from envs.reading.json_text import read_json
 from envs.reading.variables import key_of
 from envs.secrets import hidden_in
 from trainer.engines.engine import Completion, Sampling
 from trainer.exports.commands import SERVED_NAME
-from trainer.reachable import check_url
 
 _CONNECT_S = 5.0
 _TURN_S = 600.0

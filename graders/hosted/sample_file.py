@@ -7,24 +7,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from envs.errors import UserError
 from envs.messages import Reader, kind_of, read_messages, read_task_id
 from envs.reading.rows import read_rows
+from envs.settings import Settings
 from envs.types import Episode, Task
 from envs.validation import validation_problems
 from graders.hosted.reader import episode_from_sample
 
 
-class _Ledger(BaseModel):
+class _Ledger(Settings, extra="ignore"):
     """What is read of a training row; `sampled` begins with start and end of each stretch of sampled tokens."""
 
     sampled: list[Annotated[list[int], Field(min_length=2)]]
     token_ids: list[int]
 
 
-class _Rollout(BaseModel):
+class _Rollout(Settings, extra="ignore"):
     """What is read of a rollout that a run has written."""
 
     task: Task

@@ -22,7 +22,7 @@ def idle_settings(config: RunConfig) -> list[str]:
         *_beyond_a_step(config),
         *_within_an_update(config),
         *_beyond_an_episode(config),
-        *_without_rewards_of_turns(config),
+        *_without_what_an_estimator_reads(config),
         *_of_no_weight(config),
     ]
 
@@ -70,7 +70,14 @@ def _within_an_update(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _without_rewards_of_turns(config: RunConfig) -> Iterator[str]:
+def _without_what_an_estimator_reads(config: RunConfig) -> Iterator[str]:
+    parts = config.parts_of_reward
+    if advantage_settings(config.loss.advantage).type == "gdpo" and parts is not None and len(parts) == 1:
+        yield (
+            f"loss.advantage gdpo: the reward has one part, {parts[0]}, so that it is grpo with the step's spread; "
+            "parts are a grader's whole score, however many are in it, each penalty, and what a class of your own "
+            "gives in Grade.parts"
+        )
     if advantage_settings(config.loss.advantage).type != "turn_discounted" or config.loss.kl_in_reward:
         return
     by_turn = any(penalty is not None and penalty.by_turn for _, penalty in config.penalties)

@@ -129,16 +129,21 @@ class RunConfig(Settings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _weights_are_of_parts(self) -> RunConfig:
-        """Which parts a grader of the user's own gives is known of its first grade alone."""
-        advantage = advantage_settings(self.loss.advantage)
-        if not isinstance(advantage, GdpoConfig) or isinstance(self.grader, CustomConfig):
-            return self
+    @property
+    def parts_of_reward(self) -> list[str] | None:
+        """By name; None of a grader of the user's own, whose first grade alone tells."""
+        if isinstance(self.grader, CustomConfig) and not self.grader.targets:
+            return None
         known = [part_name(self.grader), *(name for name, penalty in self.penalties if penalty)]
         known += [KL] if self.loss.kl_in_reward else []
         # No world but the user's own gives rewards of turns.
-        known += [TURN_REWARDS] if isinstance(self.world, CustomEnvConfig) else []
+        return known + ([TURN_REWARDS] if isinstance(self.world, CustomEnvConfig) else [])
+
+    @model_validator(mode="after")
+    def _weights_are_of_parts(self) -> RunConfig:
+        advantage, known = advantage_settings(self.loss.advantage), self.parts_of_reward
+        if not isinstance(advantage, GdpoConfig) or known is None:
+            return self
         if unknown := [name for name in advantage.weights if name not in known]:
             raise ValueError(
                 f"loss.advantage.weights: {unknown[0]!r} is no part of the reward; it has {', '.join(known)}"

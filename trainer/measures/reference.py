@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("staleness/dropped", "rollouts not learned from, as a token was older than `overlap.max_staleness` steps"),
     ),
     "of the update, per trainable token where nothing else is said": (
-        ("loss/num_tokens", "trainable tokens that took part"),
+        ("loss/num_tokens", "trainable tokens that took part, counted in each pass of `optim.num_epochs`"),
         ("loss/ratio", "policy to old policy"),
         ("loss/ratio_max", "the largest"),
         ("loss/clipped_low_share", "share of tokens clipped from below"),
@@ -55,7 +55,7 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("loss/mismatch_ratio_p99", "its 99th percentile"),
         ("loss/mismatch_kl/staleness_VERSIONS", "`loss/mismatch_kl` of the tokens sampled so many updates before"),
         ("loss/mismatch_abs/staleness_VERSIONS", "`loss/mismatch_abs` of them"),
-        ("loss/num_tokens/staleness_VERSIONS", "how many they are, where tokens differ in it"),
+        ("loss/num_tokens/staleness_VERSIONS", "of `loss/num_tokens`, where tokens differ in it"),
         ("loss/tis_weight", "weight by which the mismatch is corrected"),
         ("loss/tis_capped_share", "share of tokens whose weight was capped"),
         ("loss/mismatch_masked_share", "share of tokens that `loss.correction` masks out"),
@@ -67,7 +67,7 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("loss/critic_grad_norm", "of its gradient before clipping, mean over updates"),
         ("loss/grad_norm", "norm of the gradient before clipping, mean over updates"),
         ("loss/learning_rate", "of the step"),
-        ("loss/skipped_updates", "minibatches without a gradient"),
+        ("loss/skipped_updates", "minibatches without a gradient for the policy; all while a critic warms up"),
     ),
     "of the proof that the engine runs the trained policy": (
         ("canary/mismatch", "mean absolute difference of log-probability between engine and trainer"),

@@ -341,6 +341,7 @@ def one_group(groups): return [centred(groups)[0]]
 def one_short(groups): return [group[:1] for group in centred(groups)]
 def one_turn(groups): return [[[0.0] for a in group] for group in groups]
 def endless(groups): return [[float("inf") for a in group] for group in groups]
+def enormous(groups): return [[1e25 for a in group] for group in groups]
 def fails(groups): return groups[0][0].rewards
 three = 3
 """
@@ -366,6 +367,7 @@ def test_a_users_own_estimator_gives_a_number_a_rollout_or_one_a_turn(tmp_path):
         ("one_short", "expected a list of 3 advantages for a group; got one of 1"),
         ("one_turn", "expected a number, or 2, one a turn, for a rollout; got one of 1"),
         ("endless", "expected finite numbers"),
+        ("enormous", r"expected finite numbers up to 1e\+12 in size; got \[1e\+25"),
         ("fails", "raised AttributeError"),
         ("three", "expected a function of a step's groups; got int"),
         ("four", "has no 'four'"),

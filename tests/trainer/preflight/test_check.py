@@ -12,6 +12,7 @@ import torch
 from envs.errors import UserError
 from tests.support.configs import scripted_config
 from trainer.config import validate_config
+from trainer.config.idle import idle_settings
 from trainer.preflight.check import check_run
 
 
@@ -297,8 +298,18 @@ def test_what_changes_nothing_in_this_run_is_told(tiny_model: Path, tmp_path: Pa
     critic = {"warmup_steps": 1, "value_clip": 0.5}
     less = {"loss": {"clip_high": 0.28, "advantage": {"type": "gae", "critic": critic}}}
     assert idle(tiny_model, tmp_path, less | {"optim": {"num_epochs": 2, "warmup_steps": 2}}) == []
+    assert idle(tiny_model, tmp_path, {"loss": {"advantage": "gdpo"}}) == [], "the penalty is a part"
     by_turn = {"tool_calls": {"slope": 0.1, "floor": -0.2, "by_turn": True}}
     assert idle(tiny_model, tmp_path, {"loss": {"advantage": "turn_discounted"}, "penalties": by_turn}) == []
+
+
+@pytest.mark.parametrize("grader", [{"type": "numeric"}, {"type": "custom", "targets": ["a.py:f", "a.py:g"]}])
+def test_gdpo_over_a_reward_of_one_part_is_told(grader: Any) -> None:
+    sections = {"output_dir": "x", "grader": grader, "loss": {"advantage": "gdpo"}}
+    [told] = idle_settings(validate_config(sections, source="test"))
+    assert told.startswith(f"loss.advantage gdpo: the reward has one part, {grader['type']}, so that it is grpo")
+    own = {"type": "custom", "target": "a.py:Mine"}
+    assert idle_settings(validate_config(sections | {"grader": own}, source="test")) == []
 
 
 def idle(model: Path, folder: Path, sections: Any) -> list[str]:

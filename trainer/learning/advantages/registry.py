@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any
 
 from envs.errors import UserError
+from envs.tools import MOST_REWARD
 from envs.user_code import load_target, looked_at, make, raised_by
 from trainer import processes
 from trainer.config.advantages import (
@@ -114,8 +114,8 @@ def _of_attempt(given: Any, attempt: Attempt, where: str) -> tuple[float, ...]:
     if not _has_length(turns, len(attempt.turn_rewards_T)):
         one_a_turn = f"{len(attempt.turn_rewards_T)}, one a turn"
         raise UserError(f"{where}: expected a number, or {one_a_turn}, for a rollout; got {_told(given)}")
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in turns):
-        raise UserError(f"{where}: expected finite numbers; got {list(turns)}")
+    if not all(isinstance(x, int | float) and abs(x) <= MOST_REWARD for x in turns):
+        raise UserError(f"{where}: expected finite numbers up to {MOST_REWARD:g} in size; got {list(turns)}")
     return tuple(map(float, turns))
 
 

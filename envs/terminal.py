@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -73,10 +74,14 @@ def run(main: Callable[[], int]) -> NoReturn:
         # A terminal that was closed takes no more words.
         with contextlib.suppress(OSError):
             say("interrupted", file=sys.stderr)
+    if code == 130:
+        # A second signal does not break off the interpreter's own clearing up.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 
-def was_interrupted(error: BaseException) -> bool:
+def was_interrupted(error: BaseException | None) -> bool:
     """Whether it is Ctrl-C's, or went wrong while that was dealt with, such as a loop that closes half-way."""
     told: BaseException | None = error
     while told is not None and not isinstance(told, KeyboardInterrupt):

@@ -8,11 +8,13 @@ Imports torch when it is needed.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from envs.errors import UserError
+from envs.terminal import was_interrupted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,17 +127,20 @@ def end_on_signals() -> None:
     """From here on SIGTERM, and SIGHUP unless it is ignored as under nohup, end the run as Ctrl-C ends it.
 
     The engine's processes would otherwise outlive the run and keep its memory. A second such signal does not interrupt
-    the clearing up; Ctrl-C does.
+    the clearing up; Ctrl-C does. Code that catches every exception, a user's grader say, does not keep the run: within
+    an event loop the loop raises it again, elsewhere a second signal does.
     """
-    heeded = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
 
     def end(*_: object) -> None:
-        for other in heeded:
-            signal.signal(other, signal.SIG_IGN)
+        if was_interrupted(sys.exception()):
+            return
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().call_soon_threadsafe(end)
         raise KeyboardInterrupt
 
-    for number in heeded:
-        signal.signal(number, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 # ---- what they tell each other

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import multiprocessing
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from envs.errors import PublishError, WorldError
+from envs.limits.threads import THREADS
 from trainer.config import EngineConfig, ModelConfig, RunConfig, check_publish, depends_on_the_machine, publishes_merged
 from trainer.engines.arguments import (
     check_cache,
@@ -22,6 +26,10 @@ from trainer.engines.arguments import (
 from trainer.engines.engine import PROBE_VERSION, Completion, EngineStart, Sampling, version_name
 from trainer.models.machines import has_gpu, release_memory
 from trainer.templates.grammar import first_constrained
+
+_LATEST_CHILD_S = 30.0
+"""How long vLLM may take to have its processes."""
+_FAILS_WITHIN_S = 3.0
 
 
 class VllmEngine:
@@ -94,7 +102,7 @@ class VllmEngine:
                 seed=given.seed,
                 num_versions=given.num_versions,
             )
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._llm = await _started(AsyncLLM.from_engine_args, AsyncEngineArgs(**arguments))
         self._merged = not arguments["enable_lora"]
         self._num_versions = given.num_versions
         self._model = given.model
@@ -268,3 +276,26 @@ class VllmEngine:
             # prints a traceback. It has nothing left to do.
             self._llm.__class__ = type("EndedLLM", (type(self._llm),), {"__del__": lambda ended: None})
             self._llm = None
+
+
+async def _started(start: Callable[[Any], Any], arguments: Any) -> Any:
+    """The `AsyncLLM` that `start` gives, off the loop's thread, where vLLM would swallow an interrupt
+    (`zmq_socket_ctx`) and wait on. Whoever is cancelled leaves no process of vLLM behind.
+    """
+    before = set(multiprocessing.active_children())
+    starting = asyncio.ensure_future(THREADS.run("vLLM's start", start, arguments))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # Without its process it fails, or, a step further, waits for ever in its thread, which ends with ours.
+        until = time.monotonic() + _LATEST_CHILD_S
+        while not starting.done() and time.monotonic() < until:
+            for child in set(multiprocessing.active_children()) - before:
+                child.kill()
+                until = min(until, time.monotonic() + _FAILS_WITHIN_S)
+            await asyncio.sleep(0.1)
+        if not starting.done():
+            starting.cancel()
+        elif starting.exception() is None:
+            starting.result().shutdown()
+        raise

@@ -9,6 +9,10 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -446,3 +450,54 @@ def test_engines_started_together_share_out_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
     assert cores(8) == "2,3,5,7,8", "more processes than cores: each uses them all"
     assert os.environ["LOCAL_WORLD_SIZE"] == "9"
+
+
+STARTING = """
+import asyncio, sys
+from pathlib import Path
+from envs.terminal import run
+from trainer.config import EngineConfig, ModelConfig
+from trainer.engines.engine import EngineStart
+from trainer.engines.local import VllmEngine
+from trainer.processes import end_on_signals
+
+def main():
+    end_on_signals()
+    given = EngineStart(
+        model_path=Path(sys.argv[1]), model=ModelConfig(), max_model_len=512, stop_token_ids=[2], device="cpu"
+    )
+    with asyncio.Runner() as loop:
+        loop.run(VllmEngine(EngineConfig(enforce_eager=True, kv_cache_gib=1, max_num_seqs=16)).start(given))
+    return 0
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_while_the_engine_starts_is_heeded_and_leaves_no_process(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "start.py").write_text(STARTING)
+    starting = subprocess.Popen(
+        [sys.executable, str(tmp_path / "start.py"), str(tiny_model)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def children() -> list[psutil.Process]:
+        return psutil.Process(starting.pid).children(recursive=True)
+
+    until = time.monotonic() + 300
+    while not any("spawn_main" in word for child in children() for word in child.cmdline()):
+        assert starting.poll() is None and time.monotonic() < until, starting.communicate()[1]
+        time.sleep(0.05)
+    left = children()
+    starting.send_signal(number)
+    said = starting.communicate(timeout=120)[1]
+    assert starting.returncode == 130, said
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert not alive

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -350,33 +348,3 @@ def test_a_report_is_made_of_a_damaged_folder_or_says_what_is_wrong(ran, damage,
         assert not outside.exists() or outside.read_bytes() == before
         shutil.rmtree(folder)
         outside.unlink(missing_ok=True)
-
-
-SIGNALLED = """
-import sys, time
-from trainer.processes import end_on_signals
-end_on_signals()
-try:
-    print("ready", flush=True)
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("cleared up", flush=True)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_closed_terminal_ends_a_run_as_ctrl_c_does_but_not_under_nohup(number):
-    def start(before: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", before + SIGNALLED]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(number)
-        return process
-
-    process = start("")
-    assert process.communicate()[0] == "cleared up\n"
-    process = start(f"import signal; signal.signal({int(number)}, signal.SIG_IGN)")
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1)
-    process.kill()
-    process.communicate()

@@ -66,7 +66,8 @@ def main() -> int:
             # A terminal that was closed takes no more words.
             with contextlib.suppress(OSError):
                 if is_main:
-                    say("interrupted; the same command resumes the run", file=sys.stderr)
+                    looks = arguments.check or arguments.write_config is not None
+                    say("interrupted" if looks else "interrupted; the same command resumes the run", file=sys.stderr)
             return 130
         if not isinstance(e, UserError):
             raise
@@ -117,7 +118,7 @@ def _check(config: RunConfig) -> int:
 
     for what, found in check_run(config):
         say(f"{what:<13}{found}")
-    say("nothing is wrong that can be seen before a model is loaded; nothing was loaded or trained")
+    say("nothing is wrong that can be seen before the model's weights are loaded; nothing was trained")
     return 0
 
 

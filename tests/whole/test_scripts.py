@@ -124,3 +124,20 @@ def test_what_interrupts_a_sweep_interrupts_its_run_once_and_waits_for_its_end(
     said, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 130 and errors.decode().strip() == "interrupted"
     assert (tmp_path / "state").read_text() == "cleared up" and said.count(b"---") == 1
+
+
+def test_a_check_that_is_interrupted_has_nothing_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, signal, time\n"
+        "class Mine:\n"
+        "    async def grade(self, task, episode):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "        return 0.0\n"
+    )
+    command = ["scripts/train.py", "--config", "configs/quickstart.yaml", "--check", f"output_dir={tmp_path / 'run'}"]
+    command += [f"grader={{type: custom, target: '{tmp_path / 'mine.py'}:Mine', pass_threshold: 1}}"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 130 and done.stderr.splitlines()[-1] == "interrupted"

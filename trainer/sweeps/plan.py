@@ -16,6 +16,7 @@ from trainer.config import RunConfig, laid_over, load_config
 from trainer.runs.about import differences, plain_config
 from trainer.runs.files import check_place, names_in, read_object, write_atomically
 from trainer.runs.lock import LOCK_NAME
+from trainer.runs.resuming import start_adapter
 from trainer.sweeps.config import GridConfig, HalvingConfig, MedianConfig, SweepConfig, TpeConfig, load_sweep
 from trainer.sweeps.space import Point, as_overrides, corner_points, grid_points, in_words
 from trainer.sweeps.work import Slot, slots_of, starter
@@ -109,7 +110,7 @@ def make_plan(path: Path, overrides: Sequence[str], *, train: Path, launch: str 
 
 def _check(plan: Plan, point: Point) -> None:
     with told_of(f"space: {in_words(point)}"):
-        plan.run_config(point, *next(plan.runs(0)))
+        start_adapter(plan.run_config(point, *next(plan.runs(0))))
 
 
 def _remarks(config: SweepConfig, base: RunConfig) -> Iterator[str]:

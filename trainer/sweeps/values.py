@@ -16,6 +16,7 @@ from trainer.measures.catalogue import Place, shown_in
 from trainer.reports.comparison_page import in_short
 from trainer.reports.run_report import before_and_after
 from trainer.reports.tables import Grid, Row, to_markdown
+from trainer.runs.resuming import start_adapter
 from trainer.sweeps.work import starter
 
 
@@ -78,5 +79,5 @@ def _runs(config_path: Path, overrides: Sequence[str], swept: Sequence[str]) -> 
     for combination in itertools.product(*axes.values()):
         name = "-".join(combination) or "run"
         runs[name] = [*overrides, *combination, f"output_dir={base.output_dir / name}"]
-        load_config(config_path, runs[name])
+        start_adapter(load_config(config_path, runs[name]))
     return runs

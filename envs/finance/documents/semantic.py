@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.cache import cache_dir
+from envs.terminal import say
 
 HEAD_CHARS = 1000
 """So much of a document is embedded, its path before it: the title, the contents and the opening. The model reads about
@@ -41,6 +44,8 @@ def embed_once(texts: Sequence[str], embedder: TextEmbedder, *, model: str, fold
     path = folder / f"{digest}.npy"
     if (kept := _load(path, len(texts))) is not None:
         return kept
+    if os.environ.get("RANK", "0") == "0":
+        say(f"embedding {len(texts):,} documents, once: they are kept in {folder}", file=sys.stderr)
     parts = [embedder.embed(texts[i : i + _EMBED_AT_ONCE]) for i in range(0, len(texts), _EMBED_AT_ONCE)]
     vectors_ND = np.ascontiguousarray(np.concatenate(parts), dtype=np.float32)
     folder.mkdir(parents=True, exist_ok=True)

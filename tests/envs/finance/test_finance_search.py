@@ -81,6 +81,13 @@ def test_semantic_search_ranks_by_the_cosine_and_ties_by_path(tmp_path: Path) ->
     assert index.search(" ", 3) == []
 
 
+def test_what_takes_long_once_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for is_first in (True, False):
+        SemanticIndex(TEXTS, BagOfWords(), model="bag", folder=tmp_path)
+        said = capsys.readouterr().err
+        assert said == f"embedding {len(TEXTS)} documents, once: they are kept in {tmp_path}\n" * is_first
+
+
 def test_semantic_search_agrees_with_sorting_all_scores(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(300, 16)).astype(np.float32)

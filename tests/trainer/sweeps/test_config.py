@@ -27,6 +27,7 @@ from trainer.sweeps.config import (
 )
 from trainer.sweeps.plan import Plan, make_plan
 from trainer.sweeps.space import as_overrides, corner_points, grid_points, short_keys, values_of
+from trainer.sweeps.values import run_values
 from trainer.sweeps.work import Slot, slot_of, slots_of
 
 LOG = {"type": "log_range", "low": 1e-5, "high": 1e-3}
@@ -203,7 +204,9 @@ def test_runs_that_are_found_on_one_core_take_a_slot_each() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.name)
-def test_every_sweep_that_is_shipped_can_be_meant(path: Path) -> None:
+def test_every_sweep_that_is_shipped_can_be_meant(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The command in its comment makes it.
+    monkeypatch.setattr("trainer.sweeps.plan.start_adapter", lambda config: None)
     plan = make_plan(path, [], train=ROOT / "scripts" / "train.py", launch=None)
     assert plan.num_trials >= 4 and plan.folder.parts[:2] == ("runs", "sweeps") and not plan.remarks
 
@@ -234,6 +237,18 @@ def planned(tmp_path: Path, base: dict[str, Any], **changed: Any) -> Plan:
 
 
 TWO = {"space": {"optim.learning_rate": [1e-4, 1e-3]}, "method": {}}
+
+
+def test_an_adapter_that_is_not_there_is_told_before_anything_starts(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    told = r"model.lora.start_from .*nowhere: is neither the folder of a run nor of an adapter"
+    with pytest.raises(UserError, match=rf"sweep .*: {told}"):
+        planned(tmp_path, {"model": {"lora": {"start_from": nowhere}}}, **TWO)
+    with pytest.raises(UserError, match=rf"start_from.*nowhere.*: {told}"):
+        planned(tmp_path, {}, space={"model.lora.start_from": [None, nowhere]}, method={})
+    overrides = [f"model.lora.start_from={nowhere}", f"output_dir={tmp_path / 'runs'}"]
+    with pytest.raises(UserError, match=told):
+        run_values(ROOT / "configs" / "quickstart.yaml", overrides, ["seed=0,1"], train=Path("train.py"))
 
 
 def test_a_section_among_the_settings_lies_on_what_the_base_has_there(tmp_path: Path) -> None:

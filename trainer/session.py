@@ -33,13 +33,13 @@ from trainer.prepare import Prepared
 from trainer.rollouts.collect import warn_of_mismatch, with_fresh_groups
 from trainer.rollouts.stream import RolloutStream, release_left_open
 from trainer.rollouts.worker import RolloutWorker
-from trainer.runs.canary_record import KeepRecord, keep_none
+from trainer.runs.canary_record import keep_none
 from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch, sweep_default_roots
 from trainer.seeds import derive_seed
 from trainer.tasks.curriculum import Curriculum
-from trainer.types import Kind, Metrics, Phase, Rollout, RolloutRequest
+from trainer.types import Kind, LiveRollouts, Metrics, Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -197,7 +197,7 @@ def open_session(
         stack.callback(engine.shutdown)
         scratch.note_children()
         name = f"{run.run_id}-canary-{accelerator.process_index}"
-        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name=name, keep=run.keep_canary))
+        publisher = loop.run(open_publisher(prepared, policy, engine, scratch.path, name=name, run=run))
         progress.phase(Phase.PUBLISHING)
         loop.run(publisher.note_base())
         loop.run(publisher.probe())
@@ -224,11 +224,12 @@ def open_session(
 
 
 async def open_publisher(
-    prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str, keep: KeepRecord = keep_none
+    prepared: Prepared, policy: Policy, engine: WatchedEngine, scratch: Path, *, name: str, run: RunFolder | None = None
 ) -> Publisher:
     """`name` is that of the environments in which the canary's tasks are solved; no other process may have it then."""
-    canary = Canary(await canary_ids(prepared, name=name), tolerance=prepared.config.engine.canary_mean_tolerance)
-    num_versions = prepared.num_versions
+    rows = await canary_ids(prepared, name=name, live=_live(prepared, run))
+    canary = Canary(rows, tolerance=prepared.config.engine.canary_mean_tolerance)
+    num_versions, keep = prepared.num_versions, keep_none if run is None else run.keep_canary
     return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=num_versions, keep=keep)
 
 
@@ -285,6 +286,7 @@ def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Pr
         run_id=run.run_id,
         demonstrations=prepared.demonstrations,
         users=prepared.users,
+        live=_live(prepared, run),
     )
     steps = in_steps(ledgers, config.warmstart)
     progress.phase(Phase.WARM_START, total=len(steps))
@@ -358,14 +360,18 @@ def make_worker(prepared: Prepared, engine: Engine, run: RunFolder) -> RolloutWo
         engine=engine,
         config=prepared.config.rollout,
         users=prepared.users,
-        # Two lines a rollout, of use only where something can be released.
-        live=run if isinstance(prepared.world, Sweeps) else None,
+        live=_live(prepared, run),
         max_num_seqs=prepared.config.engine.max_num_seqs,
         pins_version=prepared.config.overlap.pin == "episode",
     )
 
 
-async def canary_ids(prepared: Prepared, *, name: str) -> list[list[int]]:
+def _live(prepared: Prepared, run: RunFolder | None) -> LiveRollouts | None:
+    """Two lines an episode, of use only where something can be released."""
+    return run if isinstance(prepared.world, Sweeps) else None
+
+
+async def canary_ids(prepared: Prepared, *, name: str, live: LiveRollouts | None = None) -> list[list[int]]:
     """The token sequences that are scored after every publish: the first training tasks, solved where possible.
 
     The environments in which they are solved go by `name`, which no other process may have at the time.
@@ -388,6 +394,7 @@ async def canary_ids(prepared: Prepared, *, name: str) -> list[list[int]]:
             users=prepared.users,
             rollout=prepared.config.rollout,
             rollout_id=f"{name}-{number}",
+            live=live,
         )
         rows.append(ledger.prompt_ids[-min(left, longest) :])
     return rows

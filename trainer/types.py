@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from envs.types import Episode, Message, Task
 from graders.types import Grade
@@ -252,3 +252,11 @@ class RolloutRequest:
     task: Task
     rollout_id: str
     seed: int
+
+
+class LiveRollouts(Protocol):
+    """Keeps on disk which rollouts are open, so that what a killed run left behind can be released."""
+
+    def opened(self, rollout_id: str) -> None: ...
+
+    def closed(self, rollout_id: str) -> None: ...

@@ -20,7 +20,7 @@ from trainer.learning.samples import Sample, sample_of
 from trainer.seeds import derive_seed
 from trainer.tasks.expert import parts_of, play_expert
 from trainer.templates.chat import Chat, TemplateRefused
-from trainer.types import Demonstration, Ledger
+from trainer.types import Demonstration, Ledger, LiveRollouts
 
 _EXPERT_VERSION = 0
 
@@ -110,9 +110,10 @@ async def expert_ledger(
     users: Users | None = None,
     rollout: RolloutConfig | None = None,
     rollout_id: str | None = None,
+    live: LiveRollouts | None = None,
 ) -> Ledger:
     """The training row of the scripted turns, played in a real environment; of several it is the last."""
-    played = await play_expert(task, turns, world=world, users=users, rollout=rollout, rollout_id=rollout_id)
+    played = await play_expert(task, turns, world=world, users=users, rollout=rollout, rollout_id=rollout_id, live=live)
     return demonstration_ledgers(played, chat=chat)[-1]
 
 
@@ -126,6 +127,7 @@ def expert_ledgers(
     run_id: str,
     demonstrations: Sequence[Demonstration] = (),
     users: Users | None = None,
+    live: LiveRollouts | None = None,
 ) -> list[Ledger]:
     """The rows of the whole warm start, in training order: of `demonstrations`, or of the world's expert.
 
@@ -149,7 +151,7 @@ def expert_ledgers(
             check_company(turns, users)
             name = f"{run_id}-expert-{attempt}"
             shown = await play_expert(
-                shown, turns, world=world, users=users, rollout=config.rollout, rollout_id=name, seed=seed
+                shown, turns, world=world, users=users, rollout=config.rollout, rollout_id=name, live=live, seed=seed
             )
         rows = [row for part in (*shown.earlier, shown) for row in demonstration_ledgers(part, chat=chat)]
         return [row for row in rows if row.num_trainable and len(row) <= longest]

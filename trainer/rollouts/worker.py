@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from envs.base import Env, World
 from envs.errors import WorldError, first_error
@@ -28,15 +28,7 @@ from trainer.rollouts.episode import Player
 from trainer.rollouts.grading import Graded, Grading
 from trainer.rollouts.live import Live
 from trainer.templates.chat import Chat
-from trainer.types import Rollout, RolloutRequest, completion_ids
-
-
-class LiveRollouts(Protocol):
-    """Keeps on disk which rollouts are open, so that what a killed run left behind can be released."""
-
-    def opened(self, rollout_id: str) -> None: ...
-
-    def closed(self, rollout_id: str) -> None: ...
+from trainer.types import LiveRollouts, Rollout, RolloutRequest, completion_ids
 
 
 @dataclass(slots=True)

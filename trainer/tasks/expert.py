@@ -17,7 +17,7 @@ from envs.users import Exchange, ScriptUsers, Users, hear
 from trainer.config import RolloutConfig
 from trainer.seeds import derive_seed
 from trainer.tasks.offer import tools_offered
-from trainer.types import Demonstration
+from trainer.types import Demonstration, LiveRollouts
 
 
 @dataclass(slots=True)
@@ -121,6 +121,7 @@ async def play_expert(
     users: Users | None = None,
     rollout: RolloutConfig | None = None,
     rollout_id: str | None = None,
+    live: LiveRollouts | None = None,
     seed: int = 0,
 ) -> Demonstration:
     """Play the scripted turns in a real environment. Without turns there is only the prompt, and none is opened.
@@ -149,10 +150,15 @@ async def play_expert(
             if not turns:
                 play.look_at_tools()
                 return play.shown()
+            played_as = f"{name}-retry{attempt}" if attempt else name
+            if live:
+                live.opened(played_as)
             try:
-                await _within(limit_s, play.all(turns, f"{name}-retry{attempt}" if attempt else name, seed))
+                await _within(limit_s, play.all(turns, played_as, seed))
             finally:
                 await _within(min(rollout.settle_timeout_s, limit_s), env.close(None))
+                if live:
+                    live.closed(played_as)
         except WorldError as e:
             if attempt == rollout.world_retries:
                 raise WorldError(f"the expert's episode of task {task.task_id!r}: {e}") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from envs.errors import UserError
-from envs.types import Message
+from envs.finance.tools import FinanceEnv
+from envs.finance.world import FinanceWorld
+from envs.types import Message, Task
 from tests.support.configs import scripted_config
 from tests.support.run_server import Server
+from tests.support.scripted_engine import engine_starter, finance_script
 from trainer.config import RunConfig
 from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample, sample_of
@@ -28,6 +32,7 @@ from trainer.runs.folder import RunFolder
 from trainer.runs.progress import Progress
 from trainer.session import canary_ids, load_policy
 from trainer.tasks.expert import play_expert
+from trainer.train import train
 from trainer.types import Demonstration, Ledger
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -318,3 +323,39 @@ def test_an_expert_that_thinks_is_imitated_with_its_reasoning(smollm2: Path, tmp
         sample = sample_of(ledger, advantage=1.0, rollout_id="r", task_id="t")
         own = job.chat.decode([t for t, trained in zip(sample.token_ids, sample.trainable, strict=True) if trained])
         assert own.count("<think>") == own.count("</think>") == own.count("<|im_end|>") > 1
+
+
+def test_what_experts_hold_is_known_should_the_run_be_killed_as_what_rollouts_hold(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the warm start and of the canary."""
+    seen: list[tuple[str, str]] = []
+    own_open, own_close = FinanceEnv.open, FinanceEnv.close
+
+    async def opens(env: FinanceEnv, task: Task, rollout_id: str) -> None:
+        seen.append(("env opened", rollout_id))
+        await own_open(env, task, rollout_id)
+
+    async def closes(env: FinanceEnv, episode: Any) -> None:
+        await own_close(env, episode)
+        seen.append(("env closed", ""))
+
+    async def sweep(world: FinanceWorld, rollout_ids: Any) -> None: ...
+
+    monkeypatch.setattr(FinanceEnv, "open", opens)
+    monkeypatch.setattr(FinanceEnv, "close", closes)
+    monkeypatch.setattr(FinanceWorld, "sweep", sweep, raising=False)
+    monkeypatch.setattr(RunFolder, "opened", lambda run, name: seen.append(("opened", name)))
+    monkeypatch.setattr(RunFolder, "closed", lambda run, name: seen.append(("closed", name)))
+    warmstart = {"num_steps": 1, "episodes_per_step": 2}
+    config = RunConfig.model_validate(
+        scripted_config(tmp_path / "run", tiny_model, warmstart=warmstart, optim={"num_steps": 0})
+    )
+    train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world)), None, []))
+    of_experts = [
+        i for i, (what, _) in enumerate(seen) if what == "opened" and re.search("-(expert|canary)-", seen[i][1])
+    ]
+    names = " ".join(seen[i][1] for i in of_experts)
+    assert names.count("-expert-") == 2 and names.count("-canary-") >= 1
+    for i in of_experts:
+        assert seen[i + 1 : i + 4] == [("env opened", seen[i][1]), ("env closed", ""), ("closed", seen[i][1])]

@@ -59,6 +59,15 @@ class Tool:
         }
 
 
+def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Its annotations. Raises `TypeError` for one that names what is not there (imported for type checkers alone)."""
+    try:
+        return get_type_hints(function, include_extras=True)
+    except (NameError, AttributeError, SyntaxError) as e:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(f"tool {name!r}: an annotation can't be read: {e}") from None
+
+
 def tool(function: Callable[..., Any]) -> Tool:
     """Make a `Tool` of a function: types from its signature, texts from its docstring.
 
@@ -71,7 +80,7 @@ def tool(function: Callable[..., Any]) -> Tool:
     """
     name = getattr(function, "__name__", repr(function))
     signature = inspect.signature(function).parameters
-    hints = get_type_hints(function, include_extras=True)
+    hints = _hints_of(function)
     docs = read_docstring((inspect.getdoc(function) or "").strip(), _undocumented(signature, hints))
     if not docs.description:
         raise TypeError(f"tool {name!r} has no docstring; the model needs one to know what the tool does")

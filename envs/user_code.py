@@ -53,7 +53,7 @@ def file_of(target: str) -> Path | None:
     _make_importable(Path.cwd())
     try:
         spec = importlib.util.find_spec(place)
-    except Exception:
+    except (Exception, SystemExit):
         # A package above it is imported for that, and may fail as it likes; whoever loads the target will tell.
         return None
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
@@ -74,7 +74,7 @@ def _load_file(path: Path, where: str) -> ModuleType:
     _make_importable(path.parent)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         del sys.modules[name]
         raise UserError(f"{where}: {_cause(e, path)}") from e
     return module
@@ -84,7 +84,7 @@ def _load_module(name: str, where: str) -> ModuleType:
     _make_importable(Path.cwd())
     try:
         return importlib.import_module(name)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"{where}: {_cause(e, None)}") from e
 
 
@@ -94,7 +94,7 @@ def _make_importable(folder: Path) -> None:
         sys.path.append(str(folder))
 
 
-def _cause(error: Exception, path: Path | None) -> str:
+def _cause(error: BaseException, path: Path | None) -> str:
     """What went wrong while the user's module was imported, and where in it."""
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if path and f.filename == str(path)] or [

@@ -58,8 +58,7 @@ class CustomWorld:
             self._toolbox = read_toolbox(self._target, self._where)
         elif callable(self._target):
             with looked_at(self._where):
-                made = self._make()
-            self._look_at(made)
+                self._look_at(self._make())
         elif hasattr(self._target, "make_env"):
             self._world = self._target
         else:

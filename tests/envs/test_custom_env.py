@@ -377,3 +377,27 @@ async def test_a_tool_may_speak_our_own_errors(tmp_path: Path) -> None:
     result = await call(env, "act")
     assert (result.output, result.error) == ("Error: not so", ToolErrorKind.REFUSED)
     await env.close(None)
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import sys\nsys.exit(0)", r"can't be imported: SystemExit: 0 \(.*odd\.py, line 2\)"),
+        (
+            'def odd(a: "Gone"):\n    """Odd.\n\n    Args:\n        a: b\n    """\nOdd = [odd]\n',
+            r"tool 'odd': an annotation can't be read: name 'Gone' is not defined",
+        ),
+        (
+            "class Odd:\n    @property\n    def tools(self): raise OSError('no tools')\n",
+            r"raised OSError: no tools \(.*odd\.py, line 3\)",
+        ),
+        (
+            "class Odd:\n    def reset(self, **row): ...\n    def look(self, a: 'Gone'): 'Look.'\n",
+            r"every public method is a tool: tool 'look': an annotation can't be read: name 'Gone' is not defined",
+        ),
+    ],
+)
+def test_whatever_a_target_raises_as_it_is_looked_at_is_told_with_it(source: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(source)
+    with pytest.raises(UserError, match=rf"^world\.target '.*odd\.py:Odd': {told}"):
+        CustomWorld(CustomEnvConfig(type="custom", target=f"{tmp_path}/odd.py:Odd"))

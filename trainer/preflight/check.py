@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from envs.base import Closes
+from envs.base import Closes, Env
 from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, WorldError, told_of
 from envs.limits.clocks import time_limit
@@ -141,6 +141,7 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
                 with looked_at(f"world: open() of task {task.task_id!r}"):
                     await _awaited("open", env.open(task, episode.rollout_id))
                     is_open = True
+                with looked_at(f"world: final_state() of task {task.task_id!r}"):
                     state = await read_state(env, timeout_s=prepared.config.rollout.tool_timeout_s)
                     episode = replace(episode, state=state)
             with looked_at(where), told_of(where):
@@ -157,8 +158,7 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
         if isinstance(grader, Closes):
             await grader.aclose()
         if is_open:
-            with looked_at("world: close()"):
-                await _awaited("close", env.close(None))
+            await _close(env, prepared.config.rollout.settle_timeout_s)
     faults = f" ({', '.join(grade.errors)}: {grade.explanation})" if grade.errors else ""
     return f"{grade.reward:g}{faults}"
 
@@ -178,6 +178,17 @@ async def _awaited(name: str, given: Any) -> None:
     if not inspect.isawaitable(given):
         raise UserError(f"world: {name}: expected `async def {name}`, see envs/base.py")
     await given
+
+
+async def _close(env: Env, limit_s: float) -> None:
+    with looked_at("world: close()"):
+        try:
+            async with time_limit(limit_s) as limit:
+                await _awaited("close", env.close(None))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise UserError(f"world: close(): not done within rollout.settle_timeout_s ({limit_s:g} s)") from None
 
 
 def _loss(loss: LossSettings) -> str:

@@ -315,3 +315,35 @@ def test_gdpo_over_a_reward_of_one_part_is_told(grader: Any) -> None:
 def idle(model: Path, folder: Path, sections: Any) -> list[str]:
     config = validate_config(scripted_config(folder / "run", model, **sections), source="test")
     return [found for what, found in check_run(config) if what == "no effect"]
+
+
+ODD_WORLD = """
+import asyncio
+class Odd:
+    tools = {{}}
+    async def open(self, task, rollout_id): pass
+    async def final_state(self): return {{"a": {state}}}
+    async def close(self, episode): await asyncio.sleep({closes_s})
+class Free:
+    def grade(self, task, episode): return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "closes_s", "told"),
+    [
+        ("object()", 0, r"world: final_state\(\) of task 'row-1': raised TypeError: Object of type object is not JSON"),
+        ("1", 60, r"world: close\(\): not done within rollout\.settle_timeout_s \(0\.2 s\)"),
+    ],
+)
+def test_what_is_wrong_with_an_environment_is_told_of_the_member_at_fault(
+    tiny_model: Path, tmp_path: Path, state: str, closes_s: int, told: str
+) -> None:
+    (tmp_path / "own.py").write_text(ODD_WORLD.format(state=state, closes_s=closes_s))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many?"}]}) + "\n")
+    rows = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl"}
+    sections = scripted_config(tmp_path / "run", tiny_model, rollout={"settle_timeout_s": 0.2})
+    sections |= {"data": rows, "penalties": {}, "world": {"type": "custom", "target": f"{tmp_path}/own.py:Odd"}}
+    sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Free"}
+    with pytest.raises(UserError, match=told):
+        check_run(validate_config(sections, source="test"))

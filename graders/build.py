@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from envs.base import Checks
 from envs.errors import told_of
 from envs.types import Task
+from envs.user_code import looked_at
 from graders.config import MultiConfig, singles
 from graders.judges.base import Judge
 from graders.multi import MultiGrader, formula_of
@@ -28,7 +29,7 @@ def build_grader(
     grader = build_scorer(config, judge=judge)
     if isinstance(grader, Checks):
         for task in tasks:
-            with told_of(task.where):
+            with told_of(task.where), looked_at("grader: check()"):
                 grader.check(task)
     threshold = pass_threshold(config)
     return PenalisedGrader(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from envs.base import Closes, Env
+from envs.base import Closes
 from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, WorldError, told_of
 from envs.limits.clocks import time_limit
@@ -54,7 +54,8 @@ def check_run(config: RunConfig) -> list[tuple[str, str]]:
         try:
             return [*_found(prepared), *(("tried", told) for told in loop.run(_tried(prepared)))]
         finally:
-            loop.run(prepared.aclose())
+            with looked_at("closing the world and the graders"):
+                loop.run(prepared.aclose())
 
 
 def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
@@ -132,14 +133,14 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
         completion_ids=tuple(range(prepared.chat.num_tokens(_ANSWER))),
     )
     of = f"{task.where}: " if task.where else ""
-    where = f"{of}{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
+    whose, where = where, f"{of}{where}: tried on the answer {_ANSWER!r} to task {task.task_id!r}"
     grader = build_scorer(config)
     is_own, is_open = isinstance(prepared.config.world, CustomEnvConfig), False
     try:
         async with time_limit(prepared.config.rollout.settle_timeout_s):
             if is_own:
                 with looked_at(f"world: open() of task {task.task_id!r}"):
-                    await _awaited("open", env.open(task, episode.rollout_id))
+                    await _awaited("world", "open", env.open(task, episode.rollout_id))
                     is_open = True
                 with looked_at(f"world: final_state() of task {task.task_id!r}"):
                     state = await read_state(env, timeout_s=prepared.config.rollout.tool_timeout_s)
@@ -155,10 +156,11 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
     except WorldError as e:
         return f"no grade: {e}"
     finally:
+        limit_s = prepared.config.rollout.settle_timeout_s
         if isinstance(grader, Closes):
-            await grader.aclose()
+            await _closed(whose, "aclose", grader.aclose, limit_s)
         if is_open:
-            await _close(env, prepared.config.rollout.settle_timeout_s)
+            await _closed("world", "close", lambda: env.close(None), limit_s)
     faults = f" ({', '.join(grade.errors)}: {grade.explanation})" if grade.errors else ""
     return f"{grade.reward:g}{faults}"
 
@@ -174,21 +176,22 @@ def _weigh(grade: Grade, config: RunConfig) -> None:
     estimator_of(advantage)([[attempt]])
 
 
-async def _awaited(name: str, given: Any) -> None:
+async def _awaited(whose: str, name: str, given: Any) -> None:
     if not inspect.isawaitable(given):
-        raise UserError(f"world: {name}: expected `async def {name}`, see envs/base.py")
+        raise UserError(f"{whose}: {name}: expected `async def {name}`, see envs/base.py")
     await given
 
 
-async def _close(env: Env, limit_s: float) -> None:
-    with looked_at("world: close()"):
+async def _closed(whose: str, name: str, close: Callable[[], Any], limit_s: float) -> None:
+    with looked_at(f"{whose}: {name}()"):
         try:
             async with time_limit(limit_s) as limit:
-                await _awaited("close", env.close(None))
+                await _awaited(whose, name, close())
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise UserError(f"world: close(): not done within rollout.settle_timeout_s ({limit_s:g} s)") from None
+            told = f"not done within rollout.settle_timeout_s ({limit_s:g} s)"
+            raise UserError(f"{whose}: {name}(): {told}") from None
 
 
 def _loss(loss: LossSettings) -> str:

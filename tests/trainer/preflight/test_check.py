@@ -347,3 +347,21 @@ def test_what_is_wrong_with_an_environment_is_told_of_the_member_at_fault(
     sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Free"}
     with pytest.raises(UserError, match=told):
         check_run(validate_config(sections, source="test"))
+
+
+@pytest.mark.parametrize(
+    ("member", "told"),
+    [
+        ("def check(self, task): raise SystemExit(0)", r"grader: check\(\): raised SystemExit: 0"),
+        ("async def aclose(self): raise KeyError('held')", r"raised KeyError: 'held' \(.*own\.py, line 4\)"),
+        ("async def aclose(self): await asyncio.sleep(60)", r"grader: aclose\(\): not done within rollout\.settle_"),
+    ],
+)
+def test_what_else_a_grader_has_is_tried_too(tiny_model: Path, tmp_path: Path, member: str, told: str) -> None:
+    (tmp_path / "own.py").write_text(
+        f"import asyncio\nclass Own:\n    def grade(self, task, episode): return 1.0\n    {member}\n"
+    )
+    sections = scripted_config(tmp_path / "run", tiny_model, rollout={"settle_timeout_s": 0.2}) | {"penalties": {}}
+    sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Own"}
+    with pytest.raises(UserError, match=told):
+        check_run(validate_config(sections, source="test"))

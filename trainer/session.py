@@ -157,7 +157,7 @@ def open_run(
         enter = stack.enter_context
         run = enter(RunFolder.held(config, rank=accelerator.process_index, beside=beside))
         accelerator.init_trackers("agent-rft")
-        first_step = run.resume_step
+        first_step = processes.from_main(lambda: run.resume_step)
         progress = enter(Progress(run.log_path, config.optim.num_steps, first_step=first_step, show=run.is_main))
         enter(run.exported(config, lambda: progress.current_phase))
         loop: Loop = enter(LoopThread()) if config.overlap.max_staleness > 0 else enter(asyncio.Runner())
@@ -249,7 +249,7 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     policy = new_policy(prepared, accelerator)
     if policy.layout != config.optim.layout:
         progress.say(f"rows share no prefixes in training: {policy.padded_because}")
-    checkpoint = run.last_checkpoint()
+    checkpoint = processes.from_main(run.last_checkpoint)
     processes.wait_for_all()
     if checkpoint is not None:
         step, folder = checkpoint

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from envs.errors import UserError
 from envs.types import Task
+from trainer import processes
 from trainer.config import CurriculumConfig, RunConfig
 from trainer.runs.folder import RunFolder
 from trainer.tasks.difficulty import Rule, Visit, Visits, choose_tasks, preflight_visits, tied_share, with_visits
@@ -50,7 +51,7 @@ class Curriculum:
         """The others, by step."""
         if config.curriculum is not None:
             self._rule = Rule(floor=config.curriculum.floor, min_rollouts=config.curriculum.min_rollouts)
-            for step, rewards in run.visits():
+            for step, rewards in processes.from_main(run.visits):
                 self._take_in(step, rewards)
 
     def requests(self, step: int) -> list[RolloutRequest]:

@@ -78,6 +78,19 @@ def test_tasks_that_teach_nothing_come_more_rarely_and_the_share_is_told(tmp_pat
     assert all(2 <= counts[t] < min(counts[u] for u in counts if u not in TIED) / 2 for t in TIED)
 
 
+def test_every_process_goes_by_what_the_main_one_reads(tmp_path, monkeypatch):
+    """A file that nodes share may be old on another one, which would choose other tasks."""
+    for name in ("main", "stale"):
+        (tmp_path / name).mkdir()
+    whole = Curriculum(make_config(floor=0.25), TASKS, open_run(tmp_path / "main"), {})
+    for step in range(1, 9):
+        whole.learn(step, rollouts_of(whole.choose(step)))
+    alone = Curriculum(make_config(floor=0.25), TASKS, open_run(tmp_path / "stale"), {})
+    monkeypatch.setattr("trainer.processes.from_main", lambda make: open_run(tmp_path / "main").visits())
+    told = Curriculum(make_config(floor=0.25), TASKS, open_run(tmp_path / "stale"), {})
+    assert told.choose(9) == whole.choose(9) != alone.choose(9)
+
+
 def test_a_resumed_run_goes_on_with_the_same_tasks(tmp_path):
     (tmp_path / "whole").mkdir()
     whole = Curriculum(make_config(floor=0.25), TASKS, open_run(tmp_path / "whole"), {})

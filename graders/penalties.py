@@ -113,6 +113,16 @@ def check_part_names(names: Iterable[str], penalties: PenaltiesConfig, *, whose:
             )
 
 
+def check_turn_rewards(grade: Grade, episode: Episode) -> None:
+    """Raise `UserError` where there is not one a turn."""
+    num_turns = len(episode.turns)
+    if grade.turn_rewards is not None and len(grade.turn_rewards) != num_turns:
+        raise UserError(
+            f"grader: gave {len(grade.turn_rewards)} turn_rewards for an episode of {num_turns} turns; expected "
+            f"one a turn (task {episode.task_id!r})"
+        )
+
+
 def penalty(amount: int, config: PenaltyConfig) -> float:
     """max(floor, -slope · max(0, amount - free)): in [floor, 0]."""
     excess = amount - config.free
@@ -185,12 +195,7 @@ class PenalisedGrader:
 
     def _turn_rewards(self, grade: Grade, episode: Episode, taken: Mapping[str, float]) -> tuple[float, ...] | None:
         """What each turn has earned of it: by the grader, by tools and environment, and penalties by turn."""
-        num_turns = len(episode.turns)
-        if grade.turn_rewards is not None and len(grade.turn_rewards) != num_turns:
-            raise UserError(
-                f"grader: gave {len(grade.turn_rewards)} turn_rewards for an episode of {num_turns} turns; expected "
-                f"one a turn (task {episode.task_id!r})"
-            )
+        check_turn_rewards(grade, episode)
         columns = [] if grade.turn_rewards is None else [grade.turn_rewards]
         if any(turn.reward is not None for turn in episode.turns):
             columns.append(tuple(turn.reward or 0.0 for turn in episode.turns))

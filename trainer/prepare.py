@@ -30,7 +30,7 @@ from trainer.config.response_format import ResponseFormat, schema_text
 from trainer.engines.base_judge import EngineJudge
 from trainer.engines.engine import ChecksModel, ChecksRun, Engine, KeepsBase, Sleeps, keeps_versions, make_engine
 from trainer.learning.advantages.registry import check_advantage
-from trainer.learning.warmstart import check_company, check_demonstrations
+from trainer.learning.warmstart import check_demonstrations, check_expert
 from trainer.models.cache import resolve_config, resolve_model, resolve_texts
 from trainer.models.machines import has_gpu, memory_metrics
 from trainer.reachable import check_servers
@@ -131,8 +131,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     _check_trackers(config)
     _check_loss(config)
     engine = _checked_engine(config)
-    # A world may have much to read: a model or an adapter that is not there is told before.
-    resolve_config(config.model.name)
+    # A world may have much to read: an adapter that is not there is told before.
     start_adapter(config)
     world = build_world(config.world)
     env = _checked_env(world)
@@ -143,7 +142,7 @@ def prepare(config: RunConfig, *, weights: bool = True, patience_s: float = 0.0)
     _check_response_format(config, env.tools, tasks)
     users = _users(config, env, tasks)
     demonstrations = load_demonstrations(config)
-    _check_expert(config, world, users, train_tasks, demonstrations)
+    check_expert(config, world, users, train_tasks, demonstrations)
     preflight = load_preflight(config.curriculum)
     _check_curriculum(config, preflight, train_tasks)
     engine_judge = EngineJudge() if config.judge.base_url == "engine" else None
@@ -274,26 +273,6 @@ def _check_curriculum(config: RunConfig, preflight: Mapping[str, Sequence[Visit]
             f"curriculum.preflight {config.curriculum.preflight}: knows none of the training tasks (it has "
             f"{next(iter(preflight))!r}, the run has {tasks[0].task_id!r}); expected a preflight of these tasks"
         )
-
-
-def _check_expert(
-    config: RunConfig,
-    world: World,
-    users: Users | None,
-    tasks: Sequence[Task],
-    demonstrations: Sequence[Demonstration],
-) -> None:
-    """Whether there is anything to imitate."""
-    if config.warmstart is None or demonstrations:
-        return
-    with looked_at("world: expert_episode()"):
-        turns = next(filter(None, (world.expert_episode(task, 0) for task in tasks)), ())
-    if not turns:
-        raise UserError(
-            "warmstart: there is nothing to imitate: warmstart.data names no conversations, and the world has no "
-            "expert (expert_episode) for any training task; name a file of demonstrations, or leave the section out"
-        )
-    check_company(turns, users)
 
 
 def _check_trackers(config: RunConfig) -> None:

@@ -39,6 +39,7 @@ from trainer.runs.progress import Progress
 from trainer.runs.scratch import Scratch, sweep_default_roots
 from trainer.seeds import derive_seed
 from trainer.tasks.curriculum import Curriculum
+from trainer.tasks.expert import expert_turns
 from trainer.types import Kind, LiveRollouts, Metrics, Phase, Rollout, RolloutRequest
 
 if TYPE_CHECKING:
@@ -376,8 +377,7 @@ async def canary_ids(prepared: Prepared, *, name: str, live: LiveRollouts | None
 
     The environments in which they are solved go by `name`, which no other process may have at the time.
     As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU. Of a long episode
-    it is the end, where the model's own turns are; a row that began with every agent's long system prompt would hold
-    nothing else.
+    it is the end, where the model's own turns are, not the long system prompt that every agent has.
     """
     # Scoring generates a token, for which there must be room.
     longest = min(_CANARY_TOKENS // 2, prepared.config.rollout.max_episode_tokens - 1)
@@ -388,7 +388,7 @@ async def canary_ids(prepared: Prepared, *, name: str, live: LiveRollouts | None
             break
         ledger = await expert_ledger(
             task,
-            prepared.world.expert_episode(task, 0),
+            expert_turns(prepared.world, task, 0, limit_s=prepared.config.rollout.episode_timeout_s),
             world=prepared.world,
             chat=prepared.chat,
             users=prepared.users,

@@ -10,15 +10,16 @@ import random
 from collections.abc import Sequence
 
 from envs.base import ExpertTurn, World
-from envs.errors import UserError
+from envs.errors import UserError, WorldError
 from envs.limits.loops import Loop
 from envs.types import Task
+from envs.user_code import looked_at
 from envs.users import ScriptUsers, Users
 from trainer import processes
 from trainer.config import RolloutConfig, RunConfig, WarmstartConfig
 from trainer.learning.samples import Sample, sample_of
 from trainer.seeds import derive_seed
-from trainer.tasks.expert import parts_of, play_expert
+from trainer.tasks.expert import expert_turns, parts_of, play_expert
 from trainer.templates.chat import Chat, TemplateRefused
 from trainer.types import Demonstration, Ledger, LiveRollouts
 
@@ -145,7 +146,7 @@ def expert_ledgers(
         shown = drawn[attempt]
         if isinstance(shown, Task):
             seed = derive_seed(config.seed, "expert", attempt)
-            turns = world.expert_episode(shown, seed)
+            turns = expert_turns(world, shown, seed, limit_s=config.rollout.episode_timeout_s)
             if not turns:
                 return []
             check_company(turns, users)
@@ -181,6 +182,30 @@ def in_steps(ledgers: Sequence[Ledger], config: WarmstartConfig) -> list[list[Sa
     ]
     size = config.episodes_per_step
     return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def check_expert(
+    config: RunConfig,
+    world: World,
+    users: Users | None,
+    tasks: Sequence[Task],
+    demonstrations: Sequence[Demonstration],
+) -> None:
+    """Raise `UserError` where there is nothing to imitate, or the expert can't be asked for it before the run."""
+    if config.warmstart is None or demonstrations:
+        return
+    limit_s = config.rollout.episode_timeout_s
+    try:
+        with looked_at("world: expert_episode()"):
+            turns = next(filter(None, (expert_turns(world, task, 0, limit_s=limit_s) for task in tasks)), ())
+    except WorldError as e:
+        raise UserError(f"world: {e} (rollout.episode_timeout_s)") from e
+    if not turns:
+        raise UserError(
+            "warmstart: there is nothing to imitate: warmstart.data names no conversations, and the world has no "
+            "expert (expert_episode) for any training task; name a file of demonstrations, or leave the section out"
+        )
+    check_company(turns, users)
 
 
 def check_company(turns: Sequence[ExpertTurn], users: Users | None) -> None:

@@ -24,7 +24,7 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from envs.user_code import looked_at
 from graders.build import build_scorer
 from graders.config import GraderConfig, MultiConfig, singles
-from graders.penalties import KL, check_part_names
+from graders.penalties import KL, check_part_names, check_turn_rewards
 from graders.settings import GraderSettings
 from graders.types import Grade, check_numbers
 from graders.user.custom import CustomConfig
@@ -151,6 +151,7 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
                     check_part_names(grade.parts, prepared.config.penalties, whose="parts")
                     _weigh(grade, prepared.config)
                 check_numbers(grade, task)
+                check_turn_rewards(grade, episode)
     except TimeoutError:
         return f"no grade within rollout.settle_timeout_s ({prepared.config.rollout.settle_timeout_s:g} s)"
     except WorldError as e:

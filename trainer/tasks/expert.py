@@ -113,6 +113,12 @@ class _Play:
                 return
 
 
+def expert_turns(world: World, task: Task, seed: int, *, limit_s: float) -> Sequence[ExpertTurn]:
+    """The world's. Raises `WorldError` where it is not done in time."""
+    with blocking_limit(limit_s, "expert_episode"):
+        return world.expert_episode(task, seed)
+
+
 async def play_expert(
     task: Task,
     turns: Sequence[ExpertTurn],

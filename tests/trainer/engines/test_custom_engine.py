@@ -19,7 +19,6 @@ from graders.types import taken_metrics
 from tests.support.configs import scripted_config
 from tests.support.scripted_engine import engine_starter, finance_script
 from trainer.config import ENGINES, CustomEngineConfig, EngineConfig, ModelConfig, RunConfig, validate_config
-from trainer.config.learning import CorrectionConfig
 from trainer.engines.custom import CustomEngine
 from trainer.engines.engine import (
     ChecksModel,
@@ -133,12 +132,8 @@ def test_one_that_samples_with_other_weights_than_it_scores_is_told_of(tiny_mode
     for name, is_told in (("Mine", False), ("SamplesWithTheBase", True)):
         config = scripted(tmp_path, tiny_model, name)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"canary_mean_tolerance": 0.003})})
-        narrow = CorrectionConfig(outlier_range=(1.0 - 1e-5, 1.0 + 1e-5))
-        config = config.model_copy(update={"loss": config.loss.model_copy(update={"correction": narrow})})
         folder = train(config)
-        log = (folder / "run.log").read_text()
-        assert ("sampled with other log-probabilities" in log) is is_told
-        assert ("masks every token of this step: nothing was learned" in log) is is_told
+        assert ("sampled with other log-probabilities" in (folder / "run.log").read_text()) is is_told
 
 
 def test_one_that_does_not_start_is_shut_down(

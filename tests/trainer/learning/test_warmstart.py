@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,13 @@ def test_what_experts_hold_is_known_should_the_run_be_killed_as_what_rollouts_ho
     assert names.count("-expert-") == 2 and names.count("-canary-") >= 1
     for i in of_experts:
         assert seen[i + 1 : i + 4] == [("env opened", seen[i][1]), ("env closed", ""), ("closed", seen[i][1])]
+
+
+def test_an_expert_that_hangs_is_told_before_the_run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FinanceWorld, "expert_episode", lambda *_: time.sleep(60))
+    config = scripted_config(tmp_path / "run", tiny_model, warmstart=WARMSTART)
+    config["rollout"] = config["rollout"] | {"episode_timeout_s": 0.3, "tool_timeout_s": 0.2}
+    with pytest.raises(UserError, match=r"world: expert_episode: not done within 0.3 s \(rollout.episode_timeout_s\)"):
+        prepare(RunConfig.model_validate(config))

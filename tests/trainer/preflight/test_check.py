@@ -365,3 +365,15 @@ def test_what_else_a_grader_has_is_tried_too(tiny_model: Path, tmp_path: Path, m
     sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Own"}
     with pytest.raises(UserError, match=told):
         check_run(validate_config(sections, source="test"))
+
+
+def test_a_graders_rewards_of_turns_are_counted_before_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    own = OWN_WORLD.replace('parts={{"pieces": 1.0}}', "turn_rewards=(0.5, 0.5)")
+    (tmp_path / "own.py").write_text(own.format(is_async="async "))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many?"}]}) + "\n")
+    rows = {"train": f"{tmp_path}/rows.jsonl", "eval": f"{tmp_path}/rows.jsonl"}
+    sections = scripted_config(tmp_path / "run", tiny_model) | {"data": rows, "penalties": {}}
+    sections["world"] = {"type": "custom", "target": f"{tmp_path}/own.py:Shelf"}
+    sections["grader"] = {"type": "custom", "target": f"{tmp_path}/own.py:Pieces"}
+    with pytest.raises(UserError, match="gave 2 turn_rewards for an episode of 1 turns"):
+        list(check_run(validate_config(sections, source="test")))

@@ -10,9 +10,9 @@ import pytest
 
 from envs.types import Episode, Message, StopReason, Task, Turn
 from graders.types import Grade
-from trainer.config import RunConfig
+from trainer.config import EngineConfig, RunConfig
 from trainer.learning.advantages.attempts import attempt_of
-from trainer.rollouts.collect import to_samples
+from trainer.rollouts.collect import to_samples, warn_of_mismatch
 from trainer.runs.records import rollout_from_json, rollout_to_json
 from trainer.types import NO_TURN, Ledger, Rollout
 
@@ -143,3 +143,12 @@ def test_turns_that_follow_one_another_without_glue_stay_two():
     ledger.append_sampled([3], [-1.0], 3)
     assert ledger.turns == (NO_TURN, 0, 1)
     assert Ledger.from_json(ledger.to_json()).turns == ledger.turns
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(1.0, True), (0.99, False)])
+def test_masks_that_leave_no_token_are_told(share: float, is_told: bool) -> None:
+    told: list[str] = []
+    progress = SimpleNamespace(warn=told.append)
+    figures = {"mismatch_abs": 0.0, "mismatch_masked_share": share}
+    warn_of_mismatch(figures, SimpleNamespace(engine=EngineConfig()), progress)
+    assert ["masks every token of this step" in text for text in told] == [True] * is_told

@@ -88,8 +88,6 @@ def test_what_is_not_there_to_begin_with_is_told_before_the_world_is_read(tiny_m
     monkeypatch.setattr("trainer.prepare.build_world", lambda settings: pytest.fail("a corpus of any size was read"))
     with pytest.raises(UserError, match="start_from"):
         prepare(config_of(tmp_path / "run", tiny_model, tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"model\.name"):
-        prepare(config_of(tmp_path / "run", tmp_path / "nowhere", None))
 
 
 def test_a_run_that_has_none_yet_is_told(first, tiny_model, tmp_path):

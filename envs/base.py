@@ -109,7 +109,13 @@ def of_env(
     Which it may have besides is the same as `isinstance` of its protocol says, which takes Python 3.11 ten times as
     long: some are asked every turn.
     """
-    with blocking_limit(limit_s, f"{type(env).__name__}.{member}"):
+    kind = type(env)
+    of_kind = getattr(kind, member, None)
+    # An alarm takes ten times as long as to look at an attribute or a method, which run nobody's code.
+    runs_code = (hasattr(of_kind, "__get__") and not callable(of_kind)) or hasattr(kind, "__getattr__")
+    if not runs_code or limit_s == math.inf:
+        return getattr(env, member, None)
+    with blocking_limit(limit_s, f"{kind.__name__}.{member}"):
         return getattr(env, member, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,9 @@ def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    # Whatever this process starts later would ignore them too.
+    ignored: list[tuple[object, object]] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
 
     def ends(first: BaseException, then: str) -> int:
         try:
@@ -85,6 +89,7 @@ def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
     with pytest.raises(SystemExit) as ended:
         run(lambda: ends(KeyboardInterrupt(), "Event loop stopped before Future completed."))
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert ignored == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN)]
     with pytest.raises(RuntimeError, match="no interrupt"):
         run(lambda: ends(ValueError(), "no interrupt"))
 

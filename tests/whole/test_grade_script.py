@@ -295,7 +295,7 @@ def test_a_grader_that_cannot_be_read_is_told_on_one_screen(
             "line 1: grader 'same': reference: task line-1 has no {{ item.answer }}",
         ),
         ('{"item": {}, "sample": {"output_text": 3}}\n', "line 1: sample.output_text: expected text"),
-        ('{"task": {"task_id": "t"}, "episode": {}}\n', "line 1: 1 problem"),
+        ('{"task": {"task_id": "t"}, "episode": {}}\n', "line 1: 6 problems\n  task.messages: required"),
         ("[]\n", "line 1: a JSON list; expected JSONL"),
         ("\n", "no rows"),
     ],

@@ -28,7 +28,7 @@ from trainer.learning.losses import registry as losses
 from trainer.learning.policy import Policy, Update
 from trainer.learning.samples import Sample
 from trainer.learning.warmstart import expert_ledger, expert_ledgers, in_steps
-from trainer.models.machines import hardware, release_memory
+from trainer.models.machines import hardware, loaded_set_aside, release_memory
 from trainer.prepare import Prepared
 from trainer.rollouts.collect import warn_of_mismatch, with_fresh_groups
 from trainer.rollouts.stream import RolloutStream, release_left_open
@@ -168,7 +168,7 @@ def open_run(
         session = enter(open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step))
         if run.exporter is not None:
             run.exporter.watch(session.worker.gauges, session.engine.gauges, session.stream.gauges)
-        with found_late():
+        with found_late(), loaded_set_aside():
             yield session
     accelerator.end_training()
 

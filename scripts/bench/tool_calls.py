@@ -42,6 +42,7 @@ from graders.types import Grade
 from trainer.config import RolloutConfig
 from trainer.engines.engine import Completion, Engine, Sampler, Sampling
 from trainer.engines.watched import WatchedEngine
+from trainer.models.machines import loaded_set_aside
 from trainer.prepare import prepare
 from trainer.rollouts.worker import RolloutWorker
 from trainer.seeds import derive_seed
@@ -232,7 +233,9 @@ def main() -> None:
     with bench_config(given) as config, server_url(given.latency_ms / 1000) as url:
         chat = prepare(config).chat
         for num_calls, num_rollouts in itertools.product(given.calls, given.rollouts):
-            figures += asyncio.run(measure(chat, url, given, num_rollouts, num_calls))
+            # As in a run.
+            with loaded_set_aside():
+                figures += asyncio.run(measure(chat, url, given, num_rollouts, num_calls))
     about = {
         "latency": f"tool {given.latency_ms:g} ms, engine {given.engine_ms:g} ms",
         "rollouts of a task": given.group_size,

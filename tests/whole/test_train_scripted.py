@@ -1,5 +1,6 @@
 """The whole spine with the scripted engine: real model, real updates, real proof; only what is written is scripted."""
 
+import gc
 import json
 import math
 import warnings
@@ -292,3 +293,18 @@ class Own:
     (step,) = (line for line in lines(tmp_path / "run" / "metrics.jsonl") if "own/seen" in line)
     assert step["step"] == 1 and step["own/seen"] == 4
     assert step["train/reward"] >= 0 and step["loss/grad_norm"] >= 0
+
+
+def test_while_it_works_collections_of_cycles_leave_out_what_was_loaded_before(tiny_model, tmp_path, monkeypatch):
+    frozen = []
+    own = FinanceWorld.make_env
+
+    def make_env(world):
+        frozen.append(gc.get_freeze_count())
+        return own(world)
+
+    monkeypatch.setattr(FinanceWorld, "make_env", make_env)
+    config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, optim={"num_steps": 1}))
+    before = gc.get_freeze_count()
+    train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
+    assert frozen[-1] > before + 100_000 and gc.get_freeze_count() <= before

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from envs.errors import UserError
@@ -36,6 +38,20 @@ def release_memory() -> None:
 
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def loaded_set_aside() -> Iterator[None]:
+    """What is loaded by now stands out of Python's collections of cycles, each of which would look at all there is.
+
+    Torch, vLLM and a tokenizer are half a second of it, in which no episode goes on (`scripts/bench/tool_calls.py`).
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def gpu_memory() -> tuple[int, int] | None:

@@ -251,7 +251,6 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     if policy.layout != config.optim.layout:
         progress.say(f"rows share no prefixes in training: {policy.padded_because}")
     checkpoint = processes.from_main(run.last_checkpoint)
-    processes.wait_for_all()
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)

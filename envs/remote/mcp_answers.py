@@ -1,8 +1,9 @@
 """What MCP servers answer, read as far as it can be: a request never waits for an answer that has come.
 
 *Covered*: lone halves of surrogate pairs; a result that is no object, or cut off: an error at once; lists of tools with
-entries that are none; content of unknown kinds, or null; output schemas, which are not enforced (the server's text
-counts); messages without an end. *Not covered*: what a server writes to its standard error, which goes to a file.
+entries that are none; what is odd about tools and contents besides what is read of them; content of unknown kinds, or
+null; output schemas, which are not enforced (the server's text counts); messages without an end; a refusal by HTTP
+status, which is told. *Not covered*: what a server writes to its standard error, which goes to a file.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import codecs
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mcp_types import CallToolResult
 
 _ID = re.compile(r'"id"\s*:\s*(\d+|"[^"\\]*")')
-_KINDS = ("text", "image", "audio", "resource", "resource_link")
 _MAX_SHOWN = 200
 MAX_MESSAGE_BYTES = 16 * 2**20
 """The largest message that is read at all. Over HTTP a larger one breaks the connection; over stdio it is cut there."""
@@ -66,6 +66,58 @@ def _find_codec(name: str) -> codecs.CodecInfo | None:
 
 
 codecs.register(_find_codec)
+
+
+async def make_readable(response: Any) -> None:
+    """A response hook of the SDK's HTTP client, which reads JSON less kindly than streams, and tells no status."""
+    import httpx2
+
+    is_json = response.headers.get("content-type", "").lower().startswith("application/json")
+    # The SDK knows by this status that a session has ended.
+    is_refusal = response.status_code >= 400 and response.status_code != 404 and response.request.method == "POST"
+    if not is_json and not is_refusal:
+        return
+    whole = response.stream
+
+    class Readable(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            body = b"" if is_json else await _beginning(whole)
+            if is_json:
+                text = b"".join([part async for part in whole]).decode("utf-8-sig", "replace")
+                with contextlib.suppress(ValueError, RecursionError):
+                    text = json.dumps(json.loads(text), ensure_ascii=False)
+                body = text.encode("utf-8", "replace")
+            yield _told_refusal(response, body) if is_refusal else body
+
+        async def aclose(self) -> None:
+            await whole.aclose()
+
+    response.stream = Readable()
+    response.headers["content-type"] = "application/json"
+
+
+async def _beginning(stream: Any) -> bytes:
+    begun = b""
+    async for part in stream:
+        begun += part
+        if len(begun) >= 4 * _MAX_SHOWN:
+            break
+    return begun
+
+
+def _told_refusal(response: Any, body: bytes) -> bytes:
+    """The server's own JSON-RPC error, or one that says what the response's status is."""
+    from mcp_types import INTERNAL_ERROR, JSONRPCError, jsonrpc_message_adapter
+
+    with contextlib.suppress(ValidationError):
+        if isinstance(jsonrpc_message_adapter.validate_json(body, by_name=False), JSONRPCError):
+            return body
+    said = " ".join(body.decode("utf-8", "replace").split())
+    status = f"HTTP {response.status_code} {response.reason_phrase}".strip()
+    message = f"{status}: {said:.{_MAX_SHOWN}}" if said else status
+    # The SDK puts the request's id in its place.
+    error = {"code": INTERNAL_ERROR, "message": message}
+    return json.dumps({"jsonrpc": "2.0", "id": None, "error": error}).encode()
 
 
 @contextlib.asynccontextmanager
@@ -143,54 +195,50 @@ def _mended(error: ValidationError) -> SessionMessage | ValidationError:
 
 
 def _make_plain(result: dict[str, Any]) -> None:
-    """Changes what the SDK would refuse as a whole for the sake of a part."""
+    """Leaves of tools and of contents what is read of them: the SDK refuses the whole for the sake of any part."""
+    if not isinstance(result.get("_meta", {}), dict):
+        del result["_meta"]
     if isinstance(tools := result.get("tools"), list):
         result["tools"] = [plain for tool in tools if (plain := _plain_tool(tool)) is not None]
     if "content" in result or "structuredContent" in result:
         content = result.get("content")
         blocks = content if isinstance(content, list) else [] if content is None else [content]
-        result["content"] = [_plain_block(block) for block in blocks]
+        result["content"] = [{"type": "text", "text": _text_of_block(block)} for block in blocks]
         if not isinstance(result.get("structuredContent", {}), dict):
             result["structuredContent"] = {"result": result["structuredContent"]}
+        if result.get("isError", False) is None:
+            del result["isError"]
 
 
 def _plain_tool(tool: Any) -> dict[str, Any] | None:
-    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str) or not tool["name"]:
         return None
-    plain = {key: value for key, value in tool.items() if key != "outputSchema"}
-    if not isinstance(plain.get("inputSchema"), dict):
-        plain["inputSchema"] = {"type": "object"}
-    # The protocol's newer versions insist on it; schemas may leave it out.
-    plain["inputSchema"] = {"type": "object"} | plain["inputSchema"]
-    if not isinstance(plain.get("description"), str):
-        plain.pop("description", None)
+    schema = tool.get("inputSchema")
+    # The protocol's newer versions insist on the type; schemas may leave it out.
+    plain = {"name": tool["name"], "inputSchema": {**(schema if isinstance(schema, dict) else {}), "type": "object"}}
+    if isinstance(description := tool.get("description"), str):
+        plain["description"] = description
     return plain
 
 
-def _plain_block(block: Any) -> Any:
+def _text_of_block(block: Any) -> str:
     if isinstance(block, str):
-        return {"type": "text", "text": block}
-    if isinstance(block, Mapping) and block.get("type") in _KINDS:
         return block
-    kind = block.get("type") if isinstance(block, Mapping) else type(block).__name__
-    return {"type": "text", "text": f"[{kind}]"}
+    if not isinstance(block, dict):
+        return f"[{type(block).__name__}]"
+    kind, text = block.get("type"), block.get("text")
+    if kind == "text":
+        return text if isinstance(text, str) else "" if text is None else json.dumps(text, ensure_ascii=False)
+    if kind not in ("resource", "resource_link"):
+        return f"[{kind}]"
+    resource = block.get("resource") if kind == "resource" else block
+    resource = resource if isinstance(resource, dict) else {}
+    text = resource.get("text") if kind == "resource" else None
+    return text if text and isinstance(text, str) else f"[resource {resource.get('uri', '')}]"
 
 
 def text_of(result: CallToolResult) -> str:
     """Texts joined; other content is named; structured content as JSON where there is nothing else."""
     if not result.content and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)
-    return "\n".join(_content_texts(result.content))
-
-
-def _content_texts(content: Iterable[Any]) -> Iterable[str]:
-    for block in content:
-        match block.type:
-            case "text":
-                yield block.text
-            case "resource":
-                yield getattr(block.resource, "text", None) or f"[resource {block.resource.uri}]"
-            case "resource_link":
-                yield f"[resource {block.uri}]"
-            case other:
-                yield f"[{other}]"
+    return "\n".join(block.text for block in result.content if block.type == "text")

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from envs.clients.bounded import PLAIN, bounded
 from envs.errors import ToolError, WorldError
-from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, readable, text_of
+from envs.remote.mcp_answers import BOUNDED_LINES, MAX_MESSAGE_BYTES, make_readable, readable, text_of
 from envs.remote.mcp_config import ROLLOUT_DIR, TRACE_ID, McpServerConfig
 from envs.secrets import not_kept
 
@@ -96,6 +96,9 @@ class Connection:
 
     async def _hold(self, ready: asyncio.Future[None]) -> None:
         async with self._connected() as self._client:
+            # Output schemas are not looked at; the SDK would ask for them behind a call, and lose what the call gave
+            # where it can't have them.
+            self._client.session.validate_tool_result = _taken  # type: ignore[method-assign]
             ready.set_result(None)
             await self._stop.wait()
 
@@ -126,12 +129,13 @@ class Connection:
         # The SDK takes what comes on a request's connection for its answer, whatever the id: each request has a
         # connection of its own, on which nothing of an earlier one can come late.
         ours = {**PLAIN, "Connection": "close", **({"X-Trace-Id": trace_id} if trace_id else {})}
+        hooks = [bounded(MAX_MESSAGE_BYTES, streams=True), make_readable]
         async with httpx2.AsyncClient(
             headers={**config.headers, **ours},
             timeout=httpx2.Timeout(30.0, read=config.timeout_s),
             limits=httpx2.Limits(max_connections=None),
             verify=_ssl_context(),
-            event_hooks={"request": [_pause_before_resuming], "response": [bounded(MAX_MESSAGE_BYTES, streams=True)]},
+            event_hooks={"request": [_pause_before_resuming], "response": hooks},
         ) as http:
             transport = streamable_http_client(config.url, http_client=http, max_sse_event_size=MAX_MESSAGE_BYTES)
             # Versions of the protocol from 2026 on know no sessions over HTTP: state per rollout needs the former ones.
@@ -184,13 +188,14 @@ class Connection:
                 raise WorldError(f"{server}: the connection broke during {what}: {self._why_ended()}{self._said()}")
             raise WorldError(f"{server}: {what}: no answer within {timeout_s:g} s")
         except MCPError as e:
+            message = not_kept(e.message[:_MAX_OUTPUT_BYTES])
             if e.code == INVALID_PARAMS:
-                raise ToolError(not_kept(e.message[:_MAX_OUTPUT_BYTES])) from e
+                raise ToolError(message) from e
             self._is_cut |= e.code == CONNECTION_CLOSED or (e.code, e.message) == (
                 INVALID_REQUEST,
                 "Session terminated",
             )
-            raise WorldError(f"{server}: {what}: {e.message}{self._said()}") from e
+            raise WorldError(f"{server}: {what}: {message}{self._said()}") from e
         except (RuntimeError, ValidationError) as e:
             # Content that does not fit the tool's own output schema, or no MCP at all.
             raise WorldError(f"{server}: {what}: {e}") from e
@@ -227,6 +232,10 @@ def _launch(config: McpServerConfig) -> tuple[str, list[str]]:
     if sys.platform != "linux":
         return config.command, config.args
     return sys.executable, ["-I", "-S", "-c", _LAUNCH, str(os.getpid()), config.command, *config.args]
+
+
+async def _taken(name: str, result: Any) -> None:
+    pass
 
 
 async def _pause_before_resuming(request: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from envs.errors import WorldError
+from envs.errors import UserError, WorldError
 from envs.remote.mcp_config import McpServerConfig
 from envs.remote.mcp_server import McpServer, McpSession
 
@@ -181,9 +181,7 @@ async def test_pages_without_an_end_and_what_a_server_asks_of_us_hold_up_nothing
         await mcp.aclose()
 
 
-@pytest.mark.parametrize(
-    "value", ["[" * 100_000, '"text"', '{"content": [{"type": "text", "text": null}]}', "NaN", "1e999"]
-)
+@pytest.mark.parametrize("value", ["[" * 100_000, '"text"', '{"content": [], "isError": {}}', "NaN", "1e999"])
 async def test_a_result_that_cannot_be_read_is_a_fault_of_the_world(value: str) -> None:
     async def odd(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
         text = f'{{"jsonrpc": "2.0", "id": {asked["id"]}, "result": {value}}}'
@@ -192,3 +190,66 @@ async def test_a_result_that_cannot_be_read_is_a_fault_of_the_world(value: str) 
     async with session_of(Server(call=odd)) as session:
         with pytest.raises(WorldError):
             await session.call("echo", {})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"icons": "x.png"}, {"annotations": {"readOnlyHint": "perhaps"}}, {"title": 5}, {"_meta": []}),
+        *(
+            {"execution": {"taskSupport": "odd"}},
+            {"inputSchema": {"type": ["object", "null"]}},
+            {"description": "\ud83d"},
+        ),
+    ],
+)
+async def test_what_is_odd_about_one_tool_costs_the_server_nothing(odd: dict[str, Any]) -> None:
+    async def listed(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        return web.json_response(result(asked, {"tools": [{**TOOL, "name": "odd", **odd}, TOOL], "_meta": []}))
+
+    async with session_of(Server(list=listed)) as session:
+        definitions = await asyncio.to_thread(McpServer(session._server.config).definitions)
+    assert [d["function"]["name"] for d in definitions] == ["odd", "echo"]
+
+
+@pytest.mark.parametrize(
+    ("block", "shown"),
+    [
+        ({"type": "text", "text": "well", "annotations": {"audience": ["all"], "priority": 7}}, "well"),
+        ({"type": "text", "text": None}, ""),
+        ({"type": "text", "text": "a\ud83d"}, "a?"),
+        ({"type": "image", "data": "aa"}, "[image]"),
+        ({"type": "resource_link", "uri": "file:///a"}, "[resource file:///a]"),
+        ({"type": "resource", "resource": {"uri": "file:///a"}}, "[resource file:///a]"),
+    ],
+)
+async def test_a_content_is_shown_as_far_as_it_can_be_read(block: dict[str, Any], shown: str) -> None:
+    async def odd(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        text = {"type": "text", "text": "and more"}
+        return web.json_response(result(asked, {"content": [block, text], "isError": None}))
+
+    async with session_of(Server(call=odd)) as session:
+        assert await session.call("echo", {}) == f"{shown}\nand more"
+
+
+async def test_what_a_call_gave_is_kept_where_the_tools_can_be_listed_no_more() -> None:
+    async def gone(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=500)
+
+    async with session_of(Server(list=gone)) as session:
+        assert await session.call("echo", {}) == "well"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("text/plain", "no key given"), ("application/json", '{"detail": "no key given"}')]
+)
+async def test_what_a_server_refuses_a_request_with_is_told(kind: str, said: str) -> None:
+    async def refuse(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(status=401, content_type=kind, text=said)
+
+    async with session_of(Server(call=refuse)) as session:
+        with pytest.raises(WorldError, match="echo: HTTP 401 Unauthorized"):
+            await session.call("echo", {})
+    async with serving(Server(initialize=refuse)) as url:
+        with pytest.raises(UserError, match="can't be reached: HTTP 401 Unauthorized"):
+            await asyncio.to_thread(McpServer(McpServerConfig(name="web", url=url)).definitions)

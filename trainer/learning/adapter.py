@@ -26,13 +26,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from envs.errors import UserError
 from trainer.config import LoraConfig, ModelConfig
 from trainer.learning import head
+from trainer.learning.base_model import load_base
 from trainer.learning.head import Head
 from trainer.learning.layers.gated import keep_less
 from trainer.learning.layers.recomputed import keep_inputs
 from trainer.learning.layers.rotations import hold_frequencies
 from trainer.learning.packing.attention import reading_of
 from trainer.learning.packing.rows import Microbatch
-from trainer.models.family import lora_targets, model_class_of, short_targets, weights_dtype
+from trainer.models.family import lora_targets, model_class_of, short_targets
 from trainer.runs.files import open_to_read
 
 _ADAPTER = "default"
@@ -48,16 +49,10 @@ def load_model(
     Its class is the one that its config.json names: a wrapper of vision around a text decoder is loaded whole, and its
     decoder adapted. It stays in evaluation mode, which draws no random numbers: the ratio between two passes over the
     same tokens must come from the weights alone. No row may have more than `max_length` tokens, see `layers.rotations`.
-    Raises `UserError` for a model that can't be trained here, see `trainer.models.family`.
+    Raises `UserError` for a model that can't be trained here, see `trainer.models.family`, and for weights that are
+    damaged or not whole.
     """
-    model_class, _ = model_class_of(Path(model_path))
-    base = model_class.from_pretrained(
-        model_path,
-        trust_remote_code=False,
-        dtype=getattr(torch, weights_dtype(config, on_cpu=device.type == "cpu")),
-        device_map={"": device} if device.type != "cpu" else None,
-        attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
-    )
+    base = load_base(Path(model_path), config, device)
     model = _with_adapter(base, config.lora)
     _init_adapter(model, seed)
     for module in model.modules():

@@ -45,9 +45,10 @@ class Renderer:
         """The text of `messages`. Raises `TemplateRefused`, whatever the template raised."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        template = self.template or self._tokenizer.get_chat_template(tools=tools)
-        as_list = _content_is_a_list(template)
         try:
+            # Raises for several templates of which none is the default.
+            template = self.template or self._tokenizer.get_chat_template(tools=tools)
+            as_list = _content_is_a_list(template)
             # What `apply_chat_template` calls; itself it looks the special tokens up every time.
             [text], _ = render_jinja_template(
                 [[served_form(m, as_list=as_list) for m in messages]],

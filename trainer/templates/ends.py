@@ -31,7 +31,9 @@ def find_ends(
     `probe_tool` is the list of that tool alone, as the template is given it. Raises `UserError` where a turn ends with
     no stop token, or a tool's result is not rendered.
     """
-    texts = {tokenizer.added_tokens_decoder[i].content: i for i in stop_token_ids}
+    added = tokenizer.added_tokens_decoder
+    # A stop token may also be a plain piece of text, or beyond the tokenizer; a template writes neither at an end.
+    texts = {added[i].content: i for i in stop_token_ids if i in added}
 
     def first_in(text: str) -> End | None:
         found = [(at, end) for end in texts if (at := text.find(end)) >= 0]

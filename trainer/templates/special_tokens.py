@@ -12,10 +12,12 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.errors import UserError
+from envs.reading.documents import read_document
 from envs.types import Message, ToolCall
 from trainer.templates.detokenizer import Detokenizer
 
@@ -79,11 +81,23 @@ def _one_of(texts: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:
-    """The tokens at which `vllm serve` stops: the tokenizer's, and those of generation_config.json."""
-    ids = {eos_token_id} if eos_token_id is not None else set()
+def generation_config(model: Path) -> Mapping[str, Any]:
+    """What generation_config.json says; nothing where there is none. Raises `UserError`."""
     path = model / "generation_config.json"
-    if path.is_file():
-        eos = json.loads(path.read_text()).get("eos_token_id")
-        ids |= set(eos) if isinstance(eos, list) else {eos} - {None}
+    found = read_document(path, f"model.name: {path}") if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"model.name: {path}: expected an object")
+    return found
+
+
+def stop_token_ids(model: Path, eos_token_id: int | None) -> frozenset[int]:
+    """The tokens at which `vllm serve` stops: the tokenizer's, and those of generation_config.json.
+
+    Raises `UserError` for what is no token's number there.
+    """
+    eos = generation_config(model).get("eos_token_id")
+    ids = [i for i in (*(eos if isinstance(eos, list) else [eos]), eos_token_id) if i is not None]
+    if wrong := [i for i in ids if not isinstance(i, int) or i < 0]:
+        path = model / "generation_config.json"
+        raise UserError(f"model.name: {path}: eos_token_id: expected the number of a token, got {wrong[0]!r}")
     return frozenset(ids)

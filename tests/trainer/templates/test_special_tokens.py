@@ -154,3 +154,27 @@ def test_a_tokenizer_that_cannot_be_read_is_the_users_to_mend(tiny_model: Path, 
     (tmp_path / "model" / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(UserError, match=r"^model.name: the tokenizer of .* can't be loaded"):
         Chat(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [2, -1]}'])
+def test_a_generation_config_that_says_no_tokens_is_the_users_to_mend(
+    text: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=rf"^model.name: {folder}/generation_config.json: "):
+        Chat(folder)
+
+
+def test_a_stop_token_may_be_a_plain_one_or_beyond_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 500, 99999]}')
+    assert Chat(folder).stop_token_ids == {2, 500, 99999}
+
+
+def test_several_templates_without_a_default_are_the_users_to_mend(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match=r"^model.chat_template: .*no default specified"):
+        Chat(folder)

@@ -19,7 +19,7 @@ from envs.errors import UserError
 from envs.reading.documents import check_writable
 from trainer.exports.card import model_card
 from trainer.exports.gguf import Converter
-from trainer.exports.trained import Trained
+from trainer.exports.trained import Trained, chat_of
 from trainer.runs.files import UNFINISHED, clear, digest
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ _TOKENIZER = (
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    # Of models that also see or hear, which vLLM loads with their processor or not at all.
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 _OVERHEAD_BYTES = 64 * 2**20
 """Of an artefact over its weights: the tokenizer."""
@@ -141,9 +145,7 @@ def _check_space(trained: Trained, wanted: Artefact, folder: Path) -> None:
 
 
 def _fill(trained: Trained, wanted: Artefact, folder: Path, converter: Converter | None) -> None:
-    from trainer.prepare import build_chat
-
-    chat = build_chat(trained.config, trained.model_path)
+    chat = chat_of(trained)
     template = chat.save_template(folder)
     _write_tokenizer(trained.model_path, folder, template)
     _write_generation_config(trained, chat, folder)
@@ -182,10 +184,9 @@ def _write_tokenizer(model_path: Path, folder: Path, template: Path | None) -> N
 
 def _write_generation_config(trained: Trained, chat: Chat, folder: Path) -> None:
     """The sampling of the training and the tokens that ended its turns: a base's own defaults are others."""
-    rollout, own = trained.config.rollout, {}
-    path = trained.model_path / "generation_config.json"
-    if path.is_file():
-        own = json.loads(path.read_text(encoding="utf-8"))
+    from trainer.templates.special_tokens import generation_config
+
+    rollout, own = trained.config.rollout, generation_config(trained.model_path)
     kept = {key: own[key] for key in ("bos_token_id", "pad_token_id") if own.get(key) is not None}
     sampled = {"do_sample": True, "temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": 0}
     _write_json(folder / "generation_config.json", {**kept, "eos_token_id": sorted(chat.stop_token_ids), **sampled})

@@ -13,7 +13,7 @@ from envs.terminal import say
 from trainer.config import EngineConfig, cpu_cache_gib
 from trainer.exports.artefact import servable
 from trainer.exports.commands import adapter_command, chat_arguments
-from trainer.exports.trained import Trained
+from trainer.exports.trained import Trained, chat_of
 from trainer.models.machines import has_gpu
 
 
@@ -37,11 +37,9 @@ def serve_words(trained: Trained) -> list[str]:
 
     What run.json notes is not run: whoever can write a run folder could have it start anything.
     """
-    from trainer.prepare import build_chat
-
     folder = servable(trained)
     template = folder / "chat_template.jinja"
-    chat = build_chat(trained.config, trained.model_path)
+    chat = chat_of(trained)
     arguments = chat_arguments(chat, template if template.exists() else None, trained.model_path, trained.config)
     rank = trained.config.model.lora.r
     return adapter_command(trained.model_path, folder, dtype=trained.dtype, rank=rank, chat=arguments)

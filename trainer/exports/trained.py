@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from envs.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.models.cache import resolve_model
-from trainer.runs.about import read_about
+from trainer.runs.about import FILES, files_named, read_about
 from trainer.runs.manifest import checkpoints, fault_of
 from trainer.runs.resuming import export_is_whole
+
+if TYPE_CHECKING:
+    from trainer.templates.chat import Chat
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -97,3 +100,21 @@ def _of_checkpoint(run: Path, step: int, config: RunConfig, about: Mapping[str, 
 
 def _kept(run: Path) -> str:
     return ", ".join(str(step) for step, _ in reversed(checkpoints(run))) or "no step yet"
+
+
+def chat_of(trained: Trained) -> Chat:
+    """Template and parsers of the training. A run that has ended holds its template, whatever has become of a file of
+    the user's, or of our fallback.
+
+    Raises `UserError`, of one that has not ended also where the file that it names is not what it was.
+    """
+    from trainer.prepare import build_chat
+
+    config, kept = trained.config, trained.run / "adapter" / "chat_template.jinja"
+    named, noted = config.model.chat_template, trained.about.get(FILES)
+    was = noted.get(named) if isinstance(noted, Mapping) else None
+    if kept.is_file() and export_is_whole(trained.run, trained.about):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"chat_template": str(kept)})})
+    elif was not in (None, files_named(config).get(named)):
+        raise UserError(f"model.chat_template: {named} is not what it was when the run began; expected it restored")
+    return build_chat(config, trained.model_path)

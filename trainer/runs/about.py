@@ -22,6 +22,8 @@ from envs.user_code import file_of
 from trainer.config import RunConfig
 from trainer.runs.files import read_document, read_object, refusal
 
+FILES = "files"
+"""In run.json: the digests of the files that the config names."""
 _RUN_ID = re.compile(r"[\w.-]{1,100}")
 
 
@@ -64,7 +66,8 @@ def differences(a: Any, b: Any, of: Any, key: str = "") -> list[str]:
 
 
 def files_named(config: RunConfig) -> dict[str, str]:
-    """The SHA-256 of each file that the config names by its path: the user's code, rows, what a preflight found.
+    """The SHA-256 of each file that the config names by its path: the user's code, rows, a chat template, what a
+    preflight found.
 
     *Not covered*: what that code imports, folders, data sets, a model's weights; files that can't be read.
     """
@@ -80,6 +83,8 @@ def files_named(config: RunConfig) -> dict[str, str]:
             waiting += [value for key, value in inner.items() if key != "kwargs"]
         elif isinstance(inner, list | tuple):
             waiting += inner
+    if (template := config.model.chat_template) not in ("auto", "training"):
+        paths[template] = Path(template).expanduser()
     found = {}
     for name, path in sorted(paths.items()):
         with contextlib.suppress(OSError), path.open("rb") as file:

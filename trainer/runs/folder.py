@@ -36,7 +36,7 @@ from envs.reading.json_text import write_json
 from trainer import processes
 from trainer.config import RunConfig
 from trainer.measures.exporter import Exporter, exporting
-from trainer.runs.about import differences, files_named, plain_config, read_about, saved_config, versions
+from trainer.runs.about import FILES, differences, files_named, plain_config, read_about, saved_config, versions
 from trainer.runs.canary_record import CANARY
 from trainer.runs.files import (
     UNFINISHED,
@@ -65,8 +65,6 @@ from trainer.types import Kind, Rollout
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
 _FOLDERS = (*Kind, "tokens", "checkpoints", "adapter", "warmstart", "agent-rft")
 """What a run makes in its folder; the last is TensorBoard's."""
-_FILES = "files"
-"""In run.json: the digests of the files that the config names."""
 
 
 class RunFolder:
@@ -190,15 +188,15 @@ class RunFolder:
             write_atomically(path / name, text)
         if (path / "run.json").exists():
             about = read_about(path)
-            if _FILES not in about or not checkpoints(path):
-                write_atomically(path / "run.json", write_json(about | {_FILES: files_named(config)}, indent=2))
+            if FILES not in about or not checkpoints(path):
+                write_atomically(path / "run.json", write_json(about | {FILES: files_named(config)}, indent=2))
             return []
         known = run_id_of(path)
         about = {
             "run_id": known or f"run-{uuid.uuid4().hex[:12]}",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
-            _FILES: files_named(config),
+            FILES: files_named(config),
         }
         write_atomically(path / "run.json", write_json(about, indent=2))
         return ["run.json was missing and has been made anew"] * bool(checkpoints(path))
@@ -380,14 +378,14 @@ class RunFolder:
 
 def _refuse_changed_files(path: Path, config: RunConfig) -> None:
     """A file that the config names is as much of the run as the config itself."""
-    noted = (read_object(path / "run.json") or {}).get(_FILES)
+    noted = (read_object(path / "run.json") or {}).get(FILES)
     if not isinstance(noted, dict) or not checkpoints(path):
         return
     now = files_named(config)
     if changed := [name for name in now if noted.get(name, now[name]) != now[name]]:
         raise UserError(
             f"output_dir {path}: holds a run that was made with other contents of {', '.join(changed[:5])}. Choose "
-            f'another output_dir, delete the folder, or restore the file; or delete "{_FILES}" from '
+            f'another output_dir, delete the folder, or restore the file; or delete "{FILES}" from '
             f"{path / 'run.json'} to go on with what it holds now, which the steps before have not seen"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from envs.errors import UserError
 from envs.types import Message
 from tests.support.scripts import run_script
+from trainer.config import load_config
 from trainer.exports.artefact import Artefact, export, servable
 from trainer.exports.trained import Trained, find_trained
+from trainer.runs.about import files_named
 from trainer.runs.canary_record import read_canary
 
 WITHOUT_TOOLS = (
@@ -120,6 +123,43 @@ def test_a_template_in_the_tokenizers_settings_gives_way_to_the_trainings(traine
     folder = export(find_trained(run_folder), Artefact(to=tmp_path / "out"))
     written = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     assert written == (folder / "chat_template.jinja").read_text() and "tool" in written
+
+
+def under_a_file(run: Path, file: Path) -> str:
+    """Has the run's config name `file`, as if it had been trained under it; returns the template."""
+    text = (run / "adapter/chat_template.jinja").read_text()
+    file.write_text(text)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["chat_template"] = str(file)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((run / "run.json").read_text())
+    about["files"] = files_named(load_config(run / "config.yaml"))
+    (run / "run.json").write_text(json.dumps(about))
+    return text
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_text("{{ messages }}")], ids=["gone", "edited"])
+def test_the_template_is_the_trainings_whatever_has_become_of_the_file_that_the_config_names(
+    run_folder, tmp_path, spoil
+):
+    template = under_a_file(run_folder, file := tmp_path / "mine.jinja")
+    spoil(file)
+    for step in (None, 2):
+        folder = export(find_trained(run_folder, step), Artefact(to=tmp_path / f"out-{step}"))
+        assert (folder / "chat_template.jinja").read_text() == template
+    shutil.rmtree(run_folder / "adapter")
+    with pytest.raises(UserError, match=rf"model.chat_template: {file} is not what it was when the run began"):
+        export(find_trained(run_folder, 2), Artefact(to=tmp_path / "out"))
+
+
+def test_what_a_model_sees_with_comes_along(trained, run_folder, tmp_path):
+    model = shutil.copytree(trained.model_path, tmp_path / "model")
+    (model / "preprocessor_config.json").write_text("{}")
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["model"]["name"] = str(model)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    folder = export(find_trained(run_folder), Artefact(to=tmp_path / "out"))
+    assert (folder / "preprocessor_config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])

@@ -234,12 +234,13 @@ NAMED = {
     "grader": {"type": "custom", "targets": [{"target": "{}/grader.py:f"}, "{}/other.py:g"]},
     "world": {"type": "custom", "target": "{}/world.py:World"},
     "data": {"train": "{}/train.jsonl", "eval": {"dataset": "some/where"}},
+    "model": {"chat_template": "{}/mine.jinja"},
 }
 
 
-@pytest.mark.parametrize("file", ["loss.py", "grader.py", "other.py", "world.py", "train.jsonl"])
+@pytest.mark.parametrize("file", ["loss.py", "grader.py", "other.py", "world.py", "train.jsonl", "mine.jinja"])
 def test_a_file_that_the_config_names_is_as_much_of_a_run_as_the_config(tmp_path, file):
-    for name in ("loss.py", "grader.py", "other.py", "world.py", "train.jsonl"):
+    for name in ("loss.py", "grader.py", "other.py", "world.py", "train.jsonl", "mine.jinja"):
         (tmp_path / name).write_text("1")
     raw = json.loads(json.dumps(NAMED).replace("{}", str(tmp_path)))
     named = make_config(tmp_path / "run", **raw)

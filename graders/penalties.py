@@ -64,6 +64,11 @@ class PenaltiesConfig(Settings):
         set_up: list[PenaltyConfig | None] = [getattr(self, name) for name in _MEASURES]
         return sum(penalty.floor for penalty in set_up if penalty)
 
+    @property
+    def names(self) -> list[str]:
+        """Of those that are set."""
+        return [name for name in _MEASURES if getattr(self, name) is not None]
+
 
 def penalty_in(parts: Mapping[str, float]) -> float:
     """What penalties give of a reward's parts: 0 or negative."""
@@ -104,7 +109,7 @@ def part_name(grader: GraderSettings) -> str:
 
 def check_part_names(names: Iterable[str], penalties: PenaltiesConfig, *, whose: str) -> None:
     """Raise `UserError` for a part of a grader that is called as one of ours, which would take its place."""
-    ours = [TURN_REWARDS, KL, *(name for name, setting in penalties if setting is not None)]
+    ours = [TURN_REWARDS, KL, *penalties.names]
     for name in names:
         if name in ours:
             raise UserError(
@@ -152,7 +157,7 @@ class PenalisedGrader:
     ) -> None:
         self._grader = grader
         self._config = config
-        self._penalties = {name: setting for name in _MEASURES if (setting := getattr(config, name)) is not None}
+        self._penalties: dict[str, PenaltyConfig] = {name: getattr(config, name) for name in config.names}
         self._threshold = threshold
         self._floor = floor
 

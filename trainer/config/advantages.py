@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -73,6 +74,22 @@ class GdpoConfig(AdvantageSettings):
     weights: dict[str, Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]] = Field(
         {}, description="by the part's name: the grader's own, then the penalties; those not named have 1"
     )
+
+    def fault(self, parts: Sequence[str]) -> str | None:
+        """What is wrong with weighing a reward that has these parts, by name."""
+        if not parts:
+            return "loss.advantage gdpo: the reward has no parts; expected a grader that gives some"
+        if unknown := [name for name in self.weights if name not in parts]:
+            return (
+                f"loss.advantage.weights: {unknown[0]!r} is no part of the reward; it has {', '.join(parts)}"
+                f"{nearest(unknown[0], parts)}"
+            )
+        if not any(self.weights.get(name, 1.0) for name in parts):
+            return (
+                f"loss.advantage.weights: those of {', '.join(parts)}, which are all parts of the reward, are 0, so "
+                "that nothing would be learned; leave one out"
+            )
+        return None
 
 
 class TurnSettings(AdvantageSettings):

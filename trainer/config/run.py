@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from envs.custom.world import CustomEnvConfig
-from envs.errors import UserError, nearest
+from envs.errors import UserError
 from envs.reading.documents import from_file
 from envs.registry import WorldConfig
 from envs.remote.config import RemoteConfig
@@ -134,23 +134,23 @@ class RunConfig(Settings):
         """By name; None of a grader of the user's own, whose first grade alone tells."""
         if isinstance(self.grader, CustomConfig) and not self.grader.targets:
             return None
-        known = [part_name(self.grader), *(name for name, penalty in self.penalties if penalty)]
-        known += [KL] if self.loss.kl_in_reward else []
+        return [part_name(self.grader), *self.parts_beside_the_grade]
+
+    @property
+    def parts_beside_the_grade(self) -> list[str]:
+        """What the trainer and the world add to the grader's own parts of the reward, by name."""
+        of_kl = [KL] if self.loss.kl_in_reward else []
         # No world but the user's own gives rewards of turns.
-        return known + ([TURN_REWARDS] if isinstance(self.world, CustomEnvConfig) else [])
+        of_turns = [TURN_REWARDS] if isinstance(self.world, CustomEnvConfig) else []
+        return [*self.penalties.names, *of_kl, *of_turns]
 
     @model_validator(mode="after")
     def _weights_are_of_parts(self) -> RunConfig:
         advantage, known = advantage_settings(self.loss.advantage), self.parts_of_reward
         if not isinstance(advantage, GdpoConfig) or known is None:
             return self
-        if unknown := [name for name in advantage.weights if name not in known]:
-            raise ValueError(
-                f"loss.advantage.weights: {unknown[0]!r} is no part of the reward; it has {', '.join(known)}"
-                f"{nearest(unknown[0], known)}"
-            )
-        if not any(advantage.weights.get(name, 1.0) for name in known):
-            raise ValueError("loss.advantage.weights: all are 0, so that nothing would be learned; leave one out")
+        if told := advantage.fault(known):
+            raise ValueError(told)
         return self
 
     @model_validator(mode="after")

@@ -25,8 +25,8 @@ OTHERS: dict[str, tuple[tuple[str, str], ...]] = {
         ("tool/NAME/tokens", "tokens of the output per call"),
     ),
     "of the groups": (
-        ("groups/tied_share", "share of groups without an advantage, all rewards being equal: nothing to learn from"),
-        ("groups/reward_std", "standard deviation of the rewards within a group, mean over groups"),
+        ("groups/tied_share", "share of groups without an advantage, their rewards being equal or masked"),
+        ("groups/reward_std", "standard deviation of the rewards within a group, mean over groups with two or more"),
         ("groups/skipped", "groups without an advantage that were left out, where they are"),
         ("groups/replacements", "groups of fresh tasks that the step asked for besides, where tied ones are replaced"),
         ("groups/kl_in_reward", "divergence from the reference a token, where it is taken off the reward"),

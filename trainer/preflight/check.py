@@ -24,7 +24,7 @@ from envs.types import Episode, Message, StopReason, Task, Turn
 from envs.user_code import looked_at
 from graders.build import build_scorer
 from graders.config import GraderConfig, MultiConfig, singles
-from graders.penalties import KL, check_part_names, check_turn_rewards
+from graders.penalties import check_part_names, check_turn_rewards
 from graders.settings import GraderSettings
 from graders.types import Grade, check_numbers
 from graders.user.custom import CustomConfig
@@ -32,8 +32,6 @@ from graders.user.python import PythonConfig
 from trainer.config import CustomLossConfig, LossSettings, RunConfig
 from trainer.config.advantages import CustomAdvantageConfig, GdpoConfig, advantage_settings
 from trainer.config.idle import idle_settings
-from trainer.learning.advantages.base import Attempt
-from trainer.learning.advantages.registry import estimator_of
 from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
@@ -169,12 +167,8 @@ async def _graded(prepared: Prepared, config: GraderSettings, task: Task, *, whe
 def _weigh(grade: Grade, config: RunConfig) -> None:
     """Raise `UserError` where the estimator can't weigh the parts of such a reward."""
     advantage = advantage_settings(config.loss.advantage)
-    if not isinstance(advantage, GdpoConfig):
-        return
-    ours = [*(name for name, penalty in config.penalties if penalty), *([KL] if config.loss.kl_in_reward else [])]
-    parts = {**grade.parts, **dict.fromkeys(ours, 0.0)}
-    attempt = Attempt(reward=grade.reward, turn_rewards_T=(0.0,), num_tokens_T=(1,), states_T=("",), parts=parts)
-    estimator_of(advantage)([[attempt]])
+    if isinstance(advantage, GdpoConfig) and (told := advantage.fault([*grade.parts, *config.parts_beside_the_grade])):
+        raise UserError(told)
 
 
 async def _awaited(whose: str, name: str, given: Any) -> None:

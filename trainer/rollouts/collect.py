@@ -57,7 +57,10 @@ def to_samples(
         assert policy is not None, "a KL in the reward needs the policy"
         attempts, metrics = _charged(rollouts, attempts, config, policy)
     groups = [attempts[i : i + size] for i in range(0, len(attempts), size)]
-    metrics["groups/reward_std"] = fmean(stats_of([attempt.reward for attempt in group]).std for group in groups)
+    stats = [stats_of([attempt.reward for attempt in group]) for group in groups]
+    # A group of which no two rollouts have a reward says nothing of how far rewards differ.
+    if spreads := [of.std for of in stats if of.n > 1]:
+        metrics["groups/reward_std"] = fmean(spreads)
     if config.loss.gae is not None:
         assert policy is not None, "a critic's advantages need the policy"
         rows = [[] if r.reward is None else _rows(r, 0.0) for r in rollouts]

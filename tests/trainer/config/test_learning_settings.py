@@ -42,7 +42,7 @@ def named(name: str) -> dict[str, Any]:
             {"loss": {"kl_coef": 0.1, "kl": {"refresh_steps": 9}}, "optim": {"num_steps": 9}},
             "loss.kl.refresh_steps: 9 has no effect in a run of optim.num_steps = 9",
         ),
-        ({"loss": {"advantage": gdpo(numeric=0)}}, "loss.advantage.weights: all are 0"),
+        ({"loss": {"advantage": gdpo(numeric=0)}}, "those of numeric, which are all parts of the reward, are 0"),
         ({"loss": {"advantage": gdpo(nummeric=1)}}, "'nummeric' is no part of the reward; it has numeric; did you"),
         ({"loss": {"advantage": gdpo(turn_rewards=1)}}, "'turn_rewards' is no part of the reward; it has numeric"),
         ({"loss": {"advantage": gdpo(kl=1)}}, "'kl' is no part of the reward; it has numeric"),

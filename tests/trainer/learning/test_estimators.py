@@ -215,13 +215,21 @@ def test_equal_rewards_have_no_advantage_beside_groups_that_vary(name):
         assert estimator_of(name)([*varied, tied])[-1] == [(0.0,)] * 3
 
 
+def test_a_group_to_which_no_turn_gave_anything_is_tied_where_gdpo_weighs_nothing_else():
+    config = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"right": 0.0})
+    given = [attempt(1.0 + x, parts={"right": 1.0, "turn_rewards": x}) for x in (0.0, 0.5)]
+    unrewarded = [attempt(x, parts={"right": x}) for x in (1.0, 0.0)]
+    tied, varied = estimator_of(config)([unrewarded, given])
+    assert tied == [(0.0,), (0.0,)] and varied[0][0] < 0 < varied[1][0]
+
+
 def test_gdpo_refuses_parts_that_differ_within_a_group_and_weights_of_none():
     with pytest.raises(UserError, match="of one rollout's reward are right and of another short"):
         estimator_of("gdpo")([[attempt(1.0, parts={"right": 1.0}), attempt(0.0, parts={"short": 1.0})]])
     with pytest.raises(UserError, match="the reward has no parts"):
         estimator_of("gdpo")([[attempt(1.0), attempt(0.0)]])
-    nothing = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"right": 0.0, "turn_rewards": 1.0})
-    with pytest.raises(UserError, match="those of right, which are all parts of the reward, are 0"):
+    nothing = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"right": 0.0, "turn_rewards": 0.0})
+    with pytest.raises(UserError, match="those of right, turn_rewards, which are all parts of the reward, are 0"):
         estimator_of(nothing)([[attempt(1.0, parts={"right": 1.0}), attempt(0.0, parts={"right": 0.0})]])
     config = ADVANTAGE_SETTINGS["gdpo"](type="gdpo", weights={"rigth": 1.0})
     with pytest.raises(UserError, match="'rigth' is no part of the reward; it has right"):

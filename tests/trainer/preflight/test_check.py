@@ -108,12 +108,16 @@ def test_weights_of_parts_that_the_users_own_grader_does_not_give_are_refused(ti
         advantage = {"type": "gdpo", "weights": weights}
         return checked(tiny_model, tmp_path, loss={"advantage": advantage}, **sections)
 
-    with pytest.raises(UserError, match=r"advantage\.weights: 'brif' is no part of the reward; it has brief, right$"):
+    with pytest.raises(UserError, match=r"\.weights: 'brif' is no part of the reward; it has right, brief; did"):
         weighed(brif=2)
-    with pytest.raises(UserError, match=r"loss\.advantage\.weights: those of brief, right, .* are 0"):
+    with pytest.raises(UserError, match=r"loss\.advantage\.weights: those of right, brief, .* are 0"):
         weighed(brief=0, right=0)
     sections["penalties"] = {"tool_calls": penalty}
     assert "tried" in dict(weighed(brief=2, tool_calls=0.5))
+    sections["world"] = {"type": "custom", "target": f"{tmp_path}/own.py:Shelf"}
+    sections["data"] = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "How many?"}\n')
+    assert "tried" in dict(weighed(brief=0, right=0, tool_calls=0, turn_rewards=1)), "turns may earn it"
 
 
 def test_a_grader_is_tried_on_one_row_of_each_kind(tiny_model: Path, tmp_path: Path) -> None:

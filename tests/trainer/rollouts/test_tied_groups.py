@@ -37,6 +37,7 @@ def test_what_becomes_of_groups_without_an_advantage(advantage, rule, samples):
     made, metrics = to_samples(rollouts_of(REWARDS), with_rule(rule, advantage=advantage))
     assert len(made) == samples
     assert metrics["groups/tied_share"] == 0.75
+    assert metrics["groups/reward_std"] == pytest.approx(0.5**0.5 / 3), "of the three groups that have rewards"
     assert metrics.get("groups/skipped") == (None if rule == "keep" else 3.0)
     assert metrics.get("groups/replacements") == (2.0 if rule == "replace" else None)
 

@@ -48,17 +48,9 @@ def _of_group(group: Sequence[Attempt], config: GdpoConfig) -> list[float | None
         )
     if not names:
         return [None] * len(group)
-    if not names[0]:
-        raise UserError("loss.advantage gdpo: the reward has no parts; expected a grader that gives some")
-    if unknown := set(config.weights) - {*names[0], TURN_REWARDS}:
-        raise UserError(
-            f"loss.advantage.weights: {min(unknown)!r} is no part of the reward; it has {', '.join(names[0]) or 'none'}"
-        )
-    if not any(config.weights.get(name, 1.0) for name in names[0]):
-        raise UserError(
-            f"loss.advantage.weights: those of {', '.join(names[0])}, which are all parts of the reward, are 0: "
-            "nothing would be learned"
-        )
+    # Another group's rollouts may have rewards of turns.
+    if wrong := config.fault(names[0] and tuple(dict.fromkeys((*names[0], TURN_REWARDS)))):
+        raise UserError(wrong)
     columns = {name: normalised([None if of is None else of[name] for of in parts]) for name in names[0]}
     sums = [
         None

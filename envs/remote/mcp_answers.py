@@ -213,11 +213,25 @@ def _make_plain(result: dict[str, Any]) -> None:
 def _plain_tool(tool: Any) -> dict[str, Any] | None:
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str) or not tool["name"]:
         return None
-    schema = tool.get("inputSchema")
-    # The protocol's newer versions insist on the type; schemas may leave it out.
-    plain = {"name": tool["name"], "inputSchema": {**(schema if isinstance(schema, dict) else {}), "type": "object"}}
+    plain = {"name": tool["name"], "inputSchema": _plain_schema(tool.get("inputSchema"))}
     if isinstance(description := tool.get("description"), str):
         plain["description"] = description
+    return plain
+
+
+def _plain_schema(schema: Any) -> dict[str, Any]:
+    """What the SDK looks at in it is as it wants it; the rest stays."""
+    # The protocol's newer versions insist on the type; schemas may leave it out.
+    plain: dict[str, Any] = {**(schema if isinstance(schema, dict) else {}), "type": "object"}
+    if not isinstance(plain.get("$schema", ""), str):
+        del plain["$schema"]
+    if "properties" in plain:
+        # PHP writes [] for an object without keys.
+        properties = plain["properties"] if isinstance(plain["properties"], dict) else {}
+        plain["properties"] = {name: of if isinstance(of, dict | bool) else {} for name, of in properties.items()}
+    if "required" in plain:
+        required = plain["required"] if isinstance(plain["required"], list) else []
+        plain["required"] = [name for name in required if isinstance(name, str)]
     return plain
 
 

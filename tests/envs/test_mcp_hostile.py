@@ -196,6 +196,7 @@ async def test_a_result_that_cannot_be_read_is_a_fault_of_the_world(value: str) 
     "odd",
     [
         *({"icons": "x.png"}, {"annotations": {"readOnlyHint": "perhaps"}}, {"title": 5}, {"_meta": []}),
+        *({"inputSchema": {"properties": [], "required": True}}, {"inputSchema": {"properties": {"a": None}}}),
         *(
             {"execution": {"taskSupport": "odd"}},
             {"inputSchema": {"type": ["object", "null"]}},

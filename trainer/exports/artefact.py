@@ -3,14 +3,18 @@
 Beside the weights lie the base's tokenizer, the chat template of the training, the sampling of the training as
 generation_config.json, and a model card. The folder is there whole or not at all.
 
-*Covered*: a full disk, an interrupt, a target that exists. *Not covered*: a kill leaves a folder whose name begins with
-`.unfinished-`, which the next export to the same place deletes.
+*Covered*: a full disk, an interrupt, a target that exists, two exports to one place at once. *Not covered*: a kill
+leaves a folder whose name begins with `.unfinished-`, which the next export to the same place deletes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,16 +79,49 @@ def export(trained: Trained, wanted: Artefact) -> Path:
     written = folder.with_name(f"{UNFINISHED}{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        clear(written)
-        written.mkdir()
-        _check_space(trained, wanted, folder)
-        _fill(trained, wanted, written, converter)
-        written.rename(folder)
+        with _held(written):
+            _check_space(trained, wanted, folder)
+            _fill(trained, wanted, written, converter)
+            written.rename(folder)
+    except BlockingIOError:
+        raise UserError(f"{_where(wanted)}{folder}: another export is being written there; wait for it") from None
     except OSError as e:
         raise UserError(f"{_where(wanted)}{folder}: can't be written: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def _held(written: Path) -> Iterator[None]:
+    """The folder, empty and this export's alone; it is gone in the end. Raises `BlockingIOError` where another has it.
+
+    The system lets go of it with a process that is killed.
+    """
+    if written.is_symlink() or not written.is_dir():
+        clear(written)
+    written.mkdir(exist_ok=True)
+    held = os.open(written, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _lock(held)
+        if not written.is_dir() or os.fstat(held).st_ino != written.stat().st_ino:
+            raise BlockingIOError
+        try:
+            for left in written.iterdir():
+                clear(left)
+            yield
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _lock(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        # A file system without locks on folders.
+        return
 
 
 def servable(trained: Trained, to: Path | None = None) -> Path:

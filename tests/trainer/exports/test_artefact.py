@@ -312,6 +312,22 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(trained, tmp_path):
     assert not left.exists() and not (folder / "junk").exists()
 
 
+def test_of_two_exports_to_one_place_at_once_the_second_is_refused_and_harms_nothing(trained, tmp_path, monkeypatch):
+    second: list[str] = []
+
+    def meanwhile(*of: object) -> None:
+        if not second:
+            second.append("asked")
+            with pytest.raises(UserError, match="another export is being written there") as refusal:
+                export(trained, Artefact(to=tmp_path / "out"))
+            second.append(str(refusal.value))
+
+    monkeypatch.setattr("trainer.exports.artefact._check_space", meanwhile)
+    folder = export(trained, Artefact(to=tmp_path / "out"))
+    assert len(second) == 2 and (folder / "adapter_model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # ---- for servers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import multiprocessing
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -280,22 +281,29 @@ class VllmEngine:
 
 async def _started(start: Callable[[Any], Any], arguments: Any) -> Any:
     """The `AsyncLLM` that `start` gives, off the loop's thread, where vLLM would swallow an interrupt
-    (`zmq_socket_ctx`) and wait on. Whoever is cancelled leaves no process of vLLM behind.
+    (`zmq_socket_ctx`) and wait on. Whoever is cancelled, and be it by the loop's end, leaves no process of vLLM behind.
     """
     before = set(multiprocessing.active_children())
-    starting = asyncio.ensure_future(THREADS.run("vLLM's start", start, arguments))
+    started: list[Any] = []
+    has_ended = threading.Event()
+
+    def begin() -> Any:
+        try:
+            started.append(start(arguments))
+            return started[0]
+        finally:
+            has_ended.set()
+
     try:
-        return await asyncio.shield(starting)
+        return await THREADS.run("vLLM's start", begin)
     except asyncio.CancelledError:
         # Without its process it fails, or, a step further, waits for ever in its thread, which ends with ours.
         until = time.monotonic() + _LATEST_CHILD_S
-        while not starting.done() and time.monotonic() < until:
+        while not has_ended.is_set() and time.monotonic() < until:
             for child in set(multiprocessing.active_children()) - before:
                 child.kill()
                 until = min(until, time.monotonic() + _FAILS_WITHIN_S)
             await asyncio.sleep(0.1)
-        if not starting.done():
-            starting.cancel()
-        elif starting.exception() is None:
-            starting.result().shutdown()
+        for llm in started:
+            llm.shutdown()
         raise

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import multiprocessing
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ from trainer import processes
 from trainer.config import EngineConfig, ModelConfig, RunConfig
 from trainer.engines.arguments import engine_arguments
 from trainer.engines.engine import EngineStart, make_engine
+from trainer.engines.local import _started
 from trainer.learning.adapter import published_bytes
 from trainer.learning.policy import Policy
 from trainer.prepare import Prepared, prepare
@@ -153,3 +157,30 @@ def test_on_gpus_one_engine_of_a_machine_fills_the_compile_cache_before_the_othe
     accelerator = SimpleNamespace(device=torch.device(device), local_process_index=local_rank, process_index=local_rank)
     asyncio.run(open_engine(job, accelerator, start, first_step=0))
     assert happened == expected
+
+
+def test_a_loop_that_ends_while_vllm_starts_ends_what_vllm_has_begun():
+    """As SIGTERM ends it: everything on it is cancelled at once, what was begun last may be the first."""
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    has_child = threading.Event()
+
+    def start(arguments: object) -> None:
+        child.start()
+        has_child.set()
+        child.join()
+        raise RuntimeError("the engine's process has ended")
+
+    async def ended() -> None:
+        starting = asyncio.create_task(_started(start, None))
+        await asyncio.to_thread(has_child.wait)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in sorted(left, key=lambda task: task is starting):
+            task.cancel()
+        await asyncio.wait({starting})
+        assert starting.cancelled()
+
+    try:
+        asyncio.run(ended())
+        assert child.exitcode
+    finally:
+        child.kill()

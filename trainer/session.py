@@ -229,8 +229,9 @@ async def open_publisher(
 ) -> Publisher:
     """`name` is that of the environments in which the canary's tasks are solved; no other process may have it then."""
     rows = await canary_ids(prepared, name=name, live=_live(prepared, run))
-    canary = Canary(rows, tolerance=prepared.config.engine.canary_mean_tolerance)
-    num_versions, keep = prepared.num_versions, keep_none if run is None else run.keep_canary
+    tolerance = prepared.config.engine.canary_mean_tolerance
+    canary, num_versions = Canary(rows, tolerance=tolerance), prepared.num_versions
+    keep = keep_none if run is None else functools.partial(run.keep_canary, tolerance=tolerance)
     return Publisher(policy, engine, canary, scratch, hold=engine.held, num_versions=num_versions, keep=keep)
 
 

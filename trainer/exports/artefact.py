@@ -24,6 +24,7 @@ from envs.reading.documents import check_writable
 from trainer.exports.card import model_card
 from trainer.exports.gguf import Converter
 from trainer.exports.trained import Trained, chat_of
+from trainer.runs.canary_record import check_trained_base, read_canary
 from trainer.runs.files import UNFINISHED, clear, digest
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def _write_merged(trained: Trained, folder: Path, dtype: str) -> None:
     disable_progress_bar()
     config = trained.config.model.model_copy(update={"dtype": trained.dtype, "gradient_checkpointing": False})
     model = load_model(trained.model_path, config, device=torch.device("cpu"), seed=trained.config.seed)
+    _check_base(trained, model)
     load_adapter(model, trained.adapter)
     sampling = (folder / "generation_config.json").read_bytes()
     try:
@@ -256,6 +258,21 @@ def _write_merged(trained: Trained, folder: Path, dtype: str) -> None:
         raise OSError(str(e)) from e
     # transformers writes the base's.
     (folder / "generation_config.json").write_bytes(sampling)
+
+
+def _check_base(trained: Trained, model: Any) -> None:
+    """Raise `UserError` where the base under `model`, whose adapter changes nothing yet, is not the one of the run.
+
+    *Not covered*: runs of older versions, which kept no canary.
+    """
+    from trainer.learning.reader import scores_of
+
+    try:
+        record = read_canary(trained.run, trained.step)
+    except UserError:
+        return
+    scores = scores_of(model, record.token_ids)
+    check_trained_base(trained.run, record.token_ids, scores, trained.config.engine.canary_mean_tolerance)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: T positions of a microbatch, H hidden size, N trainable tokens o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from trainer.learning import adapter as lora
 from trainer.learning.head import token_logprobs, token_logprobs_and_entropy
-from trainer.learning.packing.rows import Microbatch
+from trainer.learning.packing.padded import pack_padded
+from trainer.learning.packing.rows import FixedRow, Microbatch
 from trainer.templates.grammar import Grammar
 
 
@@ -75,3 +77,15 @@ class Reader:
         for start, end in microbatch.constrained:
             self.grammar.fill(allowed_NW, start, token_ids[start:end])
         return allowed_NW.to(self._device)
+
+
+def scores_of(model: Any, token_ids: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probabilities of every token but the first of each sequence, the sequences one after the other, on a CPU."""
+    reader = Reader(model, torch.device("cpu"), None)
+    with torch.no_grad():
+        return [
+            score
+            for ids in token_ids
+            for microbatch in pack_padded([FixedRow(token_ids=ids)], len(ids))
+            for score in reader.logprobs(microbatch, 1.0, adapter=True).tolist()
+        ]

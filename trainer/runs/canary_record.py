@@ -67,6 +67,35 @@ class _Policy(BaseModel):
 def read_canary(run: Path, step: int) -> CanaryRecord:
     """The newest record that holds the policy of `step`. Raises `UserError` where there is none."""
     path = run / CANARY
+    for record in reversed(_records(path)):
+        lengths = {len(scores) for scores in (record.base, *record.policies.values())}
+        if step in record.policies and lengths == {sum(len(ids) - 1 for ids in record.token_ids)}:
+            return record
+    raise UserError(
+        f"{path}: does not hold what the trainer said of the canary at step {step}, by which a server would be known "
+        "(runs of older versions wrote none); the command that `scripts/serve.py` runs serves the adapter all the same"
+    )
+
+
+def check_trained_base(run: Path, token_ids: Sequence[Sequence[int]], scores: Sequence[float], most: float) -> None:
+    """Raise `UserError` where the base model that gives `scores` is not the one that the run has trained so far.
+
+    *Covered*: where the run has scored the same tokens before. `most` is the largest mean difference, in nats a token.
+    """
+    same = [r.base for r in _records(run / CANARY) if r.policies and r.token_ids == list(map(list, token_ids))]
+    if not same or len(same[-1]) != len(scores):
+        return
+    difference = sum(abs(now - then) for now, then in zip(scores, same[-1], strict=True)) / len(scores)
+    if not difference <= most:
+        raise UserError(
+            f"model.name: the base model is not the one that {run} was trained on: on the canary its log-probabilities "
+            f"differ by {difference:.3f} nats a token from what {CANARY} says of that (engine.canary_mean_tolerance is "
+            f"{most:g}); a folder that was written over, or a hub's model that has moved on? Restore it"
+        )
+
+
+def _records(path: Path) -> list[CanaryRecord]:
+    """The newest of each canary, oldest first."""
     records: list[CanaryRecord] = []
     for number, line in enumerate(read_lines(path), start=1):
         try:
@@ -82,11 +111,4 @@ def read_canary(run: Path, step: int) -> CanaryRecord:
                 records[-1].policies[said.step] = said.policy
         except (ValidationError, IndexError):
             raise UserError(f"{path}, line {number}: is damaged: tells nothing of the canary") from None
-    for record in reversed(records):
-        lengths = {len(scores) for scores in (record.base, *record.policies.values())}
-        if step in record.policies and lengths == {sum(len(ids) - 1 for ids in record.token_ids)}:
-            return record
-    raise UserError(
-        f"{path}: does not hold what the trainer said of the canary at step {step}, by which a server would be known "
-        "(runs of older versions wrote none); the command that `scripts/serve.py` runs serves the adapter all the same"
-    )
+    return records

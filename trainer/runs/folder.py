@@ -37,7 +37,7 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.measures.exporter import Exporter, exporting
 from trainer.runs.about import FILES, differences, files_named, plain_config, read_about, saved_config, versions
-from trainer.runs.canary_record import CANARY
+from trainer.runs.canary_record import CANARY, check_trained_base
 from trainer.runs.files import (
     UNFINISHED,
     append_line,
@@ -244,9 +244,11 @@ class RunFolder:
             raise UserError(f"{path}: is damaged: a line names no step")
         return records
 
-    def keep_canary(self, record: dict[str, Any]) -> None:
-        """Write down what the trainer says of the canary; see `trainer.runs.canary_record`."""
+    def keep_canary(self, record: dict[str, Any], *, tolerance: float) -> None:
+        """Write down what the trainer says of the canary; see `trainer.runs.canary_record`, errors too."""
         if self.is_main:
+            if "base" in record:
+                check_trained_base(self.path, record["token_ids"], record["base"], tolerance)
             append_line(self.path / CANARY, record)
 
     # ---- rollouts

@@ -246,6 +246,17 @@ def test_a_damaged_adapter_is_not_exported(run_folder, step):
     assert not [p for p in run_folder.parent.iterdir() if "adapter" in p.name]
 
 
+def test_weights_are_merged_into_no_other_base_than_the_one_that_was_trained(run_folder, tiny_model, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "written over")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w + 0.2 * torch.randn_like(w) for name, w in weights.items()}, other / "model.safetensors")
+    config = (run_folder / "config.yaml").read_text()
+    (run_folder / "config.yaml").write_text(config.replace(str(tiny_model), str(other)))
+    told = refused(run_folder, "--form", "merged", "--to", tmp_path / "out")
+    assert "model.name: the base model is not the one that" in told and "nats a token" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_target_that_exists_stays_as_it_is(run_folder, tmp_path):
     target = tmp_path / "out"
     target.mkdir()

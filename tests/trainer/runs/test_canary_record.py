@@ -9,6 +9,7 @@ import pytest
 
 from envs.errors import UserError
 from trainer.runs.canary_record import CANARY, of_base, of_policy, read_canary
+from trainer.runs.folder import RunFolder
 
 TOKENS = [[1, 2, 3], [4, 5]]
 
@@ -37,6 +38,18 @@ def test_what_a_resumed_run_says_of_a_step_takes_the_place_of_what_it_said_befor
         1: scores(-3),
         2: scores(-5),
     }
+
+
+def test_a_run_goes_on_with_no_other_base_than_its_own(tmp_path):
+    run = RunFolder(tmp_path, run_id="r", rank=0)
+    run.keep_canary(of_base(TOKENS, scores(-1)), tolerance=0.1)
+    run.keep_canary(of_base(TOKENS, scores(-3)), tolerance=0.1)  # Nothing had been trained on the first.
+    run.keep_canary(of_policy(0, scores(-3)), tolerance=0.1)
+    run.keep_canary(of_base(TOKENS, scores(-3.05)), tolerance=0.1)
+    run.keep_canary(of_base([[1, 2, 3, 9]], scores(-5)), tolerance=0.1)
+    with pytest.raises(UserError, match=r"the base model is not the one that .* by 0\.450 nats a token"):
+        run.keep_canary(of_base(TOKENS, scores(-3.5)), tolerance=0.1)
+    assert len((tmp_path / CANARY).read_text().splitlines()) == 5
 
 
 def test_versions_that_were_scored_on_other_tokens_are_not_compared(tmp_path):

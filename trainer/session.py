@@ -17,7 +17,7 @@ from envs.base import Sweeps
 from envs.errors import found_late
 from envs.limits.loops import Loop, LoopThread
 from trainer import processes
-from trainer.engines.canary import Canary
+from trainer.engines.canary import Canary, canary_rows
 from trainer.engines.engine import Engine, EngineStart
 from trainer.engines.publish import Publisher
 from trainer.engines.watched import WatchedEngine
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 StartEngine = Callable[[EngineStart], Awaitable[Engine]]
 """An engine that has been started, in the place of the one that the config names."""
 
-_CANARY_TOKENS, _MOST_CANARIES = 448, 8
 _FILE_OVERHEAD_BYTES = 2**20
 """Headers and the adapter's config."""
 
@@ -163,7 +162,8 @@ def open_run(
         enter(run.exported(config, lambda: progress.current_phase))
         loop: Loop = enter(LoopThread()) if config.overlap.max_staleness > 0 else enter(asyncio.Runner())
         stack.callback(lambda: loop.run(prepared.aclose()))
-        run.note(resolved=prepared.resolved(), hardware=hardware(accelerator.num_processes))
+        about = {"resolved": prepared.resolved(), "hardware": hardware(accelerator.num_processes)}
+        processes.from_main(lambda: run.note(**about))
         loop.run(release_left_open(prepared.world, run, progress, timeout_s=config.rollout.settle_timeout_s))
         session = enter(open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step))
         if run.exporter is not None:
@@ -255,7 +255,8 @@ def load_policy(prepared: Prepared, run: RunFolder, accelerator: Accelerator, pr
     if checkpoint is not None:
         step, folder = checkpoint
         load_checkpoint(policy, folder)
-        rewound = run.rewind(step, ahead=config.overlap.max_staleness, num_rollouts=config.rollout.num_rollouts)
+        ahead, num_rollouts = config.overlap.max_staleness, config.rollout.num_rollouts
+        rewound = processes.from_main(lambda: run.rewind(step, ahead=ahead, num_rollouts=num_rollouts))
         forgotten = (*losses.forgotten(config.loss), *advantages.forgotten(config.loss.advantage)) if step else ()
         for told in (*run.remarks, *rewound, *forgotten):
             progress.warn(told)
@@ -298,7 +299,7 @@ def _warm_start(prepared: Prepared, run: RunFolder, policy: Policy, progress: Pr
         losses.append(loss)
 
     policy.imitate(steps, learning_rate=config.warmstart.learning_rate, on_step=on_step)
-    run.note(warmstart_loss=losses)
+    processes.from_main(lambda: run.note(warmstart_loss=losses))
 
 
 def open_scratch(prepared: Prepared, policy: Policy) -> Scratch:
@@ -335,10 +336,14 @@ async def open_engine(
         processes.wait_for_all()
     started = await (start_engine or functools.partial(_start, prepared.engine))(given)
     engine = WatchedEngine(started, limit_s=prepared.config.engine.hung_after_s)
-    if takes_turns and is_first:
-        processes.wait_for_all()
-    for asks in prepared.asks_engine:
-        asks.bind(engine, prepared.chat)
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.shutdown)
+        if takes_turns and is_first:
+            processes.wait_for_all()
+        for asks in prepared.asks_engine:
+            asks.bind(engine, prepared.chat)
+        # It is the caller's.
+        stack.pop_all()
     return engine
 
 
@@ -376,16 +381,10 @@ async def canary_ids(prepared: Prepared, *, name: str, live: LiveRollouts | None
     """The token sequences that are scored after every publish: the first training tasks, solved where possible.
 
     The environments in which they are solved go by `name`, which no other process may have at the time.
-    As many as it takes to have enough tokens: scoring them is most of what a publish costs on a CPU. Of a long episode
-    it is the end, where the model's own turns are, not the long system prompt that every agent has.
     """
-    # Scoring generates a token, for which there must be room.
-    longest = min(_CANARY_TOKENS // 2, prepared.config.rollout.max_episode_tokens - 1)
-    rows: list[list[int]] = []
-    for number, task in enumerate(prepared.train_tasks[:_MOST_CANARIES]):
-        left = _CANARY_TOKENS - sum(map(len, rows))
-        if left <= 1:
-            break
+
+    async def solved(number: int) -> Sequence[int]:
+        task = prepared.train_tasks[number]
         ledger = await expert_ledger(
             task,
             expert_turns(prepared.world, task, 0, limit_s=prepared.config.rollout.episode_timeout_s),
@@ -396,5 +395,6 @@ async def canary_ids(prepared: Prepared, *, name: str, live: LiveRollouts | None
             rollout_id=f"{name}-{number}",
             live=live,
         )
-        rows.append(ledger.prompt_ids[-min(left, longest) :])
-    return rows
+        return ledger.prompt_ids
+
+    return await canary_rows(len(prepared.train_tasks), solved, max_tokens=prepared.config.rollout.max_episode_tokens)

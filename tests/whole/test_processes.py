@@ -185,6 +185,45 @@ def test_processes_wait_for_the_slowest_on_a_group_of_their_own_and_hear_signals
     assert (said.count("heard"), said.count("well")) == (1, 2), said + result.stderr[-3000:]
 
 
+TOLD_TO_EACH = """
+    import asyncio
+    import os
+    import sys
+    from pathlib import Path
+
+    from envs.errors import UserError
+    from trainer import processes
+    from trainer.rollouts.stream import release_left_open
+    from trainer.runs.canary_record import CANARY, of_base, of_policy
+    from trainer.runs.files import append_line
+    from trainer.runs.folder import RunFolder
+
+    accelerator = processes.start(cpu=True)
+    run = RunFolder(Path(sys.argv[1]), run_id="r", rank=accelerator.process_index)
+    if run.is_main:
+        (run.path / "live.rank1.jsonl").write_text("[]" + chr(10))
+        (run.path / "metrics.jsonl").write_text("{}" + chr(10))
+        append_line(run.path / CANARY, of_base([[1, 2]], [-1.0]))
+        append_line(run.path / CANARY, of_policy(0, [-1.0]))
+    processes.wait_for_all()
+    for look in (
+        lambda: asyncio.run(release_left_open(None, run, None, timeout_s=1)),
+        lambda: run.keep_canary(of_base([[1, 2]], [-2.0]), tolerance=0.1),
+        lambda: run.exported(None, lambda: "").__enter__(),
+    ):
+        try:
+            look()
+        except UserError as e:
+            os.write(1, (str(e) + chr(10)).encode())
+"""
+
+
+def test_what_the_main_process_finds_wrong_with_the_folder_ends_every_process_with_its_cause(tmp_path):
+    said = run_script(tmp_path, TORCHRUN, TOLD_TO_EACH, ACCELERATE_USE_CPU="true").stdout
+    for told in ("live.rank1.jsonl, line 1: is damaged", "the base model is not the one", "metrics.jsonl: is damaged"):
+        assert said.count(told) == 2, said
+
+
 def test_alone_a_process_talks_to_itself():
     assert processes.gather([1]) == [1] and processes.from_main(lambda: 2) == 2
     processes.wait_for_all()

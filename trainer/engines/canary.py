@@ -21,13 +21,15 @@ other new weights than the trainer's, as long as the update is within `_CLEAR_MO
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from envs.errors import PublishError
 from trainer.engines.engine import Engine
+
+_NUM_TOKENS, _MOST_ROWS = 448, 8
 
 _LEAST_MOVE = 1e-3
 """Mean absolute change of the trainer's log-probabilities, nats, below which a reference says nothing."""
@@ -54,6 +56,25 @@ class _Reference:
     name: str
     engine: Scores
     trainer: Scores
+
+
+async def canary_rows(
+    num_tasks: int, solved: Callable[[int], Awaitable[Sequence[int]]], *, max_tokens: int
+) -> list[list[int]]:
+    """The token ids of the first tasks, `solved` one after the other; as many as it takes to have enough tokens, since
+    scoring them is most of what a publish costs on a CPU.
+
+    Of a long episode it is the end, where the model's own turns are, not the long system prompt that every agent has.
+    """
+    # Scoring generates a token, for which there must be room.
+    longest = min(_NUM_TOKENS // 2, max_tokens - 1)
+    rows: list[list[int]] = []
+    for number in range(min(num_tasks, _MOST_ROWS)):
+        left = _NUM_TOKENS - sum(map(len, rows))
+        if left <= 1:
+            break
+        rows.append(list((await solved(number))[-min(left, longest) :]))
+    return rows
 
 
 class Canary:

@@ -184,7 +184,9 @@ class RolloutStream:
 
 async def release_left_open(world: World, run: RunFolder, progress: Progress, *, timeout_s: float) -> None:
     """Let the world release what rollouts of this run hold that a kill left open."""
-    left_open = run.left_open() if run.is_main else []
+    left_open = processes.from_main(run.left_open)
+    if not run.is_main:
+        return
     if left_open and isinstance(world, Sweeps):
         progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
         try:
@@ -192,5 +194,4 @@ async def release_left_open(world: World, run: RunFolder, progress: Progress, *,
                 await world.sweep(left_open)
         except TimeoutError:
             progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
-    if run.is_main:
-        run.forget_left_open()
+    run.forget_left_open()

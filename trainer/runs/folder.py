@@ -210,7 +210,7 @@ class RunFolder:
     def exported(self, config: RunConfig, phase: Callable[[], str]) -> Iterator[None]:
         """Served to Prometheus where the config asks for it; `phase` tells what the run is at. Raises `UserError`."""
         # What a killed run has done since its checkpoint is done anew.
-        records = [r for r in self.metrics() if r["step"] <= self.resume_step] if self.is_main else []
+        records = processes.from_main(lambda: [r for r in self.metrics() if r["step"] <= self.resume_step])
         with exporting(config, run_id=self.run_id, records=records, phase=phase) as self.exporter:
             yield
 
@@ -224,10 +224,9 @@ class RunFolder:
         return self.path / (f"run.rank{self._rank}.log" if self._rank else "run.log")
 
     def note(self, **values: Any) -> None:
-        """Add to run.json."""
-        if self.is_main:
-            about = read_about(self.path)
-            write_atomically(self.path / "run.json", write_json(about | values, indent=2))
+        """Add to run.json. Main process only."""
+        about = read_about(self.path)
+        write_atomically(self.path / "run.json", write_json(about | values, indent=2))
 
     # ---- metrics
 
@@ -246,9 +245,10 @@ class RunFolder:
 
     def keep_canary(self, record: dict[str, Any], *, tolerance: float) -> None:
         """Write down what the trainer says of the canary; see `trainer.runs.canary_record`, errors too."""
+        if "base" in record:
+            told = (record["token_ids"], record["base"], tolerance)
+            processes.from_main(lambda: check_trained_base(self.path, *told))
         if self.is_main:
-            if "base" in record:
-                check_trained_base(self.path, record["token_ids"], record["base"], tolerance)
             append_line(self.path / CANARY, record)
 
     # ---- rollouts
@@ -342,10 +342,8 @@ class RunFolder:
 
         Of so many steps more where rollouts run `ahead`. Later evaluations go too: they are of a policy that will be
         trained anew. So do rollouts in flight that are damaged, and a step's whole `num_rollouts` of which none has a
-        grade. Returns what the user has to be told.
+        grade. Returns what the user has to be told. Main process only.
         """
-        if not self.is_main:
-            return []
         newest = self.last_checkpoint()
         manifest = read_manifest(newest[1]) if newest is not None and newest[0] == step else None
         if manifest is not None:

@@ -393,20 +393,14 @@ def test_what_is_said_of_the_canary_stays_readable_after_a_kill_in_the_midst_of_
     run.rewind(0)
     assert not (run.path / CANARY).exists()
     for step in (0, 1):
-        run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]))
-        run.keep_canary(of_policy(step, [-3.0, -4.0]))
+        run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]), tolerance=1.0)
+        run.keep_canary(of_policy(step, [-3.0, -4.0]), tolerance=1.0)
     path = run.path / CANARY
     path.write_bytes(path.read_bytes()[:-9])
     run.rewind(0)
-    run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]))
-    run.keep_canary(of_policy(1, [-5.0, -6.0]))
+    run.keep_canary(of_base([[1, 2, 3]], [-1.0, -2.0]), tolerance=1.0)
+    run.keep_canary(of_policy(1, [-5.0, -6.0]), tolerance=1.0)
     assert read_canary(run.path, 1).policies == {0: [-3.0, -4.0], 1: [-5.0, -6.0]}
-
-
-def test_only_the_main_process_rewinds(config, run):
-    run.log({"step": 7})
-    RunFolder.open(config, rank=1).rewind(0)
-    assert run.metrics() == [{"step": 7}]
 
 
 def test_no_file_of_a_run_holds_a_nan_which_is_no_json(run):

@@ -152,9 +152,7 @@ class RolloutWorker:
         finally:
             live.place.leave()
             self._num_in_flight -= 1
-            live.unclosed = await self._closed(live.env, episode, flight)
-            if self._live:
-                self._live.closed(live.rollout_id)
+            await self._closed(live, episode, flight)
         return Rollout(
             episode=episode,
             task=live.request.task,
@@ -189,19 +187,23 @@ class RolloutWorker:
             completion_ids=completion_ids(live.ledgers),
         )
 
-    async def _closed(self, env: Env, episode: Episode | None, flight: Flight) -> str:
-        """As `_close`, to its end though it be cancelled meanwhile: what is half closed nobody would release."""
-        closing = asyncio.ensure_future(self._close(env, episode))
+    async def _closed(self, live: Live, episode: Episode | None, flight: Flight) -> None:
+        """To its end though it be cancelled meanwhile. What did not close stays noted as open, for the next start."""
+        closing = asyncio.ensure_future(self._close(live, episode))
         try:
-            return await asyncio.shield(closing)
+            await asyncio.shield(closing)
         except asyncio.CancelledError:
-            why = await closing
+            await closing
             if not flight.is_cut:
                 raise
-            return why
 
-    async def _close(self, env: Env, episode: Episode | None) -> str:
-        """Why it did not close; empty where it did. The rollout is over, and nothing that fails here may cost it."""
+    async def _close(self, live: Live, episode: Episode | None) -> None:
+        live.unclosed = await self._why_unclosed(live.env, episode)
+        if self._live and not live.unclosed:
+            self._live.closed(live.rollout_id)
+
+    async def _why_unclosed(self, env: Env, episode: Episode | None) -> str:
+        """Empty where it closed. The rollout is over, and nothing that fails here may cost it."""
         limit_s = min(self._config.settle_timeout_s, self._config.episode_timeout_s)
         try:
             async with time_limit(limit_s) as limit:

@@ -374,8 +374,10 @@ async def test_an_environment_whose_closing_hangs_or_fails_costs_no_rollout_and_
 
     world = World(dict(TOOLS))
     world.make_env = lambda: Stuck(world)
-    played = await play(chat, lambda prompt, seed: "42", world=world, num_rollouts=3, settle_timeout_s=0.2)
+    live = LiveIds()
+    played = await play(chat, lambda prompt, seed: "42", world=world, num_rollouts=3, settle_timeout_s=0.2, live=live)
     assert [r.reward for r in played.rollouts] == [1.0] * 3
+    assert [name for what, name in live.events if what == "closed"] == ["r2"], "the others are still to be released"
     assert [r.unclosed for r in played.rollouts] == [
         ("close: not done within 0.2 s",),
         ("close: OSError: no such browser",),
@@ -540,6 +542,27 @@ async def test_open_rollouts_are_noted_before_they_are_opened_and_after_they_are
     world.on_open = on_open
     await play(chat, ["42"], world=world, live=live)
     assert live.events == [("opened", "r0"), ("closed", "r0"), ("opened", "r0-retry1"), ("closed", "r0-retry1")]
+
+
+async def test_what_closes_though_the_step_is_cancelled_meanwhile_is_noted_as_closed(chat):
+    closing, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Env):
+        async def close(self, episode: Episode | None) -> None:
+            closing.set()
+            await go_on.wait()
+            await super().close(episode)
+
+    live, world = LiveIds(), World(dict(TOOLS))
+    world.make_env = lambda: Slow(world)
+    running = asyncio.create_task(play(chat, ["42"], world=world, live=live))
+    await closing.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert live.events == [("opened", "r0"), ("closed", "r0")]
 
 
 async def test_what_an_environment_observes_at_its_opening_ends_the_prompt(chat):

@@ -7,6 +7,7 @@ errors of `envs.errors` are clean by themselves.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 import sys
@@ -39,6 +40,12 @@ def clean(text: str) -> str:
 
 def without_control(text: str) -> str:
     return _CONTROL.sub("", text)
+
+
+def shown_json(value: Any, **options: Any) -> str:
+    """JSON to be read: letters as they are, and escapes where there are control characters."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return text if without_control(text) == text else json.dumps(value, **options)
 
 
 def say(*texts: object, file: TextIO | None = None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import statistics
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from program import UserError, console, run, say
 
-from envs.terminal import without_control
+from envs.terminal import shown_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,8 +45,7 @@ def main() -> int:
             build_trial(settings, rows, arguments.samples, asks=False)
             # As the hosted graders/validate answers.
             shown = {"grader": settings.grader.model_dump(mode="json")}
-            text = json.dumps(shown, ensure_ascii=False, indent=2)
-            print(text if without_control(text) == text else json.dumps(shown, indent=2))
+            print(shown_json(shown, indent=2))
             return 0
         if arguments.json:
             check_writable(arguments.json, "--json")
@@ -93,7 +91,8 @@ def _read_settings(arguments: argparse.Namespace) -> TrialSettings:
 
     path: Path = arguments.grader
     data = read_document(path, str(path))
-    if isinstance(data, dict) and "type" in data:
+    # A grader without a type is told that it has none; no run config has a name.
+    if isinstance(data, dict) and data.keys() & {"type", "name"}:
         data = {"grader": data}
     elif isinstance(data, dict) and "base" in data:
         # Of the trainer nothing else is needed here, and this for such configs alone.
@@ -173,6 +172,8 @@ def _print_counts(console: Console, what: str, counts: Mapping[str, int], num_ro
 def _print_worst(console: Console, graded: Sequence[Graded], num_worst: int) -> None:
     from rich.text import Text
 
+    from envs.text import both_ends
+
     worst = sorted(graded, key=lambda g: g.grade.reward if g.grade else float("-inf"))[:num_worst]
     if worst:
         table = _table("line", "reward")
@@ -181,7 +182,7 @@ def _print_worst(console: Console, graded: Sequence[Graded], num_worst: int) -> 
             reward = f"{g.grade.reward:.3f}" if g.grade else "none"
             # Text, not markup: an answer may hold brackets.
             why = g.fault or (g.grade.explanation if g.grade else "")
-            table.add_row(str(g.row.line), reward, Text(why[:300]))
+            table.add_row(str(g.row.line), reward, Text(both_ends(why, 400)))
         console.print(table)
 
 

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from program import UserError, run, say
 
+from envs.reading.documents import override_of
 from trainer.processes import end_on_signals
 from trainer.runs.files import read_lines, read_object, write_atomically
 
@@ -112,7 +113,7 @@ class Piece:
 def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
     """In their order; their limits add up to 25 minutes on a GPU, and to four times that on a CPU."""
     model, form = out / "model", ["--cpu"] if on_cpu else []
-    on_random = [f"model.name={json.dumps(str(model))}", *_COMMON, *_RANDOM[on_cpu]]
+    on_random = [override_of("model.name", str(model)), *_COMMON, *_RANDOM[on_cpu]]
     rows = ["--repeats", "1" if on_cpu else "2"]
 
     def bench(name: str, limit_s: int, script: str, *options: str) -> Piece:
@@ -126,7 +127,7 @@ def pieces(out: Path, *, on_cpu: bool) -> list[Piece]:
             "scripts/train.py",
             "--config",
             "configs/quickstart.yaml",
-            f"output_dir={json.dumps(str(run))}",
+            override_of("output_dir", str(run)),
             *overrides,
         ]
         return Piece(name=name, limit_s=limit_s, command=command, figures=lambda: run_figures(run))

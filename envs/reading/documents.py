@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -116,6 +117,11 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         problem = getattr(e, "problem", None) or str(e)
         raise UserError(f"override {override!r}: the value is not valid YAML: {problem}") from e
     node[last] = as_number(node[last])
+
+
+def override_of(key: str, text: str) -> str:
+    """The `KEY=VALUE` that sets a text as it is, whatever it holds; YAML has no pairs of escapes, as JSON has."""
+    return f"{key}={yaml.safe_dump(text, default_style=chr(34), width=math.inf).rstrip()}"
 
 
 def as_number(value: Any) -> Any:

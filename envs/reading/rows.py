@@ -67,7 +67,8 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, str, Any]]:
     except OSError as e:
         raise UserError(f"{key} {path}: {e.strerror or e}{_hint(path)}") from e
     except UnicodeDecodeError as e:
-        raise UserError(f"{key} {path}: not UTF-8 text: {e.reason} at byte {e.start}{_hint(path)}") from e
+        at = e.object[: e.start].count(b"\n") + 1
+        raise UserError(f"{key} {path}, line {at}: not UTF-8 text: {e.reason} at byte {e.start}{_hint(path)}") from e
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -265,6 +265,7 @@ def test_validate_answers_with_the_grader_and_reads_no_sample(files: Files, shel
         ("g.json", {**EXACT, "input": "{{sample.output}}"}, "sample.output"),
         ("g.json", {"type": "custom", "target": "no_such_module:f"}, "No module named 'no_such_module'"),
         ("g.json", {"type": "guess"}, "grader.type: expected one of 'exact', 'numeric', "),
+        ("g.json", {"name": "same", "operation": "eq"}, "grader.type: required, one of 'exact', 'numeric', "),
         ("g.json", [], "problem"),
         ("g.yaml", {"output_dir": "x"}, "grader: required, but not given"),
         ("g.yaml", "a: [", "g.yaml: not valid YAML"),
@@ -322,6 +323,14 @@ def test_the_command_starts_without_the_training_stack(files: Files) -> None:
     done = subprocess.run([sys.executable, "-c", wrapped], capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert done.returncode == 0, done.stderr
     assert "passed 1 of 1" in done.stdout
+
+
+def test_a_long_traceback_is_shown_with_what_it_ended_in(files: Files, shell: Shell) -> None:
+    source = "import json\n\n\ndef grade(sample, item):\n    return json.loads('\\n' * 500 + 'the ' + 'end ' * 9)\n"
+    grader = files("g.json", {"type": "python", "name": "own", "source": source})
+    code, out, _ = shell("run", grader=grader, samples=files("s.jsonl", SAMPLES[:1]))
+    words = " ".join(out.split())
+    assert code == 0 and "own: Traceback" in words and "JSONDecodeError: Expecting value: line 501" in words
 
 
 def test_validate_asks_nobody_and_needs_no_key(files: Files, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ Loads neither torch nor vllm.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from envs.errors import UserError
+from envs.reading.documents import override_of
 from envs.reading.rows import FileOrDataset, read_rows
 from envs.remote.config import RemoteToolConfig
 from envs.secrets import hidden_in, without_secrets
+from envs.terminal import shown_json
 from envs.validation import validation_problems
 from trainer.config import OptimConfig, RolloutConfig, RunConfig, read_sections, validate_config
 from trainer.hosted.remarks import HYPER, METHOD, MISSING, find, is_open, left_open, not_taken
@@ -82,7 +83,7 @@ def take_job(
     """
     raw, job = read_job(path)
     files = {"data.train": training_file, "data.eval": validation_file}
-    named = [f"{key}={json.dumps(str(file))}" for key, file in files.items() if file is not None]
+    named = [override_of(key, str(file)) for key, file in files.items() if file is not None]
     given = read_sections(config, [*named, *overrides])
     assert job.method.reinforcement is not None
     remarks = [_model_remark(path, job, given), *not_taken(raw, job, given)]
@@ -323,7 +324,7 @@ def _merged(sections: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(without_secrets(value), default=str)
+    text = shown_json(without_secrets(value), default=str)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]} ..."
 
 

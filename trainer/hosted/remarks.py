@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from envs.secrets import VARIABLE, without_secrets
+from envs.terminal import shown_json
 from graders.config import singles
 from graders.judges.base import JudgeConfig
 from graders.judges.model_graders import LabelModelConfig, ScoreModelConfig
@@ -60,7 +60,7 @@ def not_taken(raw: Mapping[str, Any], job: HostedJob, given: Mapping[str, Any]) 
         if key not in (*OF_THE_JOB_OBJECT, "user_provided_suffix"):
             yield f"{key}: unknown key; not taken over"
     if job.metadata:
-        shown = json.dumps(without_secrets({"metadata": job.metadata})["metadata"])
+        shown = shown_json(without_secrets({"metadata": job.metadata})["metadata"])
         yield f"metadata: no place for it; not taken over: {shown}"
     yield from _of_integrations(job)
     yield from _of_hyperparameters(raw, method.hyperparameters, given)
@@ -71,7 +71,8 @@ def not_taken(raw: Mapping[str, Any], job: HostedJob, given: Mapping[str, Any]) 
     for key, variables in _left_out(held, without_secrets(held), METHOD):
         yield (
             f"{key}: holds a secret, which is used but not written into YAML and run folder; to run from these, set "
-            f"the environment variable that stands there, {variables}; it may stand in the job as well"
+            f"the environment variable that stands there, {variables}, to the whole of what it replaces; it may stand "
+            "in the job as well"
         )
 
 
@@ -109,7 +110,7 @@ def _of_integrations(job: HostedJob) -> Iterator[str]:
             continue
         named = integration.wandb.model_dump(exclude_defaults=True, include={"project", "entity", "name", "tags"})
         yield (
-            f"{key}: trackers has wandb; not taken over: {json.dumps(named)}: the project is agent-rft, and wandb "
+            f"{key}: trackers has wandb; not taken over: {shown_json(named)}: the project is agent-rft, and wandb "
             "itself reads WANDB_ENTITY, WANDB_NAME and WANDB_TAGS"
         )
 

@@ -279,7 +279,7 @@ def test_a_file_id_is_looked_for_beside_the_job_under_its_own_name(write, tmp_pa
 def test_files_are_named_beside_the_job(write, tmp_path):
     job = job_of() | {"training_file": "file-1", "validation_file": "file-2"}
     path = write(job)
-    odd = tmp_path / "my rows: no. 1.jsonl"
+    odd = tmp_path / "my räume 😀: no. 1.jsonl"
     (tmp_path / "train.jsonl").rename(odd)
     made = take_job(path, overrides=[MODEL], training_file=odd, validation_file=tmp_path / "valid.jsonl")
     assert made.config.data.train == odd and made.config.optim.num_steps == 5
@@ -309,9 +309,18 @@ def test_a_broken_row_is_named_by_its_line(write, tmp_path):
 # ---- said
 
 
+def test_what_is_said_reads_as_it_was_written_and_acts_on_no_terminal(write):
+    assert said(taken(write, job_of() | {"metadata": {"team": "Räume 😀"}}), "metadata").endswith(
+        '{"team": "Räume 😀"}'
+    )
+    assert "R\\u00e4ume\\u0085" in said(taken(write, job_of() | {"metadata": {"team": "Räume\x85"}}), "metadata")
+    made = taken(write, job_of() | {"suffix": "Räume"}, "output_dir=runs/größe")
+    assert said(made, "suffix") == '"runs/Räume" not taken over: output_dir is given as "runs/größe"'
+
+
 def test_what_has_no_place_is_said_line_by_line_and_stands_in_the_yaml(write, tmp_path):
     job = job_of(tools=[TOOLS[0] | {"kind": "x"}], zz=1, hyperparameters=HYPER) | {
-        "metadata": {"team": "a\nb"},
+        "metadata": {"team": "Räume 😀\n\x85b"},
         "trainingType": "global",
         "integrations": [{"type": "wandb", "wandb": {"project": "p", "group": "g"}}],
     }
@@ -349,7 +358,8 @@ def test_a_jobs_secrets_are_used_said_and_left_out_of_what_is_written(write, tmp
             "tools[0].server_url": "${URL_USER}, ${URL_PASSWORD}",
             "tools[0].headers.X-Odd": "${X_ODD}",
         }.items():
-            assert f"environment variable that stands there, {variables};" in said(made, f"method.reinforcement.{key}")
+            told = said(made, f"method.reinforcement.{key}")
+            assert f"environment variable that stands there, {variables}, to the whole of what it replaces;" in told
         assert not any("Authorization: holds" in remark for remark in made.remarks)
         text = made.to_yaml()
         assert "s3cret" not in text and "Bearer ${KEY}" in text

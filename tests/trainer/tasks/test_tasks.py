@@ -173,8 +173,8 @@ def test_files_that_are_missing_empty_or_no_text(tmp_path):
     config = make_config(tmp_path, "")
     with pytest.raises(UserError, match=r"data\.train .*rows\.jsonl: no rows"):
         load_tasks(config, WORLD, "train")
-    (tmp_path / "rows.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match=r"data\.eval .*rows\.jsonl: not UTF-8 text"):
+    (tmp_path / "rows.jsonl").write_bytes(b"{}\n{}\n\xff\n")
+    with pytest.raises(UserError, match=r"data\.eval .*rows\.jsonl, line 3: not UTF-8 text"):
         load_tasks(config, WORLD, "eval")
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UserError, match=r"data\.train .*rows\.jsonl: No such file"):

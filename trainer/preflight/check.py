@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -230,8 +230,13 @@ def _prompts(prepared: Prepared, offered: Mapping[str, Tool]) -> str:
 def _tools(prepared: Prepared, offered: Mapping[str, Tool]) -> str:
     rollout = prepared.config.rollout
     names = list(dict.fromkeys(name for task in prepared.train_tasks for name in tools_offered(task, offered, rollout)))
+    unused = _listed([name for name in offered if name not in names])
+    return (_listed(names) or "none") + (f"; offered by no row to train on: {unused}" if unused else "")
+
+
+def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_MOST_NAMES])
-    return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown or "none"
+    return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown
 
 
 def _engine(prepared: Prepared) -> str:

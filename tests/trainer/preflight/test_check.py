@@ -193,6 +193,16 @@ def test_a_check_says_what_no_refusal_is_needed_for(tiny_model: Path, tmp_path: 
     assert found["tools"] == "none" and found["grader"] == "multi of a (exact): a"
 
 
+def test_a_check_names_the_tools_that_no_row_offers(tiny_model: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    offered = [{"type": "function", "function": {"name": "search"}}]
+    row = {"messages": [{"role": "user", "content": "How much?"}], "tools": offered}
+    rows.write_text(json.dumps(row | {"answer": "1"}) + "\n")
+    sections = scripted_config(tmp_path / "run", tiny_model) | {"data": {"train": str(rows), "eval": str(rows)}}
+    found = dict(check_run(validate_config(sections, source="test")))
+    assert found["tools"] == "search; offered by no row to train on: list, cat, calculate"
+
+
 def test_a_cache_that_holds_no_episode_is_refused_before_the_engine_starts(tiny_model: Path, tmp_path: Path) -> None:
     from trainer.prepare import prepare
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import operator
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,15 @@ class Settings(BaseModel):
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str | Path) and "\0" in str(text) for text in texts):
             raise ValueError("holds a NUL character; expected a text without")
+        for path in texts:
+            if isinstance(path, Path):
+                try:
+                    os.fsencode(path)
+                except UnicodeEncodeError:
+                    raise ValueError(
+                        "holds half of a surrogate pair, as JSON's escapes for an emoji are read in YAML; expected the "
+                        "character itself"
+                    ) from None
         return value
 
 

@@ -53,6 +53,7 @@ def named(name: str) -> dict[str, Any]:
         ({"rollout": {"replacement_rounds": 2}}, "rollout.replacement_rounds: has no effect while rollout.tied_"),
         ({"data": {"train": "x", "eval": None}}, "data.eval: expected the path of a JSONL file, or a data set"),
         ({"output_dir": "a\0b"}, "output_dir: holds a NUL character"),
+        ({"output_dir": "a\ud83d\ude00"}, "output_dir: holds half of a surrogate pair"),
         ({"data": {"train": "a\0", "eval": "b"}}, "data.train: holds a NUL character"),
         ({"grader": "a\0.json"}, "grader file a.json: embedded null byte"),
     ],

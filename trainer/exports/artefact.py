@@ -244,11 +244,10 @@ def _write_merged(trained: Trained, folder: Path, dtype: str) -> None:
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
-    from trainer.learning.adapter import load_adapter, load_model, merged_model
+    from trainer.learning.adapter import load_adapter, merged_model
 
     disable_progress_bar()
-    config = trained.config.model.model_copy(update={"dtype": trained.dtype, "gradient_checkpointing": False})
-    model = load_model(trained.model_path, config, device=torch.device("cpu"), seed=trained.config.seed)
+    model = _loaded(trained)
     _check_base(trained, model)
     load_adapter(model, trained.adapter)
     sampling = (folder / "generation_config.json").read_bytes()
@@ -258,6 +257,18 @@ def _write_merged(trained: Trained, folder: Path, dtype: str) -> None:
         raise OSError(str(e)) from e
     # transformers writes the base's.
     (folder / "generation_config.json").write_bytes(sampling)
+
+
+def _loaded(trained: Trained) -> Any:
+    """The base under an adapter that changes nothing yet, as the run read it; a CPU has no flash attention."""
+    import torch
+
+    from trainer.learning.adapter import load_model
+
+    here = {"dtype": trained.dtype, "gradient_checkpointing": False, "attn_implementation": "auto"}
+    config, longest = trained.config.model.model_copy(update=here), trained.config.rollout.max_episode_tokens
+    device = torch.device("cpu")
+    return load_model(trained.model_path, config, device=device, seed=trained.config.seed, max_length=longest)
 
 
 def _check_base(trained: Trained, model: Any) -> None:

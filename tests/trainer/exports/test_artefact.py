@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,18 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config, Phi3ForCausalLM
 
 from envs.errors import UserError
 from envs.types import Message
 from tests.support.scripts import run_script
 from trainer.config import load_config
-from trainer.exports.artefact import Artefact, export, servable
+from trainer.exports.artefact import Artefact, _check_base, _loaded, export, servable
 from trainer.exports.trained import Trained, find_trained
+from trainer.learning.adapter import load_model
+from trainer.learning.reader import scores_of
 from trainer.runs.about import files_named
-from trainer.runs.canary_record import read_canary
+from trainer.runs.canary_record import CANARY, of_base, of_policy, read_canary
 
 WITHOUT_TOOLS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -255,6 +258,32 @@ def test_weights_are_merged_into_no_other_base_than_the_one_that_was_trained(run
     told = refused(run_folder, "--form", "merged", "--to", tmp_path / "out")
     assert "model.name: the base model is not the one that" in told and "nats a token" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_an_attention_of_gpus_is_merged_on_a_cpu(run_folder, tmp_path):
+    config = (run_folder / "config.yaml").read_text()
+    assert "attn_implementation: auto" in config
+    changed = config.replace("attn_implementation: auto", "attn_implementation: flash_attention_2")
+    (run_folder / "config.yaml").write_text(changed)
+    assert (export(find_trained(run_folder), Artefact(form="merged", to=tmp_path / "out")) / "config.json").is_file()
+
+
+def test_a_base_that_turns_long_rows_otherwise_is_known_as_the_one_that_was_trained(trained, tmp_path):
+    """LongRoPE: the training turns all rows by the longest that there may be, and the canary's are short."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rest = {"vocab_size": 64, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
+    lengths = {"original_max_position_embeddings": 32, "max_position_embeddings": 2048}
+    Phi3ForCausalLM(Phi3Config(rope_parameters=rope, **lengths, **small, **rest)).save_pretrained(tmp_path / "base")
+    model = trained.config.model.model_copy(update={"name": str(tmp_path / "base")})
+    config = trained.config.model_copy(update={"model": model})
+    longest, ids = config.rollout.max_episode_tokens, [list(range(3, 33))]
+    base = load_model(tmp_path / "base", model, device=torch.device("cpu"), seed=0, max_length=longest)
+    scores = scores_of(base, ids)
+    records = [of_base(ids, scores), of_policy(trained.step, scores)]
+    (tmp_path / CANARY).write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    here = replace(trained, run=tmp_path, config=config)
+    _check_base(here, _loaded(here))
 
 
 def test_a_target_that_exists_stays_as_it_is(run_folder, tmp_path):

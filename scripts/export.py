@@ -7,7 +7,7 @@ Hugging Face hub.
 
 `--deploy http://127.0.0.1:8000` puts the adapter into a vLLM server that runs, and proves that it answers as the
 trained policy; a server that has the name already is only proved. Exit codes: 0 done, 2 something in the input is
-wrong, there is no room, or a server is not what it should be.
+wrong, there is no room, or a server is not what it should be, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ def main() -> int:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Only now: --help and a misspelt option answer at once.
     from trainer.exports.trained import find_trained
+    from trainer.processes import end_on_signals
 
+    # What is half written may be gigabytes, and a converter would go on.
+    end_on_signals()
     try:
         _check_options(arguments)
         trained = find_trained(arguments.run, arguments.step)

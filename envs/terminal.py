@@ -67,11 +67,12 @@ def console() -> Console:
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Ends the process with the exit code of `main`, or with 130 after Ctrl-C.
+    """Ends the process with the exit code of `main`, or with 130 after Ctrl-C and what ends a program likewise.
 
     What else it raises is told as Python tells it, but clean.
     """
     sys.excepthook = _tell
+    end_on_signals()
     try:
         code = main()
     except (Exception, KeyboardInterrupt) as e:
@@ -86,6 +87,28 @@ def run(main: Callable[[], int]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
+
+
+def end_on_signals() -> None:
+    """From here on SIGTERM, and SIGHUP unless it is ignored as under nohup, end the program as Ctrl-C ends it.
+
+    An engine's processes would otherwise outlive it and keep their memory, and half-written files would stay. A second
+    such signal does not interrupt the clearing up; Ctrl-C does. Code that catches every exception, a user's grader say,
+    does not keep the program: within an event loop the loop raises it again, elsewhere a second signal does.
+    """
+
+    def end(*_: object) -> None:
+        if was_interrupted(sys.exception()):
+            return
+        # Programs that only read and print have no loop, nor its module.
+        if (loops := sys.modules.get("asyncio")) is not None:
+            with contextlib.suppress(RuntimeError):
+                loops.get_running_loop().call_soon_threadsafe(end)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
 
 
 def was_interrupted(error: BaseException | None) -> bool:

@@ -44,11 +44,9 @@ def _chat(arguments: argparse.Namespace) -> None:
     # Only now: --help and a misspelt option answer at once.
     import secrets
 
-    from trainer.processes import end_on_signals
     from trainer.talk.agent import Options, open_agent
     from trainer.talk.terminal import talk
 
-    end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     options = Options(

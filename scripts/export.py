@@ -32,10 +32,7 @@ def main() -> int:
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Only now: --help and a misspelt option answer at once.
     from trainer.exports.trained import find_trained
-    from trainer.processes import end_on_signals
 
-    # What is half written may be gigabytes, and a converter would go on.
-    end_on_signals()
     try:
         _check_options(arguments)
         trained = find_trained(arguments.run, arguments.step)

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 def main() -> int:
     arguments = _parser().parse_intermixed_args()
-    # Only now: --help and a misspelt option answer at once.
-    from trainer.processes import end_on_signals
-
-    end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:

@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING, Any
 from program import UserError, run, say
 
 from envs.reading.documents import override_of
-from trainer.processes import end_on_signals
 from trainer.runs.files import read_lines, read_object, write_atomically
 
 if TYPE_CHECKING:
@@ -344,8 +343,6 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="the smallest form, on a machine without a GPU")
     parser.add_argument("--environment", type=Path, metavar="JSON", help="write what the machine has there, and end")
     given = parser.parse_args()
-    # The piece at work is of another session and would outlive this one.
-    end_on_signals()
     try:
         if given.environment is not None:
             write_atomically(given.environment, json.dumps(look_at_environment(on_cpu=given.cpu)))

@@ -32,10 +32,7 @@ def main() -> int:
     # Only now: --help and a misspelt option answer at once.
     from trainer.exports.serving import serve
     from trainer.exports.trained import find_trained
-    from trainer.processes import end_on_signals
 
-    # Of a checkpoint an export is written first; vLLM, which takes this process's place, has its own.
-    end_on_signals()
     try:
         serve(find_trained(arguments.run, arguments.step), given[place + 1 :])
     except UserError as e:

@@ -28,11 +28,9 @@ def main() -> int:
     alone.add_argument("--set", action="append", default=[], metavar="KEY=V1,V2", help="values to go through")
     arguments = parser.parse_intermixed_args()
     # Only now: --help and a misspelt option answer at once.
-    from trainer.processes import end_on_signals
     from trainer.sweeps.sweep import run_sweep
     from trainer.sweeps.values import run_values
 
-    end_on_signals()
     files = [word for word in arguments.words if "=" not in word or Path(word).is_file()]
     overrides = [word for word in arguments.words if word not in files]
     how = {"train": Path(__file__).with_name("train.py"), "launch": arguments.launch}

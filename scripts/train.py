@@ -37,10 +37,8 @@ def main() -> int:
     # Only now: --help and a misspelt option answer at once.
     from envs.reading.documents import check_writable
     from trainer.config import load_config
-    from trainer.processes import end_on_signals
 
     is_main = os.environ.get("RANK", "0") == "0"
-    end_on_signals()
     # vLLM warns while it is imported, before there is a log to write to.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:

@@ -23,10 +23,8 @@ def main() -> int:
     if not 0.1 <= arguments.every <= 3600:
         parser.error(f"--every {arguments.every:g}: expected 0.1 to 3600 seconds")
     # Only now: --help and a misspelt option answer at once.
-    from trainer.processes import end_on_signals
     from trainer.reports.watch.view import show_on, show_once
 
-    end_on_signals()
     try:
         if arguments.once or not show_on(arguments.run, every_s=arguments.every):
             show_once(arguments.run)

@@ -8,13 +8,10 @@ Imports torch when it is needed.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import io
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -24,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from envs.errors import UserError
-from envs.terminal import was_interrupted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -121,26 +117,6 @@ def _accelerate_asked(command: Sequence[str]) -> int:
         return 0
     # A config for SageMaker has no such number.
     return int(getattr(load_config_from_file(arguments.config_file), "num_processes", None) or 0)
-
-
-def end_on_signals() -> None:
-    """From here on SIGTERM, and SIGHUP unless it is ignored as under nohup, end the run as Ctrl-C ends it.
-
-    The engine's processes would otherwise outlive the run and keep its memory. A second such signal does not interrupt
-    the clearing up; Ctrl-C does. Code that catches every exception, a user's grader say, does not keep the run: within
-    an event loop the loop raises it again, elsewhere a second signal does.
-    """
-
-    def end(*_: object) -> None:
-        if was_interrupted(sys.exception()):
-            return
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop().call_soon_threadsafe(end)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
 
 
 # ---- what they tell each other

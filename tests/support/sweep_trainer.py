@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from envs.errors import UserError
+from envs.terminal import end_on_signals
 from trainer.config import RunConfig, load_config
-from trainer.processes import end_on_signals
 from trainer.runs.files import append_line, append_text
 from trainer.runs.folder import RunFolder
 from trainer.runs.lock import RunLock

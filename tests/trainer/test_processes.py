@@ -11,7 +11,7 @@ import pytest
 SIGNALLED = """
 import asyncio, os, signal, sys, time
 from envs.terminal import run
-from trainer.processes import end_on_signals
+from envs.terminal import end_on_signals
 
 def signalled(number=signal.SIGTERM):
     os.kill(os.getpid(), number)

@@ -94,7 +94,7 @@ def test_what_interrupts_a_sweep_interrupts_its_run_once_and_waits_for_its_end(
     stand_in = tmp_path / "train.py"
     stand_in.write_text(
         "import pathlib, sys, time\n"
-        "from trainer.processes import end_on_signals\n"
+        "from envs.terminal import end_on_signals\n"
         "end_on_signals()\n"
         f"state = pathlib.Path({str(tmp_path / 'state')!r})\n"
         "state.write_text('at work')\n"
@@ -124,6 +124,38 @@ def test_what_interrupts_a_sweep_interrupts_its_run_once_and_waits_for_its_end(
     said, errors = sweep.communicate(timeout=60)
     assert sweep.returncode == 130 and errors.decode().strip() == "interrupted"
     assert (tmp_path / "state").read_text() == "cleared up" and said.count(b"---") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_only_grades_is_ended_by_signals_as_the_others_are(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import asyncio, pathlib\n"
+        "class Slow:\n"
+        "    async def grade(self, task, episode):\n"
+        f"        pathlib.Path({str(tmp_path / 'asked')!r}).write_text('')\n"
+        "        await asyncio.sleep(60)\n"
+        "        return 1.0\n"
+    )
+    grader = {"type": "custom", "target": f"{tmp_path / 'mine.py'}:Slow", "pass_threshold": 1.0}
+    (tmp_path / "grader.yaml").write_text(json.dumps({"grader": grader}))
+    (tmp_path / "samples.jsonl").write_text('{"item": {"answer": "1"}, "model_sample": "1"}\n')
+    files = ["--grader", str(tmp_path / "grader.yaml"), "--samples", str(tmp_path / "samples.jsonl")]
+    grading = subprocess.Popen(
+        [sys.executable, "scripts/grade.py", "run", *files],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert grading.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    grading.send_signal(number)
+    _, errors = grading.communicate(timeout=60)
+    assert (grading.returncode, errors.decode().strip()) == (130, "interrupted")
 
 
 def test_a_check_that_is_interrupted_has_nothing_to_resume(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from envs.reading.documents import check_writable
 from trainer.exports.card import model_card
 from trainer.exports.gguf import Converter
 from trainer.exports.trained import Trained, chat_of
-from trainer.runs.canary_record import check_trained_base, read_canary
+from trainer.runs.canary_record import check_trained_base, find_canary
 from trainer.runs.files import UNFINISHED, clear, digest
 
 if TYPE_CHECKING:
@@ -278,12 +278,9 @@ def _check_base(trained: Trained, model: Any) -> None:
     """
     from trainer.learning.reader import scores_of
 
-    try:
-        record = read_canary(trained.run, trained.step)
-    except UserError:
-        return
-    scores = scores_of(model, record.token_ids)
-    check_trained_base(trained.run, record.token_ids, scores, trained.config.engine.canary_mean_tolerance)
+    if (record := find_canary(trained.run, trained.step)) is not None:
+        scores = scores_of(model, record.token_ids)
+        check_trained_base(trained.run, record.token_ids, scores, trained.config.engine.canary_mean_tolerance)
 
 
 def _write_json(path: Path, value: Any) -> None:

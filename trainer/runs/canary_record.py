@@ -64,16 +64,23 @@ class _Policy(BaseModel):
     policy: list[FiniteFloat]
 
 
-def read_canary(run: Path, step: int) -> CanaryRecord:
-    """The newest record that holds the policy of `step`. Raises `UserError` where there is none."""
-    path = run / CANARY
-    for record in reversed(_records(path)):
+def find_canary(run: Path, step: int) -> CanaryRecord | None:
+    """The newest record that holds the policy of `step`. Raises `UserError` for a damaged file."""
+    for record in reversed(_records(run / CANARY)):
         lengths = {len(scores) for scores in (record.base, *record.policies.values())}
         if step in record.policies and lengths == {sum(len(ids) - 1 for ids in record.token_ids)}:
             return record
+    return None
+
+
+def read_canary(run: Path, step: int) -> CanaryRecord:
+    """As `find_canary`. Raises `UserError` where there is none."""
+    if (record := find_canary(run, step)) is not None:
+        return record
     raise UserError(
-        f"{path}: does not hold what the trainer said of the canary at step {step}, by which a server would be known "
-        "(runs of older versions wrote none); the command that `scripts/serve.py` runs serves the adapter all the same"
+        f"{run / CANARY}: does not hold what the trainer said of the canary at step {step}, by which a server would be "
+        "known (runs of older versions wrote none); the command that `scripts/serve.py` runs serves the adapter all "
+        "the same"
     )
 
 
@@ -110,5 +117,8 @@ def _records(path: Path) -> list[CanaryRecord]:
                 said = _Policy.model_validate(line)
                 records[-1].policies[said.step] = said.policy
         except (ValidationError, IndexError):
-            raise UserError(f"{path}, line {number}: is damaged: tells nothing of the canary") from None
+            raise UserError(
+                f"{path}, line {number}: is damaged: tells nothing of the canary; delete the file to do without: no "
+                "server, and no base model, can then be proved to be that of the steps so far"
+            ) from None
     return records

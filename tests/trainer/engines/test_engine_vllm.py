@@ -459,7 +459,7 @@ from envs.terminal import run
 from trainer.config import EngineConfig, ModelConfig
 from trainer.engines.engine import EngineStart
 from trainer.engines.local import VllmEngine
-from trainer.processes import end_on_signals
+from envs.terminal import end_on_signals
 
 def main():
     end_on_signals()

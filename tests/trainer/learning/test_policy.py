@@ -119,7 +119,9 @@ def test_a_row_is_read_alike_whatever_its_neighbours_where_the_model_turns_long_
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     rest = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
-    config = getattr(transformers, f"{family}Config")(rope_parameters=rope, max_position_embeddings=64, **small, **rest)
+    # Phi3Config has a default of its own, which goes before the one in the rope's parameters.
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 32}
+    config = getattr(transformers, f"{family}Config")(rope_parameters=rope, **lengths, **small, **rest)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     model.save_pretrained(tmp_path)
     policy = tiny_policy(tmp_path, max_length=max_length)

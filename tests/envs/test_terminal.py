@@ -77,8 +77,8 @@ def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     # Whatever this process starts later would ignore them too.
-    ignored: list[tuple[object, object]] = []
-    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append((number, handler)))
+    heeded: list[tuple[object, object]] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: heeded.append((number, handler)))
 
     def ends(first: BaseException, then: str) -> int:
         try:
@@ -89,7 +89,7 @@ def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
     with pytest.raises(SystemExit) as ended:
         run(lambda: ends(KeyboardInterrupt(), "Event loop stopped before Future completed."))
     assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-    assert ignored == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN)]
+    assert heeded[-2:] == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN)]
     with pytest.raises(RuntimeError, match="no interrupt"):
         run(lambda: ends(ValueError(), "no interrupt"))
 

@@ -68,7 +68,7 @@ class _Told:
 
 def check_base(record: CanaryRecord, served: Sequence[float], *, name: str, tolerance: float) -> None:
     """Raise `UserError` unless the server's base model, which it calls `name`, is the one that was trained."""
-    mismatch = _mean_difference(served, record.base)
+    mismatch = record.base_mismatch(served)
     if not mismatch <= tolerance:
         raise UserError(
             f"{name}, the server's base model, is not the one that was trained: on the canary its log-probabilities "

@@ -49,6 +49,10 @@ class CanaryRecord:
     policies: dict[int, list[float]] = field(default_factory=dict)
     """By step."""
 
+    def base_mismatch(self, scores: Sequence[float]) -> float:
+        """Mean absolute difference of another base's scores from the trainer's, nats a token."""
+        return sum(abs(a - b) for a, b in zip(scores, self.base, strict=True)) / len(self.base)
+
 
 class _Base(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -89,10 +93,10 @@ def check_trained_base(run: Path, token_ids: Sequence[Sequence[int]], scores: Se
 
     *Covered*: where the run has scored the same tokens before. `most` is the largest mean difference, in nats a token.
     """
-    same = [r.base for r in _records(run / CANARY) if r.policies and r.token_ids == list(map(list, token_ids))]
-    if not same or len(same[-1]) != len(scores):
+    same = [r for r in _records(run / CANARY) if r.policies and r.token_ids == list(map(list, token_ids))]
+    if not same or len(same[-1].base) != len(scores):
         return
-    difference = sum(abs(now - then) for now, then in zip(scores, same[-1], strict=True)) / len(scores)
+    difference = same[-1].base_mismatch(scores)
     if not difference <= most:
         raise UserError(
             f"model.name: the base model is not the one that {run} was trained on: on the canary its log-probabilities "

@@ -61,8 +61,7 @@ class PenaltiesConfig(Settings):
     @property
     def lowest(self) -> float:
         """The sum of the floors: no rollout loses more."""
-        set_up: list[PenaltyConfig | None] = [getattr(self, name) for name in _MEASURES]
-        return sum(penalty.floor for penalty in set_up if penalty)
+        return float(sum(getattr(self, name).floor for name in self.names))
 
     @property
     def names(self) -> list[str]:

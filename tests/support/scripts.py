@@ -11,10 +11,13 @@ import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +45,37 @@ def run_script(name: str, *arguments: object, environment: Mapping[str, str] = M
         code = _ask(folder, dict(environment), argv)
         out, err, loaded = ((Path(folder) / part).read_text() for part in ("out", "err", "loaded"))
     return Ended(returncode=code, stdout=out, stderr=err, loaded=tuple(loaded.split()))
+
+
+@contextmanager
+def script_at_work(
+    name: str, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[str]]:
+    """As `run_script`, in a process that is anew, to be asked and signalled meanwhile; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, f"scripts/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignored, and nohup one of them.
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(is_true: Callable[[], bool], process: subprocess.Popen[str] | None = None, most_s: float = 300.0) -> None:
+    end = time.monotonic() + most_s
+    while not is_true():
+        assert time.monotonic() < end, "it has not come to that"
+        if process is not None:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def _ask(folder: str, environment: dict[str, str], argv: list[str]) -> int:

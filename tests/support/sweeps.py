@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.support import ROOT
-from tests.support.scripts import Ended, run_script
+from tests.support.scripts import Ended, run_script, script_at_work
 
 LAUNCH = shlex.join([sys.executable, "-m", "tests.support.sweep_trainer"])
-MOST_S = 300.0
 SMALL: dict[str, Any] = {
     "settings": {"optim.num_steps": 3, "eval.every_steps": 1},
     "space": {
@@ -50,23 +45,8 @@ class SweepUnderTest:
         made = {"base": "base.yaml", "output_dir": str(self.folder), **SMALL, **settings}
         self.path.write_text(yaml.safe_dump({k: v for k, v in made.items() if v is not None}, sort_keys=False))
 
-    @contextmanager
-    def at_work(self, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        process = subprocess.Popen(
-            [sys.executable, "scripts/sweep.py", str(self.path), *arguments],
-            cwd=ROOT,
-            env=os.environ | self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A shell that starts the tests in the background has them ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+    def at_work(self, *arguments: str, **environment: str) -> AbstractContextManager[subprocess.Popen[str]]:
+        return script_at_work("sweep", self.path, *arguments, environment=self.environment | environment)
 
     def run(self, *arguments: str, **environment: str) -> Ended:
         """To its end."""
@@ -91,12 +71,3 @@ class SweepUnderTest:
     def best(self) -> dict[str, Any]:
         best: dict[str, Any] = yaml.safe_load((self.folder / "best.yaml").read_text())
         return best
-
-
-def wait_for(is_true: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    end = time.monotonic() + MOST_S
-    while not is_true():
-        assert time.monotonic() < end, "it has not come to that"
-        if process is not None:
-            assert process.poll() is None, process.communicate()
-        time.sleep(0.05)

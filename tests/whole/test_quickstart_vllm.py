@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import psutil
 import pytest
 
 from tests.support import ROOT
+from tests.support.scripts import wait_for
 from tests.support.servers import running_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(2400)]
@@ -70,22 +70,12 @@ def contained(argv: list[str], shared_memory: str = ROOM) -> list[str]:
     return [*inside, *argv] if possible else argv
 
 
-def wait_for(condition: Any, what: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is told to stop in the middle of its first evaluation, and is then run again to its end."""
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     first = subprocess.Popen(command(folder), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_for(
-        lambda: first.poll() is not None or list(folder.glob("evals/*.jsonl")), "the first rollout of the evaluation"
-    )
-    assert first.poll() is None, first.communicate()[1]
+    wait_for(lambda: any(folder.glob("evals/*.jsonl")), first, DEADLINE_S)
     children = psutil.Process(first.pid).children(recursive=True)
     assert any("EngineCore" in child.name() or "VLLM" in child.name() for child in children)
     first.send_signal(signal.SIGTERM)

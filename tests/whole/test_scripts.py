@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT
+from tests.support.scripts import script_at_work, wait_for
 from tests.support.written_runs import make_rollout, write_run
 
 SCRIPTS = ["train", "preflight", "grade", "compare", "report", "sweep", "rehearse_gpu", "watch", "chat"]
@@ -105,25 +104,14 @@ def test_what_interrupts_a_sweep_interrupts_its_run_once_and_waits_for_its_end(
         "    state.write_text('cleared up')\n"
         "    sys.exit(130)\n"
     )
-    command = [sys.executable, "scripts/sweep.py", "--config", "configs/quickstart.yaml", "--set", "seed=0,1"]
-    command += [f"output_dir={tmp_path / 'runs'}", "--launch", shlex.join([sys.executable, str(stand_in)])]
-    sweep = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A shell that starts the tests in the background has them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    end = time.monotonic() + 120
-    while not (tmp_path / "state").exists():
-        assert sweep.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    sweep.send_signal(number)
-    said, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == 130 and errors.decode().strip() == "interrupted"
-    assert (tmp_path / "state").read_text() == "cleared up" and said.count(b"---") == 1
+    arguments = ["--config", "configs/quickstart.yaml", "--set", "seed=0,1", f"output_dir={tmp_path / 'runs'}"]
+    arguments += ["--launch", shlex.join([sys.executable, str(stand_in)])]
+    with script_at_work("sweep", *arguments) as sweep:
+        wait_for((tmp_path / "state").exists, sweep)
+        sweep.send_signal(number)
+        said, errors = sweep.communicate(timeout=60)
+    assert (sweep.returncode, errors.strip()) == (130, "interrupted")
+    assert (tmp_path / "state").read_text() == "cleared up" and said.count("---") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -142,20 +130,11 @@ def test_a_program_that_only_grades_is_ended_by_signals_as_the_others_are(
     (tmp_path / "grader.yaml").write_text(json.dumps({"grader": grader}))
     (tmp_path / "samples.jsonl").write_text('{"item": {"answer": "1"}, "model_sample": "1"}\n')
     files = ["--grader", str(tmp_path / "grader.yaml"), "--samples", str(tmp_path / "samples.jsonl")]
-    grading = subprocess.Popen(
-        [sys.executable, "scripts/grade.py", "run", *files],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
-    )
-    end = time.monotonic() + 60
-    while not (tmp_path / "asked").exists():
-        assert grading.poll() is None and time.monotonic() < end
-        time.sleep(0.05)
-    grading.send_signal(number)
-    _, errors = grading.communicate(timeout=60)
-    assert (grading.returncode, errors.decode().strip()) == (130, "interrupted")
+    with script_at_work("grade", "run", *files) as grading:
+        wait_for((tmp_path / "asked").exists, grading)
+        grading.send_signal(number)
+        _, errors = grading.communicate(timeout=60)
+    assert (grading.returncode, errors.strip()) == (130, "interrupted")
 
 
 def test_a_check_that_is_interrupted_has_nothing_to_resume(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def _check_base(trained: Trained, model: Any) -> None:
 
     if (record := find_canary(trained.run, trained.step)) is not None:
         scores = scores_of(model, record.token_ids)
-        check_trained_base(trained.run, record.token_ids, scores, trained.config.engine.canary_mean_tolerance)
+        check_trained_base(trained.run, record, scores, trained.config.engine.canary_mean_tolerance)
 
 
 def _write_json(path: Path, value: Any) -> None:

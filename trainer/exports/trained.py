@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.models.cache import resolve_model
-from trainer.runs.about import FILES, files_named, read_about
+from trainer.runs.about import changed_files, read_about
 from trainer.runs.manifest import checkpoints, fault_of
 from trainer.runs.resuming import export_is_whole
 
@@ -111,10 +111,9 @@ def chat_of(trained: Trained) -> Chat:
     from trainer.prepare import build_chat
 
     config, kept = trained.config, trained.run / "adapter" / "chat_template.jinja"
-    named, noted = config.model.chat_template, trained.about.get(FILES)
-    was = noted.get(named) if isinstance(noted, Mapping) else None
     if kept.is_file() and export_is_whole(trained.run, trained.about):
         config = config.model_copy(update={"model": config.model.model_copy(update={"chat_template": str(kept)})})
-    elif was not in (None, files_named(config).get(named)):
+    elif config.model.chat_template in changed_files(trained.about, config):
+        named = config.model.chat_template
         raise UserError(f"model.chat_template: {named} is not what it was when the run began; expected it restored")
     return build_chat(config, trained.model_path)

@@ -92,6 +92,12 @@ def files_named(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def changed_files(about: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Those of `files_named` that are not what run.json says of them; what it does not know, or is gone, is not one."""
+    noted, now = about.get(FILES), files_named(config)
+    return [name for name in now if noted.get(name, now[name]) != now[name]] if isinstance(noted, Mapping) else []
+
+
 def _is_default(of: Any, key: str) -> bool:
     field = type(of).model_fields.get(key) if isinstance(of, BaseModel) else None
     if field is None or field.is_required():

@@ -88,15 +88,20 @@ def read_canary(run: Path, step: int) -> CanaryRecord:
     )
 
 
-def check_trained_base(run: Path, token_ids: Sequence[Sequence[int]], scores: Sequence[float], most: float) -> None:
+def trained_on(run: Path, token_ids: Sequence[Sequence[int]]) -> CanaryRecord | None:
+    """The record of these tokens, where versions were trained after it. Raises `UserError` for a damaged file."""
+    same = [r for r in _records(run / CANARY) if r.policies and r.token_ids == list(map(list, token_ids))]
+    return same[-1] if same else None
+
+
+def check_trained_base(run: Path, record: CanaryRecord | None, scores: Sequence[float], most: float) -> None:
     """Raise `UserError` where the base model that gives `scores` is not the one that the run has trained so far.
 
-    *Covered*: where the run has scored the same tokens before. `most` is the largest mean difference, in nats a token.
+    *Covered*: where the run has a `record` of the same tokens. `most` is the largest mean difference, in nats a token.
     """
-    same = [r for r in _records(run / CANARY) if r.policies and r.token_ids == list(map(list, token_ids))]
-    if not same or len(same[-1].base) != len(scores):
+    if record is None or len(record.base) != len(scores):
         return
-    difference = same[-1].base_mismatch(scores)
+    difference = record.base_mismatch(scores)
     if not difference <= most:
         raise UserError(
             f"model.name: the base model is not the one that {run} was trained on: on the canary its log-probabilities "

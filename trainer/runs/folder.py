@@ -37,7 +37,7 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.measures.exporter import Exporter, exporting
 from trainer.runs.about import FILES, differences, files_named, plain_config, read_about, saved_config, versions
-from trainer.runs.canary_record import CANARY, check_trained_base
+from trainer.runs.canary_record import CANARY, check_trained_base, trained_on
 from trainer.runs.files import (
     UNFINISHED,
     append_line,
@@ -50,7 +50,6 @@ from trainer.runs.files import (
     keep_beginning,
     names_in,
     read_lines,
-    read_object,
     sealed,
     step_files,
     whole_lines,
@@ -59,7 +58,7 @@ from trainer.runs.files import (
 from trainer.runs.lock import LOCK_NAME, RunLock
 from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
 from trainer.runs.records import rollout_in, rollout_to_json
-from trainer.runs.resuming import check_resumable, drop_ungraded, export_is_whole
+from trainer.runs.resuming import check_resumable, drop_ungraded, export_is_whole, refuse_changed_files
 from trainer.types import Kind, Rollout
 
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
@@ -94,7 +93,7 @@ class RunFolder:
                     f"output_dir {path}: holds a run with another config; it differs in {', '.join(changed[:5])}. "
                     "Choose another output_dir, delete the folder, or put its config.yaml right if that was changed"
                 )
-            _refuse_changed_files(path, config)
+            refuse_changed_files(path, config)
             done = cls(path, run_id="", rank=0).resume_step
             if done > config.optim.num_steps:
                 raise UserError(
@@ -210,7 +209,8 @@ class RunFolder:
     def exported(self, config: RunConfig, phase: Callable[[], str]) -> Iterator[None]:
         """Served to Prometheus where the config asks for it; `phase` tells what the run is at. Raises `UserError`."""
         # What a killed run has done since its checkpoint is done anew.
-        records = processes.from_main(lambda: [r for r in self.metrics() if r["step"] <= self.resume_step])
+        done = (lambda: [r for r in self.metrics() if r["step"] <= self.resume_step]) if config.prometheus else list
+        records = processes.from_main(done)
         with exporting(config, run_id=self.run_id, records=records, phase=phase) as self.exporter:
             yield
 
@@ -246,8 +246,8 @@ class RunFolder:
     def keep_canary(self, record: dict[str, Any], *, tolerance: float) -> None:
         """Write down what the trainer says of the canary; see `trainer.runs.canary_record`, errors too."""
         if "base" in record:
-            told = (record["token_ids"], record["base"], tolerance)
-            processes.from_main(lambda: check_trained_base(self.path, *told))
+            ids, scores = record["token_ids"], record["base"]
+            processes.from_main(lambda: check_trained_base(self.path, trained_on(self.path, ids), scores, tolerance))
         if self.is_main:
             append_line(self.path / CANARY, record)
 
@@ -374,20 +374,6 @@ class RunFolder:
                     then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
                     told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
         return told + drop_ungraded(self.path, range(step + 1, step + 2 + ahead), num_rollouts=num_rollouts)
-
-
-def _refuse_changed_files(path: Path, config: RunConfig) -> None:
-    """A file that the config names is as much of the run as the config itself."""
-    noted = (read_object(path / "run.json") or {}).get(FILES)
-    if not isinstance(noted, dict) or not checkpoints(path):
-        return
-    now = files_named(config)
-    if changed := [name for name in now if noted.get(name, now[name]) != now[name]]:
-        raise UserError(
-            f"output_dir {path}: holds a run that was made with other contents of {', '.join(changed[:5])}. Choose "
-            f'another output_dir, delete the folder, or restore the file; or delete "{FILES}" from '
-            f"{path / 'run.json'} to go on with what it holds now, which the steps before have not seen"
-        )
 
 
 def _is_rollout(line: bytes, *, run_id: str = "", needs_digest: bool = False) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.config import RunConfig
-from trainer.runs.about import read_about
-from trainer.runs.files import clear, digest, open_to_read, step_files, whole_lines
+from trainer.runs.about import FILES, changed_files, read_about
+from trainer.runs.files import clear, digest, open_to_read, read_object, step_files, whole_lines
 from trainer.runs.manifest import NAME, RESTS_ON, adapter_of, checkpoints, fault_of, read_manifest
 from trainer.runs.records import rollout_in
 from trainer.types import Kind
@@ -58,6 +58,16 @@ def check_resumable(run: Path, run_id: str) -> list[str]:
             "it made anew, or the checkpoint if that comes from elsewhere"
         )
     return []
+
+
+def refuse_changed_files(path: Path, config: RunConfig) -> None:
+    """Raise `UserError`: a file that the config names is as much of the run as the config itself."""
+    if checkpoints(path) and (changed := changed_files(read_object(path / "run.json") or {}, config)):
+        raise UserError(
+            f"output_dir {path}: holds a run that was made with other contents of {', '.join(changed[:5])}. Choose "
+            f'another output_dir, delete the folder, or restore the file; or delete "{FILES}" from '
+            f"{path / 'run.json'} to go on with what it holds now, which the steps before have not seen"
+        )
 
 
 def refusal_of(checkpoint: Path, run: Path, fault: str) -> UserError:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.scripts import run_script
-from tests.support.sweeps import SMALL, SweepUnderTest, wait_for
+from tests.support.scripts import run_script, wait_for
+from tests.support.sweeps import SMALL, SweepUnderTest
 from trainer.config import load_config
 from trainer.sweeps.plan import make_plan
 from trainer.sweeps.study import Study

@@ -295,16 +295,21 @@ class Own:
     assert step["train/reward"] >= 0 and step["loss/grad_norm"] >= 0
 
 
-def test_while_it_works_collections_of_cycles_leave_out_what_was_loaded_before(tiny_model, tmp_path, monkeypatch):
-    frozen = []
+def test_while_it_works_collections_of_cycles_are_fewer_and_leave_out_what_was_loaded_before(
+    tiny_model, tmp_path, monkeypatch
+):
+    frozen, thresholds = [], []
     own = FinanceWorld.make_env
 
     def make_env(world):
         frozen.append(gc.get_freeze_count())
+        thresholds.append(gc.get_threshold())
         return own(world)
 
     monkeypatch.setattr(FinanceWorld, "make_env", make_env)
     config = RunConfig.model_validate(scripted_config(tmp_path / "run", tiny_model, optim={"num_steps": 1}))
-    before = gc.get_freeze_count()
+    before, (youngest, *older) = gc.get_freeze_count(), gc.get_threshold()
     train(config, start_engine=engine_starter(finance_script(FinanceWorld(config.world))))
     assert frozen[-1] > before + 100_000 and gc.get_freeze_count() <= before
+    assert thresholds[-1][0] > youngest and thresholds[-1][1:] == tuple(older)
+    assert gc.get_threshold() == (youngest, *older)

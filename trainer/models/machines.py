@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from envs.errors import UserError
 
 GIB = 2**30
+_MOST_YOUNG = 5_000
+"""Objects more than were let go since Python last looked for cycles among the youngest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +46,18 @@ def release_memory() -> None:
 def loaded_set_aside() -> Iterator[None]:
     """What is loaded by now stands out of Python's collections of cycles, each of which would look at all there is.
 
-    Torch, vLLM and a tokenizer are half a second of it, in which no episode goes on (`scripts/bench/tool_calls.py`).
+    Torch, vLLM and a tokenizer are half a second of it, in which no episode goes on. Young objects are looked at once
+    there are thousands, for those of the episodes in flight are there to stay (`scripts/bench/tool_calls.py`); an
+    update leaves no cycles whose tensors would wait for it.
     """
+    youngest, *older = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(max(youngest, _MOST_YOUNG) if youngest else 0, *older)
     try:
         yield
     finally:
+        gc.set_threshold(youngest, *older)
         gc.unfreeze()
 
 

@@ -3,14 +3,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from envs.errors import UserError
 from tests.support import ROOT
+from tests.support.configs import scripted_config
 from tests.support.policy_worker import (
     LOSS,
     VOCABULARY,
@@ -21,7 +24,7 @@ from tests.support.policy_worker import (
     tiny_policy,
     train,
 )
-from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig
+from trainer.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from trainer.learning import adapter as lora
 from trainer.learning.losses.base import k3
 from trainer.learning.optimizer import learning_rate
@@ -31,6 +34,7 @@ from trainer.learning.packing.rows import used_length
 from trainer.learning.packing.shares import split
 from trainer.learning.policy import Policy
 from trainer.learning.samples import Sample
+from trainer.session import new_policy
 
 PG = LossConfig()
 
@@ -109,12 +113,8 @@ def test_a_row_longer_than_the_limit_stands_alone():
     assert plan([100, 3, 3, 3], 10) == [[0], [1, 2, 3]]
 
 
-@pytest.mark.parametrize("max_length", [32, 64])
-@pytest.mark.parametrize("family", ["Phi3", "Phimoe"])
-def test_a_row_is_read_alike_whatever_its_neighbours_where_the_model_turns_long_rows_otherwise(
-    family, max_length, tmp_path
-):
-    """LongRoPE: transformers turns all rows of a pass by the longest one, vLLM by the longest there may be."""
+def save_long_rope(folder: Path, family: str = "Phi3"):
+    """A model that turns rows of more than 32 tokens otherwise than shorter ones."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.1, "long_mscale": 1.2}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -123,14 +123,39 @@ def test_a_row_is_read_alike_whatever_its_neighbours_where_the_model_turns_long_
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 32}
     config = getattr(transformers, f"{family}Config")(rope_parameters=rope, **lengths, **small, **rest)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    return model
+
+
+def scores_beside(model, row: list[int], longest: list[int]) -> torch.Tensor:
+    """The row's log-probabilities in transformers' own pass over both."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*row, *[0] * (len(longest) - len(row))], longest])).logits
+    return logits.log_softmax(-1)[0, torch.arange(len(row) - 1), row[1:]]
+
+
+@pytest.mark.parametrize("max_length", [32, 64])
+@pytest.mark.parametrize("family", ["Phi3", "Phimoe"])
+def test_a_row_is_read_alike_whatever_its_neighbours_where_the_model_turns_long_rows_otherwise(
+    family, max_length, tmp_path
+):
+    """LongRoPE: transformers turns all rows of a pass by the longest one, vLLM by the longest there may be."""
+    model = save_long_rope(tmp_path, family)
     policy = tiny_policy(tmp_path, max_length=max_length)
     short, longest = list(range(3, 23)), list(range(20, 20 + max_length))
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*short, *[0] * (max_length - len(short))], longest])).logits
-    own = logits.log_softmax(-1)[0, torch.arange(len(short) - 1), short[1:]]
+    own = scores_beside(model, short, longest)
     for rows in ([short], [short, longest]):
         torch.testing.assert_close(policy.score(rows)[0], own, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [32, 64])
+def test_the_longest_row_of_a_run_is_its_longest_episode(longest, tmp_path):
+    model = save_long_rope(tmp_path)
+    made = scripted_config(tmp_path / "run", tmp_path, rollout={"max_episode_tokens": longest, "max_turn_tokens": 8})
+    prepared = SimpleNamespace(config=RunConfig.model_validate(made), model_path=tmp_path, grammar=None)
+    row = list(range(3, 23))
+    scores = new_policy(prepared, Accelerator(cpu=True)).score([row])[0]
+    torch.testing.assert_close(scores, scores_beside(model, row, list(range(longest))), atol=1e-5, rtol=1e-5)
 
 
 def test_what_follows_the_last_trainable_token_is_not_read():

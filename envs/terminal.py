@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -69,15 +71,19 @@ def console() -> Console:
 def run(main: Callable[[], int]) -> NoReturn:
     """Ends the process with the exit code of `main`, or with 130 after Ctrl-C and what ends a program likewise.
 
-    What else it raises is told as Python tells it, but clean.
+    Where nobody reads what it prints any more (`| head`) it ends without a word, with 1 as rich ends it. What else it
+    raises is told as Python tells it, but clean.
     """
     sys.excepthook = _tell
     end_on_signals()
     try:
         code = main()
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:
         if not was_interrupted(e):
-            raise
+            if not (isinstance(e, BrokenPipeError) and _reader_is_gone()):
+                raise
+            sys.exit(1)
         code = 130
         # A terminal that was closed takes no more words.
         with contextlib.suppress(OSError):
@@ -109,6 +115,16 @@ def end_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, end)
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that was closed at its other end; what it still holds then goes nowhere."""
+    asked, stdout = select.poll(), sys.stdout.fileno()
+    asked.register(stdout, select.POLLOUT)
+    is_gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if is_gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return is_gone
 
 
 def was_interrupted(error: BaseException | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -92,6 +93,26 @@ def test_what_goes_wrong_while_an_interrupt_is_dealt_with_is_no_other_end(
     assert heeded[-2:] == [(signal.SIGTERM, signal.SIG_IGN), (signal.SIGHUP, signal.SIG_IGN)]
     with pytest.raises(RuntimeError, match="no interrupt"):
         run(lambda: ends(ValueError(), "no interrupt"))
+
+
+@pytest.mark.parametrize(
+    "prints",
+    ["[say(i) for i in range(20_000)]", "print(1)", "console().print('a ' * 20_000, highlight=False)"],
+    ids=["at once", "at the end", "by rich"],
+)
+def test_a_program_whose_output_nobody_reads_ends_without_a_word(prints: str) -> None:
+    code = f"from envs.terminal import console, run, say\ndef main():\n    {prints}\n    return 0\nrun(main)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_broken_pipe_to_anything_else_is_told() -> None:
+    code = "from envs.terminal import run\ndef main(): raise BrokenPipeError('to the server')\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "BrokenPipeError: to the server" in done.stderr
 
 
 def test_a_traceback_of_a_script_is_clean() -> None:

@@ -6,6 +6,7 @@ and one every half minute in which there was none.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -37,6 +38,23 @@ _TAIL_LINES = 15
 _PULSE_S = 30.0
 """The longest silence where there is no live display."""
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+class _Unheeded(io.TextIOWrapper):
+    """Where nobody reads any more, behind a pipe or on a terminal that was closed, the run goes on all the same."""
+
+    def write(self, text: str, /) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class Progress:
@@ -183,7 +201,7 @@ class Progress:
         fd = os.dup(2)
         live = os.isatty(fd) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-        self._stream = os.fdopen(fd, "w", encoding=encoding, errors="replace", buffering=1)
+        self._stream = _Unheeded(os.fdopen(fd, "wb"), encoding=encoding, errors="replace", line_buffering=True)
         if live:
             # rich would otherwise put proxies in place of sys.stdout and sys.stderr, and print the log on the terminal.
             self._live = Live(

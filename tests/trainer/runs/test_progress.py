@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,19 @@ def test_after_a_users_error_or_interrupt_the_log_is_not_shown(tmp_path: Path, e
     done, _ = _run_on_pipes(tmp_path, _FAILS.format(error=error))
     assert "passed on" in done.stdout
     assert done.stderr == "fd 2 is back\n"
+
+
+@pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_where_nobody_watches_any_more_the_work_goes_on(tmp_path: Path, make: Callable[[], tuple[int, int]]) -> None:
+    watching, shown = make()
+    os.close(watching)
+    script = _PRELUDE + _WORK.replace('print("after-err", file=sys.stderr)', "")
+    env = {**os.environ, "TERM": "xterm-256color"}
+    command = [sys.executable, "-c", script, str(log := tmp_path / "train.log")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=shown, text=True, env=env)
+    os.close(shown)
+    assert (done.returncode, done.stdout) == (0, "after-out\n")
+    assert "warning: all groups tied" in log.read_text()
 
 
 def test_an_exception_on_a_terminal_ends_the_live_display(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def end_on_signals() -> None:
             return
         # Programs that only read and print have no loop, nor its module.
         if (loops := sys.modules.get("asyncio")) is not None:
-            with contextlib.suppress(RuntimeError):
+            # It lacks the function while it is being imported.
+            with contextlib.suppress(RuntimeError, AttributeError):
                 loops.get_running_loop().call_soon_threadsafe(end)
         raise KeyboardInterrupt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -110,7 +111,12 @@ def taken_metrics(part: object) -> dict[str, float]:
         raise FoundLate(f"{where}: expected a plain method, not an async one")
     if not isinstance(taken, Mapping):
         raise FoundLate(f"{where}: expected figures by name, got {type(taken).__name__}")
+    figures: dict[str, float] = {}
     for name, value in taken.items():
         if not isinstance(name, str) or not isinstance(value, Real):
             raise FoundLate(f"{where}: expected figures by name, got {value!r:.80} under {name!r:.80}")
-    return {name: value if isinstance(value, int) else float(value) for name, value in taken.items()}
+        try:
+            figures[name] = value if isinstance(value, int) and math.isfinite(value) else float(value)
+        except OverflowError:
+            raise FoundLate(f"{where}: the figure {name!r:.80} is larger than any float") from None
+    return figures

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from envs.errors import PublishError, ToolError, UserError, WorldError
-from envs.terminal import clean, console, run, say
+from envs.terminal import clean, console, end_on_signals, run, say
 from tests.support import ROOT
 
 EVIL = "a\x1b[31mred\x1b[0m\x1b]0;title\x07\x9b2J\x08\r\u202eb\ud800c"
@@ -113,6 +115,15 @@ def test_a_broken_pipe_to_anything_else_is_told() -> None:
     code = "from envs.terminal import run\ndef main(): raise BrokenPipeError('to the server')\nrun(main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "BrokenPipeError: to the server" in done.stderr
+
+
+def test_a_signal_that_comes_while_asyncio_is_being_imported_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    heeded: dict[int, Callable[[], None]] = {}
+    monkeypatch.setattr(signal, "signal", heeded.__setitem__)
+    end_on_signals()
+    monkeypatch.setitem(sys.modules, "asyncio", ModuleType("asyncio"))
+    with pytest.raises(KeyboardInterrupt):
+        heeded[signal.SIGTERM]()
 
 
 def test_a_traceback_of_a_script_is_clean() -> None:

@@ -9,8 +9,6 @@ of a run writes a file of its own, and all of them are read.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +31,9 @@ UNREADABLE = (
     RecursionError,
 )
 T = TypeVar("T")
+_STEPS_END = 10**15
+"""A step's files have names of so many digits."""
+_NUMBERS_END = 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,31 +98,34 @@ def _steps_with(steps: Mapping[int, Mapping[str, float]], prefix: str) -> list[i
 def read_steps(run_folder: Path, notes: list[str]) -> dict[int, dict[str, float]]:
     """The figures of metrics.jsonl by step. Rows of one step are merged; of a step done twice the later ones count.
 
-    What is no finite number is no figure; `notes` then says so.
+    What is no finite number, or too large to be drawn and added up, is no figure; `notes` then says so.
     """
     steps: dict[int, dict[str, float]] = {}
     odd: list[str] = []
-    for row in records_in(run_folder / METRICS, notes, dict, what="step's figures"):
-        step = row.get("step")
-        if isinstance(step, int):
-            numbers = {k: n for k, v in row.items() if k != "step" and (n := _number(v)) is not None}
-            figures = steps.setdefault(step, {})
-            for key in [key for key in row if key != "step" and key not in numbers]:
-                figures.pop(key, None)
-                odd.append(f"{key} of step {step}")
-            figures.update(numbers)
+    for step, row in records_in(run_folder / METRICS, notes, _step_and_row, what="step's figures"):
+        numbers = {k: n for k, v in row.items() if (n := _number(v)) is not None}
+        figures = steps.setdefault(step, {})
+        for key in [key for key in row if key not in numbers]:
+            figures.pop(key, None)
+            odd.append(f"{key} of step {step}")
+        figures.update(numbers)
     if odd:
         others = f" and {len(odd) - 2} more" if len(odd) > 2 else ""
-        notes.append(f"{METRICS}: {', '.join(odd[:2])}{others}: no finite number, left out")
+        notes.append(f"{METRICS}: {', '.join(odd[:2])}{others}: no finite number, or too large, left out")
     return dict(sorted(steps.items()))
 
 
+def _step_and_row(record: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Raises `ValueError` for a row of no step that a run can come to."""
+    step = record.pop("step", None)
+    if type(step) is not int or not 0 <= step < _STEPS_END:
+        raise ValueError("names no step")
+    return step, record
+
+
 def _number(value: object) -> float | None:
-    """None for what is none, or not finite, also for JSON's integers that no float holds."""
-    with contextlib.suppress(OverflowError):
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
-    return None
+    """None for what is none, not finite, or so large that a sum or a difference of two may be more than floats hold."""
+    return float(value) if isinstance(value, int | float) and abs(value) < _NUMBERS_END else None
 
 
 # ---- files

@@ -304,6 +304,10 @@ class HandsOn:
             "def take_metrics(self): return {'engine/calls': None}",
             "expected figures by name, got None under 'engine/calls'",
         ),
+        (
+            "def take_metrics(self): return {'engine/calls': 10**400}",
+            "the figure 'engine/calls' is larger than any float",
+        ),
     ],
 )
 def test_figures_that_are_none_are_named(form: Path, method: str, told: str) -> None:

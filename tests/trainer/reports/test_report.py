@@ -375,8 +375,18 @@ def test_a_figure_that_is_none_is_named_wherever_it_stands(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "train/reward": "high", "loss/loss": null, "eval/masked_rollouts": NaN}\n')
     page = _parse(write_report(run))
-    told = "metrics.jsonl: train/reward of step 2, loss/loss of step 2 and 1 more: no finite number, left out"
+    told = "train/reward of step 2, loss/loss of step 2 and 1 more: no finite number, or too large, left out"
     assert told in (page.by_id("notes") or {})["text"] and "nan" not in (run / "report.html").read_text().lower()
+
+
+def test_figures_that_no_picture_holds_and_rows_of_no_step_are_named_and_the_report_is_made(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((1, -1e308), (2, 1e308), (3, 10**400), (10**400, 1), (-1, 1), (True, 1), ("4", 1)):
+            file.write(json.dumps({"step": step, "loss/own": value}) + "\n")
+    notes = (_parse(write_report(run)).by_id("notes") or {})["text"]
+    assert "loss/own of step 1, loss/own of step 2 and 1 more: no finite number, or too large, left out" in notes
+    assert "not a step's figures of this project, passed over (4 such lines)" in notes
+    assert list(read_run(run).steps) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{"])

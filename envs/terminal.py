@@ -95,6 +95,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+class Terminated(KeyboardInterrupt):
+    """By SIGTERM or SIGHUP: the end of the program, also where a first Ctrl-C ends less than that."""
+
+
 def end_on_signals() -> None:
     """From here on SIGTERM, and SIGHUP unless it is ignored as under nohup, end the program as Ctrl-C ends it.
 
@@ -111,7 +115,7 @@ def end_on_signals() -> None:
             # It lacks the function while it is being imported.
             with contextlib.suppress(RuntimeError, AttributeError):
                 loops.get_running_loop().call_soon_threadsafe(end)
-        raise KeyboardInterrupt
+        raise Terminated
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from rich.text import Text
 
 from envs.errors import UserError
-from envs.terminal import clean, console
+from envs.terminal import Terminated, clean, console
 from envs.types import Message, StopReason, Task
 from trainer.reports.watch.screen import call_text, one_line
 from trainer.talk.agent import Agent
@@ -76,10 +76,11 @@ class Talk:
                 return line if line else None
             except EOFError:
                 return None
-            except KeyboardInterrupt:
-                if attempt == 0:
-                    self._show("\nCtrl-C once more, or /quit, ends", "dim")
-        raise KeyboardInterrupt
+            except KeyboardInterrupt as e:
+                if attempt or isinstance(e, Terminated):
+                    raise
+                self._show("\nCtrl-C once more, or /quit, ends", "dim")
+        raise AssertionError("the second has been raised")
 
     def _heed(self, line: str) -> bool:
         """False at the end."""
@@ -145,8 +146,8 @@ class Talk:
                     continue
                 assert self._conversation is not None
                 event = self._conversation.next()
-            except KeyboardInterrupt:
-                if was_asked:
+            except KeyboardInterrupt as e:
+                if was_asked or isinstance(e, Terminated):
                     raise
                 was_asked = True
                 self._show("  (ending the turn; Ctrl-C once more ends the program)", "dim")

@@ -7,7 +7,9 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -244,6 +246,35 @@ def test_a_tool_that_hangs_holds_up_the_turn_and_not_the_end_of_the_program(
             window.wait(lambda text: "ending the turn" in text)
             window.keys("C-c")
             window.wait(lambda text: "ended: 130" in text, timeout_s=50)
+
+
+@pytest.mark.parametrize("typed", ["", "please hang\n"])
+def test_what_ends_other_programs_ends_this_one_at_once_at_its_prompt_and_in_a_turn(
+    finished_run: Path, tiny_chat: Chat, typed: str
+) -> None:
+    is_asked = threading.Event()
+
+    def hangs(prompt: str, seed: int) -> str:
+        if "hang" in prompt:
+            is_asked.set()
+        return agent(prompt, seed)
+
+    pipe = subprocess.PIPE
+    with scripted_policy(tiny_chat, hangs) as url:
+        command = [sys.executable, SCRIPT, str(finished_run), "--url", url]
+        with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdin and process.stdout
+            while "/help names the commands" not in process.stdout.readline():
+                assert process.poll() is None
+            process.stdin.write(typed)
+            process.stdin.flush()
+            assert not typed or is_asked.wait(60)
+            process.terminate()
+            try:
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted") and "once more" not in out
 
 
 def test_the_script_ends_with_one_clear_line(finished_run: Path) -> None:

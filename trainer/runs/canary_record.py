@@ -113,7 +113,14 @@ def check_trained_base(run: Path, record: CanaryRecord | None, scores: Sequence[
 def _records(path: Path) -> list[CanaryRecord]:
     """The newest of each canary, oldest first."""
     records: list[CanaryRecord] = []
-    for number, line in enumerate(read_lines(path), start=1):
+    hint = (
+        "delete the file to do without: no server, and no base model, can then be proved to be that of the steps so far"
+    )
+    try:
+        lines = read_lines(path)
+    except UserError as e:
+        raise UserError(f"{e}; {hint}") from None
+    for number, line in enumerate(lines, start=1):
         try:
             if "base" in line:
                 told = _Base.model_validate(line)
@@ -126,8 +133,5 @@ def _records(path: Path) -> list[CanaryRecord]:
                 said = _Policy.model_validate(line)
                 records[-1].policies[said.step] = said.policy
         except (ValidationError, IndexError):
-            raise UserError(
-                f"{path}, line {number}: is damaged: tells nothing of the canary; delete the file to do without: no "
-                "server, and no base model, can then be proved to be that of the steps so far"
-            ) from None
+            raise UserError(f"{path}, line {number}: is damaged: tells nothing of the canary; {hint}") from None
     return records

@@ -17,11 +17,9 @@ report.html, transcripts.html, run.log
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import platform
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -46,7 +44,6 @@ from trainer.runs.files import (
     clear,
     clear_unfinished,
     drop_damaged,
-    is_intact,
     keep_beginning,
     names_in,
     read_lines,
@@ -57,8 +54,8 @@ from trainer.runs.files import (
 )
 from trainer.runs.lock import LOCK_NAME, RunLock
 from trainer.runs.manifest import RESTS_ON, checkpoints, fault_of, read_manifest, renew_manifest, run_id_of
-from trainer.runs.records import rollout_in, rollout_to_json
-from trainer.runs.resuming import check_resumable, drop_ungraded, export_is_whole, refuse_changed_files
+from trainer.runs.records import asked_as, rollout_in, rollout_to_json
+from trainer.runs.resuming import check_resumable, drop_unfit, drop_ungraded, export_is_whole, refuse_changed_files
 from trainer.types import Kind, Rollout
 
 _VISIT = TypeAdapter(tuple[int, dict[str, list[float | None]]])
@@ -208,9 +205,14 @@ class RunFolder:
     @contextlib.contextmanager
     def exported(self, config: RunConfig, phase: Callable[[], str]) -> Iterator[None]:
         """Served to Prometheus where the config asks for it; `phase` tells what the run is at. Raises `UserError`."""
-        # What a killed run has done since its checkpoint is done anew.
-        done = (lambda: [r for r in self.metrics() if r["step"] <= self.resume_step]) if config.prometheus else list
-        records = processes.from_main(done)
+
+        def kept() -> list[dict[str, Any]]:
+            # What a killed run has done since its checkpoint is done anew, and may be damaged.
+            with contextlib.suppress(UserError):
+                return [r for r in self.metrics() if r["step"] <= self.resume_step]
+            return []
+
+        records = processes.from_main(kept) if config.prometheus else []
         with exporting(config, run_id=self.run_id, records=records, phase=phase) as self.exporter:
             yield
 
@@ -271,10 +273,10 @@ class RunFolder:
         """
         path = self.rollouts_file(kind, step)
         # A line cut off by a kill must not run into the next one.
-        drop_damaged(path, intact=_is_rollout)
+        drop_damaged(path, intact=lambda line: rollout_in(line) is not None)
         files = sorted(step_files(path.parent, step), key=lambda file: file == path)
         rollouts = [r for file in files for line in whole_lines(file) if (r := rollout_in(line)) is not None]
-        return {re.sub(r"-retry\d+$", "", r.episode.rollout_id): r for r in rollouts}
+        return {asked_as(r): r for r in rollouts}
 
     # ---- what the steps have shown of the tasks
 
@@ -359,7 +361,6 @@ class RunFolder:
         drop_damaged(self.path / CANARY, intact=lambda line: line.endswith(b"\n"))
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
-        intact = functools.partial(_is_rollout, run_id=self.run_id, needs_digest=manifest is not None)
         for kind, first, last in (
             (Kind.TRAIN, step + 1, step + 1 + ahead),
             (Kind.EVAL, step, step),
@@ -368,17 +369,11 @@ class RunFolder:
             for path in sorted(step_files(self.path / kind)):
                 if int(path.name[5:].partition(".")[0]) > last:
                     clear(path)
-            for path in [file for n in range(first, last + 1) for file in sorted(step_files(self.path / kind, n))]:
-                if num_damaged := drop_damaged(path, intact=intact):
-                    is_over = kind == Kind.EVAL and is_evaluated
-                    then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
-                    told.append(f"{path}: {num_damaged} damaged lines are left out; {then}")
+            steps, needs_digest = range(first, last + 1), manifest is not None
+            for path, num_dropped in drop_unfit(self.path, self.run_id, kind, steps, needs_digest=needs_digest):
+                is_over = kind == Kind.EVAL and is_evaluated
+                then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
+                told.append(
+                    f"{path}: {num_dropped} lines are damaged, of another step, or there twice: left out; {then}"
+                )
         return told + drop_ungraded(self.path, range(step + 1, step + 2 + ahead), num_rollouts=num_rollouts)
-
-
-def _is_rollout(line: bytes, *, run_id: str = "", needs_digest: bool = False) -> bool:
-    """Whether a line holds a whole rollout of the run. Those of older versions have no digest."""
-    if needs_digest and not is_intact(line):
-        return False
-    rollout = rollout_in(line)
-    return rollout is not None and rollout.episode.rollout_id.startswith(run_id)

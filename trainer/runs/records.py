@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -61,3 +62,8 @@ def rollout_in(line: bytes) -> Rollout | None:
         return None if record is None else rollout_from_json(record)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, OverflowError, RecursionError):
         return None
+
+
+def asked_as(rollout: Rollout) -> str:
+    """The rollout id of its request, which is that of its first attempt."""
+    return re.sub(r"-retry\d+$", "", rollout.episode.rollout_id)

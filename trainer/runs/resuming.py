@@ -5,7 +5,8 @@ Whether that is whole, and what to do where it is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,18 @@ from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.config import RunConfig
 from trainer.runs.about import FILES, changed_files, read_about
-from trainer.runs.files import clear, digest, open_to_read, read_object, step_files, whole_lines
+from trainer.runs.files import (
+    clear,
+    digest,
+    drop_damaged,
+    is_intact,
+    open_to_read,
+    read_object,
+    step_files,
+    whole_lines,
+)
 from trainer.runs.manifest import NAME, RESTS_ON, adapter_of, checkpoints, fault_of, read_manifest
-from trainer.runs.records import rollout_in
+from trainer.runs.records import asked_as, rollout_in
 from trainer.types import Kind
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -99,6 +109,28 @@ def export_is_whole(run: Path, about: Mapping[str, Any]) -> bool:
 def export_digests(adapter: Path) -> dict[str, str]:
     """The SHA-256 of each file of an exported adapter. Raises `OSError`."""
     return {path.name: digest(path)[1] for path in sorted(adapter.glob("*")) if path.is_file()}
+
+
+def drop_unfit(
+    run: Path, run_id: str, kind: str, steps: Iterable[int], *, needs_digest: bool
+) -> Iterator[tuple[Path, int]]:
+    """Of the steps' rollouts leave each once, whole, and in the place of its own step; the files that had others, and
+    how many. Rollouts of older versions have no digest.
+    """
+    seen: set[str] = set()
+
+    def fits(line: bytes, begins: str) -> bool:
+        rollout = rollout_in(line) if not needs_digest or is_intact(line) else None
+        if rollout is None or asked_as(rollout) in seen or not rollout.episode.rollout_id.startswith(begins):
+            return False
+        seen.add(asked_as(rollout))
+        return True
+
+    for step in steps:
+        begins = f"{run_id}-{'eval' if kind == Kind.EVAL else 'step'}{step}-"
+        for path in sorted(step_files(run / kind, step)):
+            if num_dropped := drop_damaged(path, intact=functools.partial(fits, begins=begins)):
+                yield path, num_dropped
 
 
 def drop_ungraded(run: Path, steps: Iterable[int], *, num_rollouts: int) -> list[str]:

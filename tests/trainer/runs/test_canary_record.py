@@ -9,6 +9,7 @@ import pytest
 
 from envs.errors import UserError
 from trainer.runs.canary_record import CANARY, of_base, of_policy, read_canary
+from trainer.runs.files import append_text
 from trainer.runs.folder import RunFolder
 
 TOKENS = [[1, 2, 3], [4, 5]]
@@ -83,6 +84,13 @@ def test_a_step_that_was_not_kept_is_told(tmp_path, records):
 def test_a_damaged_line_is_named(tmp_path, damaged):
     run = written(tmp_path, of_base(TOKENS, scores(-1)), damaged)
     with pytest.raises(UserError, match=r"canary.jsonl, line 2: is damaged"):
+        read_canary(run, 1)
+
+
+def test_a_line_that_is_no_object_is_named_with_what_to_do(tmp_path):
+    run = written(tmp_path, of_base(TOKENS, scores(-1)))
+    append_text(run / CANARY, "[]")
+    with pytest.raises(UserError, match=r"canary.jsonl, line 2: is damaged: holds no JSON object; delete the file to"):
         read_canary(run, 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support.run_server import SMALL, Server, num_rollouts, result, write_config
+from trainer.runs.files import append_text
 
 NUM_STEPS = 3
 NOBODY = 65534
@@ -217,7 +219,10 @@ def test_a_line_of_rollouts_that_reads_well_but_was_changed_is_rolled_out_again_
     changed["grade"]["reward"] += 9
     path.write_text(json.dumps(changed) + "\n" + "".join(rest))
     assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
-    assert "step-000003.jsonl: 1 damaged lines are left out" in (folder / "run.log").read_text()
+    assert (
+        "step-000003.jsonl: 1 lines are damaged, of another step, or there twice: left out"
+        in (folder / "run.log").read_text()
+    )
 
 
 def test_a_damaged_line_of_an_evaluation_that_is_over_is_left_out_and_told_as_that(server, ran, undisturbed):
@@ -227,7 +232,29 @@ def test_a_damaged_line_of_an_evaluation_that_is_over_is_left_out_and_told_as_th
     path.write_bytes(garbled(path.read_bytes(), 1))
     assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
     said = (folder / "run.log").read_text()
-    assert "step-000000.jsonl: 1 damaged lines are left out; what the metrics say of them stays" in said
+    assert re.search(r"step-000000.jsonl: 1 lines are damaged, .*: left out; what the metrics say of them stays", said)
+
+
+def test_rollouts_of_another_step_and_those_that_stand_twice_are_left_out_and_told(server, ran, undisturbed):
+    folder = ran.restore("killed")
+    whole, in_flight = folder / "rollouts" / "step-000002.jsonl", folder / "rollouts" / "step-000003.jsonl"
+    mine = in_flight.read_bytes()
+    mine = mine[: mine.rfind(b"\n") + 1]
+    in_flight.write_bytes(mine + whole.read_bytes() + mine)
+    # As a process of its own has left them.
+    in_flight.with_suffix(".rank1.jsonl").write_bytes(mine)
+    assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
+    assert num_rollouts(folder, "step-000003*.jsonl") == num_rollouts(undisturbed, "step-000003.jsonl")
+    said, many = (folder / "run.log").read_text(), mine.count(b"\n")
+    assert f"step-000003.jsonl: {many + 4} lines are damaged, of another step, or there twice" in said
+    assert f"step-000003.rank1.jsonl: {many} lines are damaged, of another step, or there twice" in said
+
+
+def test_what_is_damaged_behind_all_that_a_checkpoint_rests_on_is_done_anew(server, ran, undisturbed):
+    folder = ran.restore("killed")
+    for name in ("metrics.jsonl", "visits.jsonl"):
+        append_text(folder / name, "\0\0 no object")
+    assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
 
 
 # --- run folders of other versions and of other people
@@ -263,7 +290,7 @@ def test_a_run_that_an_older_version_began_is_taken_up_exactly_and_what_cannot_b
     assert server.outcome(ran.config) == "" and result(folder) == result(undisturbed)
     log = (folder / "run.log").read_text()
     assert "step-000002 has no checkpoint.json (versions before it wrote none)" in log
-    assert "damaged lines" not in log
+    assert "are damaged" not in log
 
 
 class Runs:

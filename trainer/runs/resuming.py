@@ -20,7 +20,6 @@ from trainer.runs.files import (
     drop_damaged,
     is_intact,
     open_to_read,
-    read_object,
     step_files,
     whole_lines,
 )
@@ -72,7 +71,9 @@ def check_resumable(run: Path, run_id: str) -> list[str]:
 
 def refuse_changed_files(path: Path, config: RunConfig) -> None:
     """Raise `UserError`: a file that the config names is as much of the run as the config itself."""
-    if checkpoints(path) and (changed := changed_files(read_object(path / "run.json") or {}, config)):
+    if not (path / "run.json").exists() or not checkpoints(path):
+        return
+    if changed := changed_files(read_about(path), config):
         raise UserError(
             f"output_dir {path}: holds a run that was made with other contents of {', '.join(changed[:5])}. Choose "
             f'another output_dir, delete the folder, or restore the file; or delete "{FILES}" from '

@@ -299,8 +299,12 @@ def test_a_config_that_cannot_be_read_is_named(config, run, text):
 )
 def test_a_record_of_the_run_that_cannot_be_read_is_named_and_made_anew_once_it_is_deleted(config, run, text):
     (config.output_dir / "run.json").write_text(text)
-    with pytest.raises(UserError, match=r"run\.json: is damaged: .*; delete it, and the same command makes it anew"):
-        RunFolder.open(config, rank=0)
+    (config.output_dir / "checkpoints" / "step-000001").mkdir()
+    for look in (lambda: RunFolder.open(config, rank=0), lambda: RunFolder.check(config)):
+        with pytest.raises(
+            UserError, match=r"run\.json: is damaged: .*; delete it, and the same command makes it anew"
+        ):
+            look()
     (config.output_dir / "run.json").unlink()
     RunFolder.create(config)
     RunFolder.open(config, rank=0)

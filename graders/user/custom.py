@@ -1,7 +1,7 @@
 """The user's own graders: a class with `grade(task, episode)`, or a TRL-style reward function, accepted as it is.
 
-A class: `grade` is sync or async and gives a `Grade` or a number. It may have `check(task)`, `async aclose()` and
-`take_metrics()`, as graders have.
+A class: `grade` is sync or async and gives a `Grade` or a number; to pass a rollout over it raises `Unscored`. It may
+have `check(task)`, `async aclose()` and `take_metrics()`, as graders have.
 
 A reward function is called as trl's GRPOTrainer calls it, with a batch of one: `prompts` and `completions` are lists of
 message lists (tool calls with their arguments decoded, without ids), `completion_ids` the token ids behind the prompt
@@ -11,9 +11,10 @@ values)` and `log_metric(name, value)` are there, and `environments` where the w
 called with `kwargs`, or without any where it needs none. Not covered: `trainer_state`, which graders do not know (a
 function that needs it is refused), and reward models (trl scores those itself).
 
-Of several `targets` the reward is the weighted sum. None passes the rollout over, as in trl: the other rewards make
-up the sum; where all give None, `Unscored` masks the rollout. Errors of the user's code stop the run, `WorldError`
-aside, which masks the rollout; so does a reward that is no finite number (`UserError`). Sync code runs in a thread.
+Of several `targets` the reward is the weighted sum. A reward function's None passes the rollout over, as in trl: the
+other rewards make up the sum; where all give None, `Unscored` masks the rollout. Errors of the user's code stop the
+run, `WorldError` aside, which masks the rollout; so does a reward that is no finite number (`UserError`), and a class's
+None: it is what a branch without a `return` gives. Sync code runs in a thread.
 """
 
 from __future__ import annotations
@@ -219,10 +220,15 @@ class _ClassGrader:
 
     async def grade(self, task: Task, episode: Episode) -> Grade:
         given = await _call_named(self._name, self._grader.grade, task, episode)
+        if given is None:
+            raise UserError(
+                f"grader {self._name!r} gave None; expected a number or a Grade, or that it raises "
+                "envs.errors.Unscored where a rollout is to be passed over"
+            )
         if not isinstance(given, Grade):
-            reward = _number(given, self._name)
+            reward = _finite(given, repr(self._name))
             return Grade(reward=reward, parts={self._name: reward})
-        reward = _number(given.reward, self._name)
+        reward = _finite(given.reward, repr(self._name))
         parts = {name: _finite(part, f"{self._name!r}, part {name!r},") for name, part in given.parts.items()}
         scores = {name: _finite(score, f"{self._name!r}, score {name!r},") for name, score in given.scores.items()}
         if abs(sum(parts.values()) - reward) > _MARGIN and parts:
@@ -300,7 +306,9 @@ class _FunctionGrader:
             raise UserError(
                 f"reward function {self._name!r}: expected one reward for one completion, got {len(rewards)}"
             )
-        reward = _number(rewards[0], self._name)
+        if rewards[0] is None:
+            raise Unscored(f"{self._name} gave None")
+        reward = _finite(rewards[0], repr(self._name))
         return Grade(reward=reward, parts={self._name: reward}, explanation="; ".join(notes))
 
     def take_metrics(self) -> dict[str, float]:
@@ -329,12 +337,6 @@ def conversation(task: Task, episode: Episode) -> tuple[Any, Any]:
 async def _call_named(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with raised_by(f"the grader {name!r}"):
         return await call_user(function, *args, **kwargs)
-
-
-def _number(value: Any, name: str) -> float:
-    if value is None:
-        raise Unscored(f"{name} gave None")
-    return _finite(value, repr(name))
 
 
 def _finite(value: Any, whose: str) -> float:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from envs.custom.trl_env import live_environment
 from envs.custom.world import CustomEnvConfig, CustomWorld
 from envs.errors import Unscored, UserError, WorldError
 from envs.types import Episode, Message, StopReason, Task, ToolCall, ToolErrorKind, ToolResult, Turn
@@ -209,9 +210,22 @@ class Forgets:
             self.score = score
 
 
-class NoGrade:
-    def grade(self, task: Task, episode: Episode) -> float | None:
-        return None
+class SometimesForgets:
+    """Its last branch has no `return`."""
+
+    def grade(self, task: Task, episode: Episode) -> float | None:  # noqa: RET503
+        if episode.answer == "gold":
+            return 1.0
+
+
+class PassesOver:
+    def grade(self, task: Task, episode: Episode) -> float:
+        raise Unscored("mine gave None")
+
+
+class NoNumber:
+    def grade(self, task: Task, episode: Episode) -> Grade:
+        return Grade(reward=None)  # type: ignore[arg-type]
 
 
 def as_dict(completions: list[Any], **kwargs: Any) -> dict[str, float]:
@@ -429,10 +443,19 @@ async def test_the_parameters_of_a_class_may_have_any_names() -> None:
     assert (await grader("AnyNames").grade(TASK, played())).reward == 1.0
 
 
-@pytest.mark.parametrize("name", ["none_at_all", "NoGrade"])
+@pytest.mark.parametrize("name", ["none_at_all", "PassesOver"])
 async def test_a_reward_of_none_masks_the_rollout(name: str) -> None:
     with pytest.raises(Unscored, match="mine gave None"):
         await grader(name).grade(TASK, played())
+
+
+async def test_a_class_that_gives_none_is_refused_alone_and_in_a_sum() -> None:
+    assert (await grader("SometimesForgets").grade(TASK, played("gold"))).reward == 1.0
+    for gives in (grader("SometimesForgets"), summed("by_name", "SometimesForgets")):
+        with pytest.raises(UserError, match=r"grader '(mine|SometimesForgets)' gave None; expected a number or a Gra"):
+            await gives.grade(TASK, played("lead"))
+    with pytest.raises(UserError, match="grader 'mine' gave NoneType; expected a number"):
+        await grader("NoNumber").grade(TASK, played())
 
 
 async def test_errors_of_the_users_code_stop_the_run_and_name_the_grader() -> None:
@@ -584,6 +607,11 @@ async def test_the_environment_gives_the_reward_while_its_rollout_is_open(tmp_pa
     assert (await owned.grade(TASK, played(rollout_id="r-1"))).reward == 0.0
     await env.tools["turn"].function(code=7)
     assert (await owned.grade(TASK, played(rollout_id="r-1"))).parts == {"env": 1.0}
+    environment = live_environment("r-1")
+    assert environment is not None
+    environment.reward = None
+    with pytest.raises(Unscored, match="get_reward gave None"):
+        await owned.grade(TASK, played(rollout_id="r-1"))
     await env.close(None)
     with pytest.raises(UserError, match=r"EnvReward': expected a world of type custom .* rollout 'r-1' has none"):
         await owned.grade(TASK, played(rollout_id="r-1"))

@@ -51,6 +51,9 @@ class Huge:
     def grade(self, task, episode): return 1e300
 class Taken:
     def grade(self, task, episode): return Grade(reward=1.0, parts={"right": 0.5, "kl": 0.5})
+class Forgets:
+    def grade(self, task, episode):
+        if "book" in episode.answer: return 1.0
 class Two:
     def grade(self, task, episode): return Grade(reward=1.0, parts={"right": 0.5, "brief": 0.5})
 def loss(inputs): return -(inputs.logprobs_N * inputs.advantages_N * inputs.weights_N).sum()
@@ -173,7 +176,11 @@ def test_a_grader_that_looks_into_the_users_own_environment_finds_it_open(tiny_m
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("nan", "grader 'custom' gave nan"), ("fails", r"raised IndexError: .*own\.py, line \d+")],
+    [
+        ("nan", "grader 'custom' gave nan"),
+        ("Forgets", "grader 'custom' gave None; expected a number or a Grade"),
+        ("fails", r"raised IndexError: .*own\.py, line \d+"),
+    ],
 )
 def test_a_grader_that_would_end_the_run_is_refused(tiny_model: Path, tmp_path: Path, name: str, told: str) -> None:
     with pytest.raises(UserError, match=f"^grader: tried on the answer 'I do not know.' to task '.*': .*{told}"):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from envs.reading.documents import check_writable
 from trainer.config import RunConfig
 from trainer.config.idle import idle_settings
 from trainer.evaluate import evaluate_if_due
@@ -33,6 +34,7 @@ def train(
     """
     if RunFolder.is_finished(config):
         return config.output_dir
+    check_writable(config.output_dir, "output_dir", is_folder=True)
     check_port(config)
     prepared = prepare(config, patience_s=PATIENCE_S)
     from trainer.exports.at_end import export_run

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,21 +71,31 @@ def read_document(path: Path, where: str) -> Any:
 
 
 def check_writable(path: Path, where: str, *, is_folder: bool = False) -> None:
-    """Raise `UserError` where what is to be written in the end can't be: nothing is made for it here.
+    """Raise `UserError` where what is to be written in the end can't be: nothing of it is made here.
 
-    `where` names the option. Of a folder those above it may be missing too.
+    `where` names the option or key. Of a folder those above it may be missing too. That a folder takes files is tried,
+    by one that leaves no trace: modes say nothing to root, and nothing of file systems such as /proc.
     """
-    if path.exists() and path.is_dir() != is_folder:
-        raise UserError(f"{where} {path}: is a {'file; expected a folder' if is_folder else 'folder; expected a file'}")
     place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
-        if not is_folder and not place.exists():
-            raise UserError(f"{where} {path}: there is no folder {place}")
-    if place != path and not place.is_dir():
-        raise UserError(f"{where} {path}: {place} is a file; expected a folder")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{where} {path}: can't be written: {place} is not writable")
+    try:
+        if path.exists() and path.is_dir() != is_folder:
+            what = "file; expected a folder" if is_folder else "folder; expected a file"
+            raise UserError(f"{where} {path}: is a {what}")
+        if not is_folder and not path.exists():
+            place = path.parent
+        while is_folder and not (place.exists() or place.is_symlink()):
+            place = place.parent
+        if not place.exists():
+            why = f"{place} is a link to what is not there" if place.is_symlink() else f"there is no folder {place}"
+            raise UserError(f"{where} {path}: {why}")
+        if place != path and not place.is_dir():
+            raise UserError(f"{where} {path}: {place} is a file; expected a folder")
+        if place.is_dir():
+            tempfile.TemporaryFile(dir=place).close()
+        elif not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e:
+        raise UserError(f"{where} {path}: can't be written: {place} takes no files: {e.strerror or e}") from e
 
 
 def from_file(what: str) -> Callable[[Any], Any]:

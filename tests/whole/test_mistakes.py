@@ -488,9 +488,15 @@ def test_sweeps_that_cannot_be_meant(job, arguments, told):
         ("mine.py/a/b", True, "--out .*: .*mine.py is a file; expected a folder"),
         (".", False, "--out .*: is a folder; expected a file"),
         ("none/graded.jsonl", False, "--out .*: there is no folder .*none"),
+        # Root may do anything there by its modes, and yet nothing can be made.
+        ("/proc/a", True, "--out /proc/a: can't be written: /proc takes no files: No such file"),
+        ("/proc/graded.jsonl", False, "--out /proc/graded.jsonl: can't be written: /proc takes no files"),
+        ("a" * 300, True, "--out .*: can't be written: .*: File name too long"),
+        ("gone/run", True, "--out .*gone/run: .*gone is a link to what is not there"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told_before_the_work(job, name, is_folder, told):
+    (job.folder / "gone").symlink_to(job.folder / "unmounted")
     with pytest.raises(UserError, match=told):
         check_writable(job.folder / name, "--out", is_folder=is_folder)
     check_writable(job.folder / "new" / "er", "--out", is_folder=True)

@@ -17,6 +17,7 @@ from envs.base import Closes
 from envs.custom.world import CustomEnvConfig
 from envs.errors import UserError, WorldError, told_of
 from envs.limits.clocks import time_limit
+from envs.reading.documents import check_writable
 from envs.secrets import hidden_in
 from envs.state import read_state
 from envs.tools import Tool
@@ -46,11 +47,13 @@ _ANSWER = "I do not know."
 
 def check_run(config: RunConfig) -> list[tuple[str, str]]:
     """(what, found) of each part of the run. Raises `UserError` as training would before it loads anything."""
+    folder = _folder(config)
     check_port(config)
     prepared = prepare(config, weights=False)
     with asyncio.Runner() as loop:
         try:
-            return [*_found(prepared), *(("tried", told) for told in loop.run(_tried(prepared)))]
+            found = [("run folder", folder), *_found(prepared)]
+            return [*found, *(("tried", told) for told in loop.run(_tried(prepared)))]
         finally:
             with looked_at("closing the world and the graders"):
                 loop.run(prepared.aclose())
@@ -58,7 +61,6 @@ def check_run(config: RunConfig) -> list[tuple[str, str]]:
 
 def _found(prepared: Prepared) -> Iterator[tuple[str, str]]:
     config = prepared.config
-    yield "run folder", _folder(config)
     yield "tasks", f"{len(prepared.train_tasks)} to train on, {_held_out(prepared)}"
     offered = prepared.world.make_env().tools
     yield "prompts", _prompts(prepared, offered)
@@ -200,6 +202,7 @@ def _loss(loss: LossSettings) -> str:
 def _folder(config: RunConfig) -> str:
     if RunFolder.is_finished(config):
         return f"{config.output_dir} holds this run, which is finished"
+    check_writable(config.output_dir, "output_dir", is_folder=True)
     done = RunFolder(config.output_dir, run_id="", rank=0).resume_step
     return f"{config.output_dir}, to be resumed after step {done}" if done else f"{config.output_dir}, new"
 

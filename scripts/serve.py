@@ -2,7 +2,7 @@
 
 It is the run's own command: base, adapter, chat template and parsers of the training. The model is called `policy`, the
 base goes by its own name. `--step` serves a checkpoint's policy, of which it leaves an export beside the run folder.
-What stands behind `--` goes to vLLM. Exit code 2: something in the input is wrong.
+What stands behind `--` goes to vLLM. Exit code 2: something in the input is wrong, or the port is taken.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def main() -> int:
     # vLLM warns while it is imported.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     # Only now: --help and a misspelt option answer at once.
-    from trainer.exports.serving import serve
+    from trainer.exports.serving import check_address, serve
     from trainer.exports.trained import find_trained
 
+    more = given[place + 1 :]
     try:
-        serve(find_trained(arguments.run, arguments.step), given[place + 1 :])
+        check_address(more)
+        serve(find_trained(arguments.run, arguments.step), more)
     except UserError as e:
         say(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from envs.clients.ports import check_free
 from envs.errors import UserError
 from envs.terminal import say
 from trainer.config import EngineConfig, cpu_cache_gib
@@ -16,9 +19,12 @@ from trainer.exports.commands import adapter_command, chat_arguments
 from trainer.exports.trained import Trained, chat_of
 from trainer.models.machines import has_gpu
 
+_PORT = 8000
+"""vLLM's own."""
+
 
 def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
-    """Become the server; `more` are arguments of vLLM's. Raises `UserError`."""
+    """Become the server; `more` are arguments of vLLM's, as `check_address` has looked at them. Raises `UserError`."""
     words = [*serve_words(trained), *more]
     engine = trained.config.engine
     if not has_gpu():
@@ -30,6 +36,29 @@ def serve(trained: Trained, more: Sequence[str]) -> NoReturn:
         os.execvp(words[0], words)
     except OSError as e:
         raise UserError(f"{words[0]}: {e.strerror or e}; is vLLM installed here?") from e
+
+
+def check_address(more: Sequence[str]) -> None:
+    """Raise `UserError` where vLLM could not listen at the host and port that its arguments, or its defaults, name.
+
+    *Not covered*: what else it may open; ports in a file that it is given (`--config`); arguments that it will refuse.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host", default="")
+    parser.add_argument("--port", type=int)
+    # Under these it listens elsewhere, or nowhere.
+    for name in ("--uds", "--config"):
+        parser.add_argument(name)
+    parser.add_argument("--headless", action="store_true")
+    try:
+        asked, _ = parser.parse_known_args(list(more))
+    except argparse.ArgumentError:
+        return
+    if asked.uds is not None or asked.headless or (asked.config is not None and asked.port is None):
+        return
+    # By name it takes IPv4 only.
+    family = socket.AF_INET6 if ":" in asked.host else socket.AF_INET
+    check_free(asked.host or "0.0.0.0", _PORT if asked.port is None else asked.port, "--port", family=family)
 
 
 def serve_words(trained: Trained) -> list[str]:

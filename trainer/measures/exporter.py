@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -21,16 +20,18 @@ from prometheus_client import CollectorRegistry, ProcessCollector, start_http_se
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from envs.clients.ports import FAULTS, check_free, refusal
 from envs.errors import UserError
 from envs.secrets import hidden_in
 from trainer import processes
-from trainer.config import PrometheusConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.measures.exposition import LIVE, PREFIX, Family, families, family_of, finite
 from trainer.measures.masked import masked_by
 from trainer.models.machines import gpu_memory
 from trainer.types import Kind, Rollout
 
 _SIDES = {Kind.TRAIN: "train", Kind.EVAL: "eval"}
+_KEY = "prometheus.port"
 _MOST_OF_A_FAMILY = 500
 """A world of so many tools is told in part."""
 Gauges = Callable[[], Mapping[str, float]]
@@ -132,17 +133,7 @@ def check_port(config: RunConfig) -> None:
     if config.prometheus is None or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     for number in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-        port = config.prometheus.port + number
-        try:
-            found = socket.getaddrinfo(config.prometheus.host, port, type=socket.SOCK_STREAM)
-            family, _, _, _, address = found[0]
-            with socket.socket(family, socket.SOCK_STREAM) as tried:
-                # As the server does: what a run that ended a moment ago has left is no hindrance.
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tried.bind(address)
-                tried.listen(1)
-        except (OSError, OverflowError, UnicodeError) as e:
-            raise UserError(_refusal(config.prometheus, port, e)) from None
+        check_free(config.prometheus.host, config.prometheus.port + number, _KEY)
 
 
 @contextlib.contextmanager
@@ -171,8 +162,8 @@ def exporting(
     server = thread = None
     try:
         server, thread = start_http_server(port, config.prometheus.host, registry)
-    except (OSError, OverflowError, UnicodeError) as e:
-        faults = [_refusal(config.prometheus, port, e)]
+    except FAULTS as e:
+        faults = [refusal(config.prometheus.host, port, _KEY, e)]
     try:
         if told := processes.gather(faults):
             raise UserError(told[0])
@@ -182,8 +173,3 @@ def exporting(
             server.shutdown()
             thread.join()
             server.server_close()
-
-
-def _refusal(prometheus: PrometheusConfig, port: int, e: Exception) -> str:
-    why = getattr(e, "strerror", None) or str(e)
-    return f"prometheus.port: {prometheus.host}:{port} can't be listened at ({why}); choose another port, or host"

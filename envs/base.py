@@ -151,7 +151,10 @@ class Sweeps(Protocol):
     """A world where what a rollout holds outlives the process, and can be released by the rollout's id."""
 
     async def sweep(self, rollout_ids: Sequence[str]) -> None:
-        """Release what rollouts of a killed run left open; a failure is counted, not raised."""
+        """Release what rollouts of a killed run left open. Called by the main process of a run alone.
+
+        A failure is counted, not raised: `WorldError` is told and the run begins, anything else ends it.
+        """
         ...
 
 

@@ -164,7 +164,7 @@ def open_run(
         stack.callback(lambda: loop.run(prepared.aclose()))
         about = {"resolved": prepared.resolved(), "hardware": hardware(accelerator.num_processes)}
         processes.from_main(lambda: run.note(**about))
-        loop.run(release_left_open(prepared.world, run, progress, timeout_s=config.rollout.settle_timeout_s))
+        release_left_open(prepared.world, run, progress, loop, timeout_s=config.rollout.settle_timeout_s)
         session = enter(open_session(prepared, run, accelerator, progress, loop, start_engine, first_step=first_step))
         if run.exporter is not None:
             run.exporter.watch(session.worker.gauges, session.engine.gauges, session.stream.gauges)

@@ -191,12 +191,19 @@ TOLD_TO_EACH = """
     import sys
     from pathlib import Path
 
-    from envs.errors import UserError
+    from envs.errors import UserError, WorldError
     from trainer import processes
     from trainer.rollouts.stream import release_left_open
     from trainer.runs.canary_record import CANARY, of_base, of_policy
     from trainer.runs.files import append_line
     from trainer.runs.folder import RunFolder
+
+    class Progress:
+        def say(self, told):
+            pass
+
+        def warn(self, told):
+            os.write(1, (told + chr(10)).encode())
 
     accelerator = processes.start(cpu=True)
     run = RunFolder(Path(sys.argv[1]), run_id="r", rank=accelerator.process_index)
@@ -205,8 +212,25 @@ TOLD_TO_EACH = """
         append_line(run.path / CANARY, of_base([[1, 2]], [-1.0]))
         append_line(run.path / CANARY, of_policy(0, [-1.0]))
     processes.wait_for_all()
+
+    class Sweeping:
+        async def sweep(self, rollout_ids):
+            raise KeyError("no shelf") if rollout_ids == ["r-1"] else WorldError("gone")
+
+    def released():
+        with asyncio.Runner() as loop:
+            release_left_open(Sweeping(), run, Progress(), loop, timeout_s=1)
+
+    def open_now(name):
+        if run.is_main:
+            (run.path / "live.rank1.jsonl").unlink()
+            append_line(run.path / "live.rank1.jsonl", {"opened": name})
+        return released()
+
     for look in (
-        lambda: asyncio.run(release_left_open(None, run, None, timeout_s=1)),
+        released,
+        lambda: open_now("r-1"),
+        lambda: open_now("r-2"),
         lambda: run.keep_canary(of_base([[1, 2]], [-2.0]), tolerance=0.1),
     ):
         try:
@@ -218,8 +242,14 @@ TOLD_TO_EACH = """
 
 def test_what_the_main_process_finds_wrong_with_the_folder_ends_every_process_with_its_cause(tmp_path):
     said = run_script(tmp_path, TORCHRUN, TOLD_TO_EACH, ACCELERATE_USE_CPU="true").stdout
-    for told in ("live.rank1.jsonl, line 1: is damaged", "the base model is not the one"):
+    told_to_all = (
+        "live.rank1.jsonl, line 1: is damaged",
+        "world: sweep(): raised KeyError: 'no shelf' (",
+        "the base model is not the one",
+    )
+    for told in told_to_all:
         assert said.count(told) == 2, said
+    assert said.count("1 rollouts that an earlier process left open could not be released: gone") == 1, said
 
 
 def test_alone_a_process_talks_to_itself():

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from envs.base import Sweeps, World
+from envs.errors import WorldError
 from envs.limits.clocks import time_limit
 from envs.limits.loops import Loop
+from envs.user_code import looked_at
 from trainer import processes
 from trainer.rollouts.collect import warn_of_unclosed
 from trainer.rollouts.worker import Flight, RolloutWorker
@@ -182,16 +184,26 @@ class RolloutStream:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def release_left_open(world: World, run: RunFolder, progress: Progress, *, timeout_s: float) -> None:
-    """Let the world release what rollouts of this run hold that a kill left open."""
-    left_open = processes.from_main(run.left_open)
-    if not run.is_main:
-        return
+def release_left_open(world: World, run: RunFolder, progress: Progress, loop: Loop, *, timeout_s: float) -> None:
+    """Let the world release what rollouts of this run hold that a kill left open. Every process of the run calls it.
+
+    A fault of the world (`WorldError`, over its time) is told, and the run goes on. Raises `UserError` on all of them
+    for what else `sweep` raises, and for a damaged record of what is open.
+    """
+    processes.from_main(lambda: loop.run(_release(world, run, progress, timeout_s=timeout_s)))
+
+
+async def _release(world: World, run: RunFolder, progress: Progress, *, timeout_s: float) -> None:
+    left_open = run.left_open()
     if left_open and isinstance(world, Sweeps):
         progress.say(f"releasing {len(left_open)} rollouts that an earlier process left open")
+        told = f"{len(left_open)} rollouts that an earlier process left open could not be released"
         try:
             async with time_limit(timeout_s):
-                await world.sweep(left_open)
+                with looked_at("world: sweep()"):
+                    await world.sweep(left_open)
         except TimeoutError:
-            progress.warn(f"{len(left_open)} rollouts that an earlier process left open could not be released in time")
+            progress.warn(f"{told} in time")
+        except WorldError as e:
+            progress.warn(f"{told}: {e}")
     run.forget_left_open()

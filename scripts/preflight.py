@@ -67,11 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
+    from envs.errors import told_of
     from trainer.config import load_config
+    from trainer.runs.about import check_run_folder
 
     run: Path | None = arguments.run
-    if run is not None and not (run / "config.yaml").is_file():
-        raise UserError(f"--run {run}: holds no config.yaml; expected the folder of a run")
+    if run is not None:
+        with told_of("--run"):
+            check_run_folder(run, "config.yaml")
     path: Path | None = arguments.config or (run and run / "config.yaml")
     if path is None:
         raise UserError("--config: required, but for --run")

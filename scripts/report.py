@@ -19,10 +19,13 @@ def main() -> int:
     # Only now: --help and a misspelt option answer at once.
     from trainer.reports.run_report import write_report
     from trainer.reports.transcripts.write import run_decoder, write_transcripts
+    from trainer.runs.about import check_run_folder
 
-    if not (folder / "run.json").is_file():
-        say(f"error: {folder}: holds no run.json; expected the folder of a run", file=sys.stderr)
-        return 2
+    try:
+        check_run_folder(folder, "run.json")
+    except UserError as e:
+        say(f"error: {e}", file=sys.stderr)
+        return e.exit_code
     try:
         decode = run_decoder(folder)
     except UserError as e:

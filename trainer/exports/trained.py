@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from envs.errors import UserError
 from trainer.config import RunConfig, load_config
 from trainer.models.cache import resolve_model
-from trainer.runs.about import changed_files, read_about
+from trainer.runs.about import changed_files, check_run_folder, read_about
 from trainer.runs.manifest import checkpoints, fault_of
 from trainer.runs.resuming import export_is_whole
 
@@ -68,8 +68,7 @@ def find_trained(run: Path, step: int | None = None) -> Trained:
 
     Raises `UserError` where there is no run, no such policy yet or any more, or where its files are damaged.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: holds no config.yaml; expected the folder of a run")
+    check_run_folder(run, "config.yaml")
     config = load_config(run / "config.yaml").model_copy(update={"output_dir": run})
     about = read_about(run)
     if step is not None:
@@ -77,7 +76,8 @@ def find_trained(run: Path, step: int | None = None) -> Trained:
     adapter, finished = run / "adapter", about.get("finished_steps")
     if not isinstance(finished, int) or "adapter" not in about:
         kept = _kept(run)
-        raise UserError(f"{run}: has not ended, so there is no final adapter yet; --step takes a checkpoint's: {kept}")
+        told = f"--step takes a checkpoint's: {kept}" if kept else "it keeps no checkpoint yet either"
+        raise UserError(f"{run}: has not ended, so there is no final adapter yet; {told}")
     if not export_is_whole(run, about):
         raise UserError(f"{adapter}: is not what the run wrote; the command that made the run writes it anew")
     return Trained(run=run, step=finished, is_final=True, adapter=adapter, config=config, about=about)
@@ -86,10 +86,11 @@ def find_trained(run: Path, step: int | None = None) -> Trained:
 def _of_checkpoint(run: Path, step: int, config: RunConfig, about: Mapping[str, Any]) -> Trained:
     folder = dict(checkpoints(run)).get(step)
     if folder is None:
-        raise UserError(
-            f"--step {step}: {run} keeps no checkpoint of this step, but of {_kept(run)} (the newest "
-            f"{config.checkpoint.keep} are kept: checkpoint.keep)"
+        kept = _kept(run)
+        told = (
+            f"but of {kept} (the newest {config.checkpoint.keep} are kept: checkpoint.keep)" if kept else "nor any yet"
         )
+        raise UserError(f"--step {step}: {run} keeps no checkpoint of this step, {told}")
     if fault := fault_of(folder, run):
         raise UserError(f"--step {step}: {fault}")
     adapter = folder / "adapter"
@@ -99,7 +100,7 @@ def _of_checkpoint(run: Path, step: int, config: RunConfig, about: Mapping[str, 
 
 
 def _kept(run: Path) -> str:
-    return ", ".join(str(step) for step, _ in reversed(checkpoints(run))) or "no step yet"
+    return ", ".join(str(step) for step, _ in reversed(checkpoints(run)))
 
 
 def chat_of(trained: Trained) -> Chat:

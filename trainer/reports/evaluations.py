@@ -72,11 +72,16 @@ def _parse(argument: str) -> tuple[str, Path, int | None]:
         return "", folder, step
     name, equals, rest = argument.partition("=")
     if not equals or not name:
-        raise UserError(f"{argument}: there is no folder {folder}; expected [NAME=]FOLDER[@STEP]")
+        raise _no_folder(argument, folder)
     folder, step = _with_step(rest)
     if not folder.is_dir():
-        raise UserError(f"{argument}: there is no folder {folder}; expected [NAME=]FOLDER[@STEP]")
+        raise _no_folder(argument, folder)
     return name, folder, step
+
+
+def _no_folder(argument: str, folder: Path) -> UserError:
+    what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+    return UserError(f"{argument}: {what}; expected [NAME=]FOLDER[@STEP]")
 
 
 def _with_step(text: str) -> tuple[Path, int | None]:
@@ -93,7 +98,8 @@ def _read(name: str, folder: Path, step: int | None) -> Evaluation:
         steps = steps_in(folder / "evals")
         if not steps:
             raise UserError(
-                f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run or of a preflight"
+                f"{folder}: holds no evaluation (evals/step-….jsonl); expected the folder of a run that has come to "
+                "one, or of a preflight"
             )
         step = steps[-1] if step is None else step
         if step not in steps:

@@ -113,6 +113,15 @@ def _inner(of: Any, key: Any) -> Any:
     return of[key] if isinstance(of, list | tuple) and isinstance(key, int) and key < len(of) else None
 
 
+def check_run_folder(folder: Path, *names: str) -> None:
+    """Raise `UserError` where there is no such folder, or none of the files in it by whose `names` a run is known."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: {what}; expected the folder of a run")
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{folder}: holds no {' or '.join(names)}; expected the folder of a run, its output_dir")
+
+
 def read_about(folder: Path) -> dict[str, Any]:
     """What run.json says. Raises `UserError`."""
     path = folder / "run.json"
@@ -120,7 +129,9 @@ def read_about(folder: Path) -> dict[str, Any]:
         about = read_object(path)
     except UserError as e:
         raise UserError(f"{e}; delete it, and the same command makes it anew") from None
-    if about is None or not isinstance(run_id := about.get("run_id"), str) or not _RUN_ID.fullmatch(run_id):
+    if about is None:
+        raise UserError(f"{path}: is missing; the command that made the run makes it anew")
+    if not isinstance(run_id := about.get("run_id"), str) or not _RUN_ID.fullmatch(run_id):
         raise UserError(f"{path}: is damaged: names no run_id; delete it, and the same command makes it anew")
     return about
 

@@ -23,6 +23,7 @@ from trainer.config import EngineConfig, OverlapConfig, RunConfig, load_config
 from trainer.engines.engine import Sampler
 from trainer.models.machines import check_option
 from trainer.prepare import Prepared, prepare, vocabulary_of
+from trainer.runs.about import check_run_folder
 from trainer.runs.manifest import adapter_of
 from trainer.runs.resuming import beginning_with
 from trainer.talk.served import ServedPolicy
@@ -150,10 +151,7 @@ def _check(options: Options) -> None:
 
 def _config(options: Options) -> RunConfig:
     """The run's, with a person in the user's place and nothing of the training."""
-    if not options.run.is_dir():
-        raise UserError(f"{options.run}: there is no such folder; expected the folder of a run")
-    if not (options.run / "config.yaml").is_file():
-        raise UserError(f"{options.run}: holds no config.yaml; expected the folder of a run")
+    check_run_folder(options.run, "config.yaml")
     config = load_config(options.run / "config.yaml", list(options.overrides))
     rollout = {"max_turns": _NO_END, "max_tool_calls": _NO_END, "max_user_turns": _NO_END, "world_retries": 0}
     changed: dict[str, Any] = {

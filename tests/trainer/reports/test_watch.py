@@ -235,8 +235,8 @@ def test_without_a_terminal_one_picture_is_printed_without_colour(tmp_path: Path
     ("make", "said"),
     [
         (lambda path: None, "there is no such folder"),
-        (lambda path: path.write_text("a file"), "there is no such folder"),
-        (lambda path: path.mkdir(), "holds no run (config.yaml, run.json)"),
+        (lambda path: path.write_text("a file"), "is a file; expected the folder of a run"),
+        (lambda path: path.mkdir(), "holds no config.yaml or run.json or run.lock; expected the folder of a run"),
     ],
 )
 def test_what_is_no_run_is_one_clear_line(tmp_path: Path, make, said: str) -> None:

@@ -26,6 +26,7 @@ from trainer.reports.comparison import errors_of
 from trainer.reports.evaluations import rollout_without_tokens
 from trainer.reports.run_reader import UNREADABLE, RunData, read_run, steps_in
 from trainer.reports.watch.tail import Tail
+from trainer.runs.about import check_run_folder
 from trainer.runs.files import is_intact, object_in, open_to_read, step_files
 from trainer.runs.lock import is_held
 from trainer.types import Kind, Rollout
@@ -131,14 +132,14 @@ class RunWatch:
     def __init__(self, folder: Path) -> None:
         """Raises `UserError` for what is no run's folder."""
         self._folder = folder
-        self._check()
+        check_run_folder(self._folder, "config.yaml", "run.json", "run.lock")
         self._data: RunData | None = None
         self._read: object = None
         self._steps: dict[tuple[Kind, int], _Step] = {}
 
     def look(self) -> Snapshot:
         """Raises `UserError` where the folder has gone."""
-        self._check()
+        check_run_folder(self._folder, "config.yaml", "run.json", "run.lock")
         data = self._run_data()
         last, planned = max(data.train_steps, default=0), _whole(data.config, "optim", "num_steps")
         train = steps_in(self._folder / Kind.TRAIN)
@@ -165,14 +166,6 @@ class RunWatch:
             notes=[*data.notes, *(note for step in self._steps.values() for note in step.notes())],
             last_written=_last_written(self._folder),
         )
-
-    def _check(self) -> None:
-        if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: there is no such folder; expected the folder of a run")
-        if not any((self._folder / name).is_file() for name in ("config.yaml", "run.json", "run.lock")):
-            raise UserError(
-                f"{self._folder}: holds no run (config.yaml, run.json); expected the folder that its output_dir names"
-            )
 
     def _run_data(self) -> RunData:
         """Read again where one of its files has changed."""

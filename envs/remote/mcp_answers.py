@@ -3,7 +3,9 @@
 *Covered*: lone halves of surrogate pairs; a result that is no object, or cut off: an error at once; lists of tools with
 entries that are none; what is odd about tools and contents besides what is read of them; content of unknown kinds, or
 null; output schemas, which are not enforced (the server's text counts); messages without an end; a refusal by HTTP
-status, which is told. *Not covered*: what a server writes to its standard error, which goes to a file.
+status, which is told; an answer without `jsonrpc`: an error at once; over stdio, answers in a list, and one that is
+spread over lines as JSON is printed for people. *Not covered*: what a server writes to its standard error, which goes
+to a file; a list that is spread over lines.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import codecs
 import contextlib
 import json
 import re
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +76,10 @@ async def make_readable(response: Any) -> None:
     import httpx2
 
     is_json = response.headers.get("content-type", "").lower().startswith("application/json")
-    # The SDK knows by this status that a session has ended.
+    # The SDK knows by this status that a session has ended, but where the body is an error of the server's own.
+    if response.status_code == 404 and "mcp-session-id" in response.request.headers:
+        response.headers["content-type"] = "text/plain"
+        return
     is_refusal = response.status_code >= 400 and response.status_code != 404 and response.request.method == "POST"
     if not is_json and not is_refusal:
         return
@@ -132,13 +138,18 @@ class _Readable:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._next: deque[Any] = deque()
+        self._begun = ""
+        """Of a message that is spread over several lines."""
 
     @property
     def last_context(self) -> Any:
         return getattr(self._stream, "last_context", None)
 
     async def receive(self) -> Any:
-        return _read(await self._stream.receive())
+        if not self._next:
+            self._next += self._read(await self._stream.receive())
+        return self._next.popleft()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -147,7 +158,9 @@ class _Readable:
         return self
 
     async def __anext__(self) -> Any:
-        return _read(await self._stream.__anext__())
+        if not self._next:
+            self._next += self._read(await self._stream.__anext__())
+        return self._next.popleft()
 
     async def __aenter__(self) -> _Readable:
         await self._stream.__aenter__()
@@ -157,41 +170,71 @@ class _Readable:
         left: bool | None = await self._stream.__aexit__(*of)
         return left
 
+    def _read(self, item: Any) -> list[Any]:
+        """The messages of an item, or the error that the SDK made of one."""
+        if isinstance(item, ValidationError):
+            return [_plain(message) for message in _mended(self._joined(_line_of(item)))] or [item]
+        return [_plain(item)]
 
-def _read(item: Any) -> Any:
-    """A message, or the error that the SDK made of one."""
-    from mcp_types import JSONRPCResponse
+    def _joined(self, line: str) -> str:
+        """The line, or all of the object that ends with it, where its braces stand alone and its members further in."""
+        line = line.rstrip()
+        if line == "{":
+            self._begun = line
+        elif self._begun:
+            self._begun += f"\n{line}"
+            line, self._begun = (self._begun, "") if line == "}" else (line, self._begun)
+            if len(self._begun) > MAX_MESSAGE_BYTES:
+                self._begun = ""
+        return line
 
-    if isinstance(item, ValidationError):
-        item = _mended(item)
-    message = getattr(item, "message", None)
-    if isinstance(message, JSONRPCResponse):
-        _make_plain(message.result)
-    return item
+
+def _line_of(error: ValidationError) -> str:
+    """What could not be read, as it came or as JSON writes it."""
+    faults = error.errors(include_url=False, include_context=False)
+    # Where an object lacks something the fault holds the object, else what is wrong in it.
+    first = min(faults, key=lambda fault: (fault["type"] != "missing", len(fault["loc"])))
+    return str(first["input"]) if first["type"] == "json_invalid" else json.dumps(first["input"])
 
 
-def _mended(error: ValidationError) -> SessionMessage | ValidationError:
+def _mended(text: str) -> list[SessionMessage]:
+    """The messages in a text, of a list each of them: as they are, or as the error that who waits for it is told."""
+    said: Any = text
+    with contextlib.suppress(ValueError, RecursionError):
+        said = json.loads(text)
+    parts = said if isinstance(said, list) else [said]
+    return [message for part in parts if (message := _message_of(part)) is not None]
+
+
+def _message_of(said: Any) -> SessionMessage | None:
+    """None where nobody can be known to wait for it. `said` is a value, or a text that holds none."""
     from mcp.shared.message import SessionMessage
     from mcp_types import JSONRPCError, jsonrpc_message_adapter
     from mcp_types.jsonrpc import PARSE_ERROR, ErrorData
 
-    # What could not be read: the line, or the object that the line held.
-    inputs = [fault["input"] for fault in error.errors(include_url=False, include_context=False)]
-    line = next((value for value in inputs if isinstance(value, str) and '"jsonrpc"' in value), None)
-    whole = next((value for value in inputs if isinstance(value, dict) and "jsonrpc" in value), None)
-    with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(line) if line is not None else whole
-        text = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
-        return SessionMessage(jsonrpc_message_adapter.validate_json(text, by_name=False))
-    if isinstance(whole, dict):
-        request_id, shown = whole.get("id"), whole.get("result")
-    else:
-        found = _ID.search(line or "")
-        request_id, shown = json.loads(found[1]) if found else None, line
+    if not isinstance(said, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            text = json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")
+            return SessionMessage(jsonrpc_message_adapter.validate_json(text, by_name=False))
+    request_id, shown, why = None, said, ""
+    if isinstance(said, dict) and ("jsonrpc" in said or said.keys() <= {"id", "result", "error"}):
+        request_id, shown = said.get("id"), said.get("result", said.get("error"))
+        why = "" if "jsonrpc" in said else ' (it has no "jsonrpc": "2.0")'
+    elif isinstance(said, str) and '"jsonrpc"' in said and (found := _ID.search(said)):
+        request_id = json.loads(found[1])
     if not isinstance(request_id, int | str):
-        return error
-    fault = ErrorData(code=PARSE_ERROR, message=f"an answer that can't be read: {shown!r:.{_MAX_SHOWN}}")
+        return None
+    fault = ErrorData(code=PARSE_ERROR, message=f"an answer that can't be read{why}: {shown!r:.{_MAX_SHOWN}}")
     return SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=fault))
+
+
+def _plain(item: Any) -> Any:
+    from mcp_types import JSONRPCResponse
+
+    message = getattr(item, "message", None)
+    if isinstance(message, JSONRPCResponse):
+        _make_plain(message.result)
+    return item
 
 
 def _make_plain(result: dict[str, Any]) -> None:

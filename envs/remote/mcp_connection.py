@@ -174,7 +174,14 @@ class Connection:
         return text
 
     async def _ask(self, request: Any, what: str, timeout_s: float) -> Any:
-        """The answer to a request; what can go wrong on the way becomes `WorldError` or, bad arguments, `ToolError`."""
+        """The answer to a request; what can go wrong on the way becomes `WorldError` or `ToolError`.
+
+        What a tool refuses is a result with `isError`, and is the model's to read. Of JSON-RPC errors -32602 alone is:
+        wrong arguments, or no such tool. The others say that the request was not carried out, for reasons that no
+        argument mends: -32603 is the server's own fault as a 5xx is over HTTP, -32601 and -32600 ours or the config's.
+        They are the world's, tried again and never scored. By -32000 the SDK tells that a connection is closed, and
+        servers that they do not know a session any more: it is opened anew.
+        """
         from mcp.shared.exceptions import MCPError
         from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, INVALID_REQUEST
 

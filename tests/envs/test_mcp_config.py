@@ -49,6 +49,25 @@ async def test_an_odd_answer_is_shown_as_far_as_it_can_be_read(answer, shown):
         assert (await call(env, "notes")).output == "[]", "the session goes on"
 
 
+@pytest.mark.parametrize("form", ["printed", "by lines", "listed"])
+async def test_an_answer_over_several_lines_or_in_a_list_is_read(form):
+    async with opened(TASK, server(form, timeout_s=600)) as (env,):
+        start = time.monotonic()
+        assert json.loads((await call(env, "tell")).output)["argv"] == [form]
+        assert time.monotonic() - start < 60
+        assert (await call(env, "notes")).output == "[]", "the session goes on"
+
+
+@pytest.mark.parametrize("form", ["unmarked", "unmarked error"])
+async def test_an_answer_that_is_not_marked_as_one_is_a_fault_at_once(form):
+    async with opened(TASK, server(form, timeout_s=600)) as (env,):
+        start = time.monotonic()
+        told = r"""MCP server 'odd': tell: an answer that can't be read \(it has no "jsonrpc": "2\.0"\): \{'co"""
+        with pytest.raises(WorldError, match=told):
+            await call(env, "tell")
+        assert time.monotonic() - start < 60
+
+
 @pytest.mark.parametrize("answer", ["string", "list", "nothing", "cut", "deep", "endless"])
 async def test_an_answer_that_cannot_be_read_is_a_fault_of_the_world_at_once(answer):
     async with opened(TASK, server(answer, timeout_s=600)) as (env,):

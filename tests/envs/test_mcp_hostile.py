@@ -254,3 +254,24 @@ async def test_what_a_server_refuses_a_request_with_is_told(kind: str, said: str
     async with serving(Server(initialize=refuse)) as url:
         with pytest.raises(UserError, match="can't be reached: HTTP 401 Unauthorized"):
             await asyncio.to_thread(McpServer(McpServerConfig(name="web", url=url)).definitions)
+
+
+async def test_a_session_that_the_server_knows_no_more_is_opened_anew_whatever_the_refusal_says() -> None:
+    """As after a restart of a server by TypeScript's SDK, which says so as a JSON-RPC error of its own."""
+    begun: list[str] = []
+
+    async def begin(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        begun.append(f"session-{len(begun)}")
+        about = {"name": "odd", "version": "1"}
+        value = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": about}
+        return web.json_response(result(asked, value), headers={"Mcp-Session-Id": begun[-1]})
+
+    async def known(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        if request.headers["Mcp-Session-Id"] == "session-0":
+            error = {"code": -32001, "message": "Session not found"}
+            return web.json_response({"jsonrpc": "2.0", "id": None, "error": error}, status=404)
+        return web.json_response(result(asked, text_of("well")))
+
+    async with session_of(Server(initialize=begin, call=known), per_rollout=False) as session:
+        assert await session.call("echo", {}) == "well"
+    assert begun == ["session-0", "session-1"]

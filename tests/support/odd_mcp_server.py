@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ ANSWERS: dict[str, str | bytes] = {
     "deep": "[" * 100_000,
     "endless": "",
 }
+FORMS: dict[str, Callable[[Any], str]] = {
+    "printed": lambda message: json.dumps(message, indent=2),
+    "printed by lines": lambda message: json.dumps({**message, "more": ["x", {}, None]}, indent=2).replace(
+        "\n", "\r\n"
+    ),
+    "listed": lambda message: json.dumps([{"jsonrpc": "2.0", "method": "notifications/message"}, message]),
+    "unmarked": lambda message: json.dumps({"id": message["id"], "result": message["result"]}),
+    "unmarked error": lambda message: json.dumps({"id": message["id"], "error": {"code": -32602, "message": "no"}}),
+}
 
 
 def result_of(name: str, params: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +94,12 @@ def main() -> None:
             answer = said.encode() if isinstance(said, str) else said
         else:
             result = result_of(params["name"], params)
+        form = sys.argv[1] if asked["method"] == "tools/call" and params["name"] == "tell" else ""
         kind, body = (b"error", error) if error else (b"result", answer or json.dumps(result).encode())
-        sys.stdout.buffer.write(b'{"jsonrpc": "2.0", "id": %d, "%s": %s}\n' % (asked["id"], kind, body))
+        message = b'{"jsonrpc": "2.0", "id": %d, "%s": %s}' % (asked["id"], kind, body)
+        if form in FORMS:
+            message = FORMS[form](json.loads(message)).encode()
+        sys.stdout.buffer.write(message + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -42,6 +42,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     check_writable(out, "--out", is_folder=True)
     comparison = compare(read_evaluations(arguments.policies), by=arguments.by, seed=arguments.seed)
+    for evaluation in comparison.evaluations:
+        for note in evaluation.notes:
+            say(f"warning: {evaluation.name}: {note}", file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
     page = write_comparison_page(comparison, out / "compare.html", demo=arguments.demo)
     markdown = render_markdown(comparison, demo=arguments.demo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,13 @@ def _read(name: str, folder: Path, step: int | None) -> Evaluation:
         step = steps[-1] if step is None else step
         if step not in steps:
             raise UserError(f"{folder}: holds no evaluation at step {step}; it has {', '.join(map(str, steps))}")
-        counted = read_steps(folder, []).get(step, {}).get("eval/rollouts")
+        figures = read_steps(folder, [])
         name = name or f"{folder.resolve().name}@{step}"
+        counted = figures.get(step, {}).get("eval/rollouts")
         evaluation = read_evaluation(folder, step, name=name, num_rollouts=counted)
+        if counted is None and any("eval/rollouts" in of_step for of_step in figures.values()):
+            told = f"evaluation after {step} steps: has not ended; the rollouts that take longest are missing"
+            evaluation = replace(evaluation, notes=[*evaluation.notes, told])
     if not evaluation.rollouts:
         raise UserError(f"{evaluation.source}: holds no rollout; {'; '.join(evaluation.notes) or 'its file is empty'}")
     return evaluation

@@ -293,6 +293,23 @@ def test_policies_are_read_by_folder_step_and_name(tmp_path):
     assert first.rollouts == BEFORE
 
 
+def test_an_evaluation_that_is_not_whole_is_told_on_the_terminal(tmp_path):
+    run = write_evals(tmp_path / "run", {"step-000000.jsonl": BEFORE, "step-000008.jsonl": AFTER[:3]})
+    command = [sys.executable, "scripts/compare.py", f"a={run}@0", f"b={run}", "--out", str(tmp_path / "out")]
+
+    def told(*counted: tuple[int, int]) -> str:
+        lines = [json.dumps({"step": step, "eval/rollouts": num}) + "\n" for step, num in counted]
+        (run / "metrics.jsonl").write_text("".join(lines))
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
+
+    whole = (0, len(BEFORE))
+    assert told(whole) == (
+        "warning: b: evaluation after 8 steps: has not ended; the rollouts that take longest are missing\n"
+    )
+    assert told(whole, (8, len(AFTER))).startswith(f"warning: b: evaluation after 8 steps: 3 of {len(AFTER)} rollouts")
+    assert told(whole, (8, 3)) == ""
+
+
 def test_a_preflight_is_a_policy_too(tmp_path):
     run = write_evals(tmp_path / "run", {"step-000000.jsonl": BEFORE})
     write_evals(tmp_path / "bare", {"x.jsonl": AFTER})

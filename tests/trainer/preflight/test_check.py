@@ -14,6 +14,16 @@ from tests.support.configs import scripted_config
 from trainer.config import validate_config
 from trainer.config.idle import idle_settings
 from trainer.preflight.check import check_run
+from trainer.runs.folder import RunFolder
+
+
+def test_a_folder_in_which_no_run_could_go_on_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    config = validate_config(scripted_config(tmp_path / "run", tiny_model), source="test")
+    RunFolder.create(config)
+    assert dict(check_run(config))["run folder"].endswith("new")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+        check_run(config)
 
 
 def test_a_check_tells_what_a_run_would_be_and_makes_nothing(tiny_model: Path, tmp_path: Path) -> None:

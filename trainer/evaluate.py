@@ -10,7 +10,7 @@ from trainer import processes
 from trainer.config import RunConfig
 from trainer.measures.summary import prefixed, summarise
 from trainer.seeds import derive_seed
-from trainer.types import Kind, Phase, RolloutRequest
+from trainer.types import Kind, Phase, RolloutRequest, ids_begin_with
 
 if TYPE_CHECKING:
     from trainer.session import Session
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 def eval_requests(config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int) -> list[RolloutRequest]:
     """The requests of one evaluation. The step enters the rollout ids only, not the seeds."""
+    begins = ids_begin_with(run_id, Kind.EVAL, step)
     return [
         RolloutRequest(
             task=task,
-            rollout_id=f"{run_id}-eval{step}-{task.task_id}-{k}",
+            rollout_id=f"{begins}{task.task_id}-{k}",
             seed=derive_seed(config.seed, "eval", task.task_id, k),
         )
         for task in tasks[: config.eval.num_tasks]

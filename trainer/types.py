@@ -30,6 +30,11 @@ class Kind(StrEnum):
     """Of held-out tasks, never learned from."""
 
 
+def ids_begin_with(run_id: str, kind: Kind, step: int) -> str:
+    """What the ids of a step's, or an evaluation's, rollouts begin with; those of no other do."""
+    return f"{run_id}-{'eval' if kind is Kind.EVAL else 'step'}{step}-"
+
+
 class Phase(StrEnum):
     """What a run is at, in the words in which it says so."""
 

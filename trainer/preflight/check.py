@@ -36,9 +36,7 @@ from trainer.config.idle import idle_settings
 from trainer.measures.exporter import check_port
 from trainer.prepare import Prepared, prepare
 from trainer.reachable import servers_of
-from trainer.runs.about import read_about
 from trainer.runs.folder import RunFolder
-from trainer.runs.manifest import run_id_of
 from trainer.runs.resuming import check_resumable
 from trainer.tasks.offer import tools_offered
 
@@ -206,10 +204,8 @@ def _folder(config: RunConfig) -> str:
     if RunFolder.is_finished(config):
         return f"{config.output_dir} holds this run, which is finished"
     check_writable(config.output_dir, "output_dir", is_folder=True)
-    path = config.output_dir
-    if (path / "config.yaml").exists():
-        check_resumable(path, read_about(path)["run_id"] if (path / "run.json").exists() else run_id_of(path) or "")
-    done = RunFolder(path, run_id="", rank=0).resume_step
+    check_resumable(config.output_dir)
+    done = RunFolder(config.output_dir, run_id="", rank=0).resume_step
     return f"{config.output_dir}, to be resumed after step {done}" if done else f"{config.output_dir}, new"
 
 

@@ -141,7 +141,7 @@ class RunFolder:
                 try:
                     remarks.extend(cls.create(config, beside))
                     run = cls.open(config, rank=0)
-                    remarks.extend(check_resumable(run.path, run.run_id))
+                    remarks.extend(check_resumable(run.path))
                 except OSError as e:
                     raise UserError(
                         f"output_dir {config.output_dir}: can't be written: {e.filename}: {e.strerror or e}"
@@ -361,19 +361,16 @@ class RunFolder:
         drop_damaged(self.path / CANARY, intact=lambda line: line.endswith(b"\n"))
         told = []
         is_evaluated = any(r["step"] == step and "eval/rollouts" in r for r in self.metrics())
-        for kind, first, last in (
-            (Kind.TRAIN, step + 1, step + 1 + ahead),
-            (Kind.EVAL, step, step),
-            ("tokens", step + 1, step),
-        ):
-            for path in sorted(step_files(self.path / kind)):
+        in_flight, needs_digest = range(step + 1, step + 2 + ahead), manifest is not None
+        for name, last in ((Kind.TRAIN, in_flight[-1]), (Kind.EVAL, step), ("tokens", step)):
+            for path in sorted(step_files(self.path / name)):
                 if int(path.name[5:].partition(".")[0]) > last:
                     clear(path)
-            steps, needs_digest = range(first, last + 1), manifest is not None
+        for kind, steps in ((Kind.TRAIN, in_flight), (Kind.EVAL, [step])):
             for path, num_dropped in drop_unfit(self.path, self.run_id, kind, steps, needs_digest=needs_digest):
                 is_over = kind == Kind.EVAL and is_evaluated
                 then = "what the metrics say of them stays" if is_over else "their rollouts are made again"
                 told.append(
                     f"{path}: {num_dropped} lines are damaged, of another step, or there twice: left out; {then}"
                 )
-        return told + drop_ungraded(self.path, range(step + 1, step + 2 + ahead), num_rollouts=num_rollouts)
+        return told + drop_ungraded(self.path, in_flight, num_rollouts=num_rollouts)

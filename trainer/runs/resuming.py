@@ -14,18 +14,10 @@ from envs.errors import UserError
 from envs.reading.json_text import read_json
 from trainer.config import RunConfig
 from trainer.runs.about import FILES, changed_files, read_about
-from trainer.runs.files import (
-    clear,
-    digest,
-    drop_damaged,
-    is_intact,
-    open_to_read,
-    step_files,
-    whole_lines,
-)
+from trainer.runs.files import clear, digest, drop_damaged, is_intact, open_to_read, step_files, whole_lines
 from trainer.runs.manifest import NAME, RESTS_ON, adapter_of, checkpoints, fault_of, read_manifest
 from trainer.runs.records import asked_as, rollout_in
-from trainer.types import Kind
+from trainer.types import Kind, ids_begin_with
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LIKE_ANY = {
@@ -43,8 +35,9 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 """What may stand under a key; under every other one nothing (null, false, empty), whatever PEFT calls it one day."""
 
 
-def check_resumable(run: Path, run_id: str) -> list[str]:
-    """Raise `UserError` where what the run would go on from is missing or damaged. A folder without any is a new run's.
+def check_resumable(run: Path) -> list[str]:
+    """Raise `UserError` where what the run would go on from is missing or damaged. A folder without any is a new run's,
+    and a run.json that is missing is made anew.
 
     Returns what the user has to be told where that cannot be known.
     """
@@ -61,6 +54,7 @@ def check_resumable(run: Path, run_id: str) -> list[str]:
             f"{newest} has no {NAME} (versions before it wrote none): whether {', '.join(RESTS_ON)} and the checkpoint "
             "are as the run left them can't be told"
         ]
+    run_id = read_about(run)["run_id"] if (run / "run.json").exists() else manifest.run_id
     if manifest.run_id != run_id:
         raise UserError(
             f"{run / 'run.json'}: is of the run {run_id}, but {newest} of {manifest.run_id}; delete run.json to have "
@@ -113,7 +107,7 @@ def export_digests(adapter: Path) -> dict[str, str]:
 
 
 def drop_unfit(
-    run: Path, run_id: str, kind: str, steps: Iterable[int], *, needs_digest: bool
+    run: Path, run_id: str, kind: Kind, steps: Iterable[int], *, needs_digest: bool
 ) -> Iterator[tuple[Path, int]]:
     """Of the steps' rollouts leave each once, whole, and in the place of its own step; the files that had others, and
     how many. Rollouts of older versions have no digest.
@@ -128,7 +122,7 @@ def drop_unfit(
         return True
 
     for step in steps:
-        begins = f"{run_id}-{'eval' if kind == Kind.EVAL else 'step'}{step}-"
+        begins = ids_begin_with(run_id, kind, step)
         for path in sorted(step_files(run / kind, step)):
             if num_dropped := drop_damaged(path, intact=functools.partial(fits, begins=begins)):
                 yield path, num_dropped
@@ -154,7 +148,7 @@ def drop_ungraded(run: Path, steps: Iterable[int], *, num_rollouts: int) -> list
 def _refuse_leftovers(run: Path) -> None:
     left = [name for name in RESTS_ON if (run / name).exists() and (run / name).stat().st_size]
     left += [kind for kind in (*Kind, "tokens") if step_files(run / kind)]
-    if "finished_steps" in read_about(run):
+    if (run / "run.json").exists() and "finished_steps" in read_about(run):
         left.append("run.json")
     if left:
         raise UserError(

@@ -16,7 +16,7 @@ from envs.types import Message, Role, Task
 from trainer.config import RolloutConfig, RunConfig
 from trainer.seeds import derive_seed, hash_of
 from trainer.tasks.offer import tools_offered
-from trainer.types import Demonstration, RolloutRequest
+from trainer.types import Demonstration, Kind, RolloutRequest, ids_begin_with
 
 
 def load_tasks(config: RunConfig, world: World, split: str) -> list[Task]:
@@ -172,10 +172,11 @@ def train_requests(
     config: RunConfig, tasks: Sequence[Task], *, run_id: str, step: int, first_group: int = 0
 ) -> list[RolloutRequest]:
     """The requests of a step's groups, group after group; `tasks` are theirs, the first of which is `first_group`."""
+    begins = ids_begin_with(run_id, Kind.TRAIN, step)
     return [
         RolloutRequest(
             task=task,
-            rollout_id=f"{run_id}-step{step}-{group}-{task.task_id}-{k}",
+            rollout_id=f"{begins}{group}-{task.task_id}-{k}",
             seed=derive_seed(config.seed, "train", step, group, k),
         )
         for group, task in enumerate(tasks, first_group)

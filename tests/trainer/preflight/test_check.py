@@ -21,6 +21,8 @@ def test_a_folder_in_which_no_run_could_go_on_is_told(tiny_model: Path, tmp_path
     config = validate_config(scripted_config(tmp_path / "run", tiny_model), source="test")
     RunFolder.create(config)
     assert dict(check_run(config))["run folder"].endswith("new")
+    (tmp_path / "run" / "run.json").unlink()
+    assert dict(check_run(config))["run folder"].endswith("new"), "a run makes it anew"
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="holds no checkpoint to go on from"):
         check_run(config)

@@ -31,6 +31,7 @@ from trainer.runs.files import is_intact, object_in, open_to_read, step_files
 from trainer.runs.lock import is_held
 from trainer.types import Kind, Rollout
 
+_KNOWN_BY = ("config.yaml", "run.json", "run.lock")
 _MOST_LOG_BYTES = 2**18
 _NUM_EPISODES = 3
 _LINE = re.compile(r"\[(\d\d:\d\d:\d\d) progress\] (phase|warning): (.+)")
@@ -132,14 +133,14 @@ class RunWatch:
     def __init__(self, folder: Path) -> None:
         """Raises `UserError` for what is no run's folder."""
         self._folder = folder
-        check_run_folder(self._folder, "config.yaml", "run.json", "run.lock")
+        check_run_folder(self._folder, *_KNOWN_BY)
         self._data: RunData | None = None
         self._read: object = None
         self._steps: dict[tuple[Kind, int], _Step] = {}
 
     def look(self) -> Snapshot:
         """Raises `UserError` where the folder has gone."""
-        check_run_folder(self._folder, "config.yaml", "run.json", "run.lock")
+        check_run_folder(self._folder, *_KNOWN_BY)
         data = self._run_data()
         last, planned = max(data.train_steps, default=0), _whole(data.config, "optim", "num_steps")
         train = steps_in(self._folder / Kind.TRAIN)

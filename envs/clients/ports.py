@@ -16,11 +16,12 @@ def check_free(host: str, port: int, where: str, *, family: int = socket.AF_UNSP
     `family` is of the address, where a name has several.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0]
+        # The port is given to bind as it is: getaddrinfo would make one of any number.
+        family, _, _, _, address = socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as tried:
             # As servers do: what one that ended a moment ago has left is no hindrance.
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(address)
+            tried.bind((address[0], port, *address[2:]))
             tried.listen(1)
     except FAULTS as e:
         raise UserError(refusal(host, port, where, e)) from None

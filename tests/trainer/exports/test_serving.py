@@ -21,5 +21,7 @@ def test_a_port_that_is_taken_is_told_before_all_else(tmp_path: Path) -> None:
         for elsewhere in (["--uds", "/run/s"], ["--headless"]):
             check_address(["--port", port, *elsewhere])
     check_address(["--host", "127.0.0.1", "--port", port])
+    with pytest.raises(UserError, match=r"^--port: 127\.0\.0\.1:99999 can't be listened at .*port must be 0-65535"):
+        check_address(["--host", "127.0.0.1", "--port", "99999"])
     # What vLLM will refuse itself.
     check_address(["--port", "none"])
